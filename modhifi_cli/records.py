@@ -1,0 +1,184 @@
+"""The frozen records that travel between the rooms: Statistics → Edit → Measurement.
+
+They hold tensors and plain values only, so that any of them can be saved, compared and passed to another process.
+Feature order is component-major everywhere: feature = component × features_per_component + offset (method.md, 1).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """First and second moments of the input rows of one consumer layer, not centred.
+
+    Exactly one of `second_moment` and `samples` is set. `samples` is the cheaper form where there are fewer rows than
+    features (a linear layer behind a flatten): then S = samplesᵀ samples / rows.
+
+    Attributes:
+        rows: Number of rows (samples × positions) that were summed.
+        mean: μ = E[x], ``[features]``, float64, input units.
+        second_moment: S = E[x xᵀ], ``[features, features]``, float64, input units², or None.
+        samples: The rows themselves, ``[rows, features]``, float32, or None.
+    """
+
+    rows: int
+    mean: Tensor
+    second_moment: Tensor | None = None
+    samples: Tensor | None = None
+
+    @property
+    def features(self) -> int:
+        """Number of features of a row."""
+        return self.mean.numel()
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One consumer layer of a group, as the numerics see it: a weight and the moments of its input.
+
+    Attributes:
+        name: Module name, for messages.
+        weight: W, ``[outputs, features]``, float64, features component-major.
+        statistics: Moments of the input rows in the same feature order.
+        components: Number of components of the layer's whole input. Every component has features / components features.
+        in_group: How many of them belong to the group; they come first. The others (a concatenation's other branches)
+            are always kept.
+        centred: Whether the constant part of the output can be restored (a BatchNorm follows, or there is a bias), so
+            that centred moments S − μμᵀ are the right ones.
+    """
+
+    name: str
+    weight: Tensor
+    statistics: Statistics
+    components: int
+    in_group: int
+    centred: bool
+
+
+@dataclass(frozen=True)
+class ModuleEdit:
+    """What one edit does to one module: slice, then replace tensors.
+
+    Attributes:
+        module: Module name in the network.
+        kept_outputs: Kept output indices before the edit, ``[kept]`` int64 sorted, or None for all.
+        kept_inputs: Kept input indices before the edit, ``[kept]`` int64 sorted, or None for all.
+        tensors: Parameters and buffers that replace the sliced ones, by their name in the module.
+    """
+
+    module: str
+    kept_outputs: Tensor | None = None
+    kept_inputs: Tensor | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One saved step: the edit of one group of coupled components (or of statistics alone), replayable without data.
+
+    Attributes:
+        name: Group name, or ``"batchnorm"`` for a step that only re-estimates statistics.
+        iteration: Round of the schedule, from 0.
+        modules: What happens to each module.
+        kept: Kept components of the group before this edit, ``[kept]`` int64 sorted (empty for statistics alone).
+        removed: The others, ``[removed]`` int64 sorted.
+        facts: JSON-able facts for the report and for resuming (fidelity, dead outputs, seconds, stale statistics).
+    """
+
+    name: str
+    iteration: int
+    modules: tuple[ModuleEdit, ...]
+    kept: Tensor
+    removed: Tensor
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number with everything needed to read it.
+
+    Attributes:
+        model: Which network was measured: ``"dense"``, ``"pruned"``, ``"unlearned"``.
+        name: The field's term, units in the name where there is one (``top1``, ``latency_ms``).
+        value: The number.
+        unit: ``"%"``, ``"ms"``, ``"parameters"``, ``"MACs"``, ``"bytes"``, ``"nats"`` …
+        protocol: JSON-able account of how it was measured (data, samples, batch size, device, iterations, spread).
+    """
+
+    model: str
+    name: str
+    value: float
+    unit: str
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step of a long task, for whoever shows it. `done` of `total` steps of `stage`; `item` is at work now."""
+
+    stage: str
+    item: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an 8-bit RGB image becomes the network's input: resize, centre crop, x/255, then (x − mean) / std.
+
+    Attributes:
+        size: Height and width of the input, pixels.
+        mean: Per channel, on the 0..1 scale.
+        std: Per channel, on the 0..1 scale.
+        resize: Shorter side before the centre crop, pixels; None leaves images that already have `size` alone and
+            resizes others straight to `size`.
+        interpolation: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None = None
+    interpolation: str = "bilinear"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network with what its maker says about its input and how to build it again.
+
+    Attributes:
+        model: The network in evaluation mode, on the CPU, float32.
+        name: Short name for tables and folders, ``resnet56_cifar``.
+        preprocess: Its own preprocessing.
+        architecture: JSON-able description from which `modhifi_cli.models.build_architecture` makes the dense network
+            with untrained weights: ``{"builder": "modhifi_cli.models.X.build", "kwargs": {...}}``.
+        weights: Where the weights came from, for the report.
+        classes: Class names in the order of the logits, or None where nobody knows them.
+    """
+
+    model: nn.Module
+    name: str
+    preprocess: Preprocess
+    architecture: Mapping[str, Any]
+    weights: str
+    classes: tuple[str, ...] | None = None
+
+
+class ImageSource(Protocol):
+    """Images that can be walked through any number of times, always in the same order.
+
+    Attributes:
+        protocol: JSON-able account (source, path, num_samples, seed, sha256 of the chosen samples, skipped files).
+    """
+
+    protocol: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Preprocessed batches ``[batch, channels, height, width]`` float32 and labels ``[batch]`` int64 or None."""
