@@ -1,0 +1,237 @@
+"""Images as the network wants them: pixels in memory or files decoded on the way, behind one `ImageSource` interface.
+
+Pixels are kept as ``[images, height, width, channels]`` uint8 (or float32 on the 0..1 scale, where that is what the user
+has) and become float32 ``[batch, channels, height, width]`` only batch by batch.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.records import Preprocess
+
+_DECODERS = 4  # Threads; PIL lets go of the interpreter lock while it decodes.
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images held in memory; an `ImageSource`.
+
+    Attributes:
+        images: ``[images, height, width, channels]``, uint8 in 0..255 or float32 in 0..1; channels 1 or 3.
+        labels: ``[images]`` int64, or None.
+        preprocess: What the model wants.
+        protocol: As `ImageSource`.
+        prepared: Whether `images` are already resized and cropped.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    preprocess: Preprocess
+    protocol: Mapping[str, Any]
+    prepared: bool = False
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """As `ImageSource.batches`."""
+        for start in range(0, len(self.images), batch_size):
+            pixels = self.images[start : start + batch_size]
+            if not self.prepared:
+                pixels = prepare_pixels(pixels, self.preprocess)
+            labels = None if self.labels is None else torch.from_numpy(self.labels[start : start + batch_size].copy())
+            yield normalise(pixels, self.preprocess), labels
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Image files decoded again on every walk, for sets that do not fit in memory; an `ImageSource`.
+
+    Attributes:
+        root: Folder that the files lie under.
+        files: Names relative to `root`.
+        labels: ``[files]`` int64, or None.
+        preprocess: What the model wants.
+        protocol: As `ImageSource`.
+    """
+
+    root: Path
+    files: Sequence[str]
+    labels: np.ndarray | None
+    preprocess: Preprocess
+    protocol: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.files)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """As `ImageSource.batches`; raises DataError naming the first image that cannot be decoded."""
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            for start in range(0, len(self.files), batch_size):
+                chosen = self.files[start : start + batch_size]
+                pixels = list(pool.map(lambda name: decode(self.root / name, self.preprocess), chosen))
+                labels = None
+                if self.labels is not None:
+                    labels = torch.from_numpy(self.labels[start : start + batch_size].copy())
+                yield normalise(np.stack(pixels), self.preprocess), labels
+
+
+def choose(available: int, num_samples: int | None, *, seed: int, place: str) -> np.ndarray:
+    """Which samples to take: a seeded draw without replacement, or all of them in their own order.
+
+    Args:
+        available: How many there are.
+        num_samples: How many to draw; None takes all.
+        seed: Of the draw. A smaller draw with the same seed is the beginning of a larger one.
+        place: The data's name for messages.
+
+    Returns:
+        Indices ``[num_samples]`` int64 in the order of the draw.
+
+    Raises:
+        ConfigError: If `num_samples` is not a whole number above 0.
+        DataError: If fewer are available.
+    """
+    if num_samples is None:
+        return np.arange(available, dtype=np.int64)
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ConfigError(
+            f"num_samples: expected a whole number above 0, or null for all images, got {num_samples!r}."
+        )
+    if num_samples > available:
+        raise DataError(
+            f"{place}: num_samples={num_samples} asked for, but there are {available} images; "
+            f"set num_samples={available} or less, or null for all."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(available, generator=generator)[:num_samples].numpy()
+
+
+def decode(file: Path, preprocess: Preprocess) -> np.ndarray:
+    """One image file as pixels of the network's input size.
+
+    Args:
+        file: Any format that Pillow reads.
+        preprocess: What the model wants; one channel in `mean` means grey.
+
+    Returns:
+        ``[height, width, channels]`` uint8.
+
+    Raises:
+        DataError: Naming the file, if it cannot be decoded.
+    """
+    try:
+        with Image.open(file) as image:
+            return _to_size(_with_channels(image, len(preprocess.mean)), preprocess)
+    # Pillow raises OSError, SyntaxError, ValueError, struct.error and more, one set per format, on damaged bytes.
+    except Exception as error:
+        raise DataError(
+            f"{file}: the image cannot be decoded ({type(error).__name__}: {error}); remove or repair it, or skip "
+            "such images and have them counted with data.skip_corrupt=true."
+        ) from error
+
+
+def prepare_pixels(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """Resizes, crops and matches the channels of pixels in memory.
+
+    Args:
+        pixels: ``[images, height, width, channels]`` uint8 or float32 in 0..1, channels 1 or 3.
+        preprocess: What the model wants.
+
+    Returns:
+        ``[images, *preprocess.size, len(preprocess.mean)]`` in the same dtype.
+    """
+    channels = len(preprocess.mean)
+    fits = preprocess.resize is None and pixels.shape[1:3] == tuple(preprocess.size)
+    if pixels.shape[3] == 1 and channels == 3:
+        pixels = np.repeat(pixels, 3, axis=3)
+    if fits and pixels.shape[3] == channels:
+        return pixels
+    if pixels.dtype == np.uint8:
+        # Through Pillow like image files, so that the same picture gives the same input from both kinds of source.
+        images = (Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in pixels)
+        return np.stack([_to_size(_with_channels(image, channels), preprocess) for image in images])
+    return _resize_floats(pixels, preprocess)
+
+
+def normalise(pixels: np.ndarray, preprocess: Preprocess) -> Tensor:
+    """Pixels as the network's input: (x − mean) / std on the 0..1 scale, channels first.
+
+    Args:
+        pixels: ``[batch, height, width, channels]`` uint8 in 0..255 or float32 in 0..1.
+        preprocess: Its `mean` and `std` are used.
+
+    Returns:
+        ``[batch, channels, height, width]`` float32, contiguous.
+    """
+    inputs = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).to(torch.float32, copy=True)
+    if pixels.dtype == np.uint8:
+        inputs.div_(255)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (preprocess.mean, preprocess.std))
+    return inputs.sub_(mean).div_(std).contiguous()
+
+
+def sha256_of_samples(samples: Iterator[bytes]) -> str:
+    """Hex digest over the bytes of the chosen samples in their order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample)
+    return digest.hexdigest()
+
+
+def _with_channels(image: Image.Image, channels: int) -> Image.Image:
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _to_size(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    height, width = preprocess.size
+    resample = Image.Resampling[preprocess.interpolation.upper()]
+    if preprocess.resize is not None:
+        new_height, new_width = _shorter_side(image.height, image.width, preprocess.resize)
+        if (new_height, new_width) != (image.height, image.width):
+            image = image.resize((new_width, new_height), resample)
+        top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+        # Pillow fills with black where the crop is larger than the image, as torchvision's CenterCrop does.
+        image = image.crop((left, top, left + width, top + height))
+    elif (image.height, image.width) != (height, width):
+        image = image.resize((width, height), resample)
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _resize_floats(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    images = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
+    if len(preprocess.mean) == 1 and images.shape[1] == 3:
+        # Pillow's luma weights, as for 8-bit images.
+        images = (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    height, width = preprocess.size
+    target = preprocess.size
+    if preprocess.resize is not None:
+        target = _shorter_side(images.shape[2], images.shape[3], preprocess.resize)
+    if tuple(images.shape[2:]) != tuple(target):
+        smooth = preprocess.interpolation != "nearest"
+        options = {"align_corners": False, "antialias": True} if smooth else {}
+        images = F.interpolate(images, size=target, mode=preprocess.interpolation, **options).clamp_(0, 1)
+    top, left = round((images.shape[2] - height) / 2), round((images.shape[3] - width) / 2)
+    # Negative padding crops; positive padding is the black border of a crop larger than the image.
+    below, right = height - images.shape[2] + top, width - images.shape[3] + left
+    return F.pad(images, (-left, right, -top, below)).permute(0, 2, 3, 1).numpy()
+
+
+def _shorter_side(height: int, width: int, resize: int) -> tuple[int, int]:
+    if height <= width:
+        return resize, int(resize * width / height)
+    return int(resize * height / width), resize

@@ -1,0 +1,201 @@
+"""Weights from files: read without executing anything, unwrapped, checked to be finite and to fit before they are used.
+
+Checkpoints in the wild nest the tensors (``{"state_dict": ..., "epoch": ...}``) and prefix their names
+(``module.conv1.weight``); both are undone here, and only where that makes the names fit the network.
+"""
+
+import contextlib
+import hashlib
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.errors import DataError
+
+# Where training scripts put the tensors, most specific first; averaged weights only if there is nothing else.
+_NESTS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "state_dict_ema", "ema")
+_PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.", "backbone.")
+# Saved by newer versions than many checkpoints: the batch counter is not used in evaluation, and an option-A
+# shortcut's channel map is fixed by the architecture.
+_MAY_BE_MISSING = (".num_batches_tracked", ".shortcut.source")
+
+
+@contextlib.contextmanager
+def seeded_initialisation(seed: int) -> Iterator[None]:
+    """Seeds the CPU generator that module constructors draw from, and puts its former state back afterwards.
+
+    Args:
+        seed: Seed of every random initial weight made inside the block.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by name from a safetensors file or a torch checkpoint, on the CPU, as stored.
+
+    Checkpoints are read with ``weights_only=True``: nothing in the file is executed.
+
+    Args:
+        path: File; ``~`` is expanded. Safetensors is recognised by its suffix, everything else is a checkpoint.
+
+    Raises:
+        DataError: If the file is missing, unreadable, holds other objects than tensors, or holds no tensors.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(
+            f"model.weights: no file at {file}; give the path of a .safetensors file or a torch checkpoint, "
+            "or one of 'default' and 'random'."
+        )
+    try:
+        if file.suffix == ".safetensors":
+            import safetensors.torch
+
+            content: Any = safetensors.torch.load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"model.weights: {file} is damaged or holds Python objects, and only tensors are read from it; "
+            "save model.state_dict() with torch.save or safetensors and give that file."
+        ) from error
+    # safetensors and torch raise many types of their own on damaged bytes (SafetensorError, EOFError, KeyError …).
+    except Exception as error:
+        raise DataError(
+            f"model.weights: {file} cannot be read as {'safetensors' if file.suffix == '.safetensors' else 'a torch checkpoint'} "
+            f"({type(error).__name__}: {_first_line(error)}); copy the file again."
+        ) from error
+    tensors = _unwrap(content)
+    if not tensors:
+        raise DataError(
+            f"model.weights: {file} holds no tensors by name, expected a state_dict (or one under "
+            f"{', '.join(_NESTS[:4])}); save model.state_dict() and give that file."
+        )
+    return tensors
+
+
+def load_weights_(model: nn.Module, path: str | Path) -> str:
+    """Reads a file into the network and returns the account of it for reports.
+
+    Args:
+        model: The network; its parameters and buffers are overwritten in place, in their own dtype.
+        path: File as in `read_weights`.
+
+    Returns:
+        ``"FILE (sha256 0123456789ab)"``.
+
+    Raises:
+        DataError: As `read_weights` and `fit_weights_`.
+    """
+    file = Path(path).expanduser()
+    fit_weights_(model, read_weights(file), source=str(file))
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return f"{file} (sha256 {digest[:12]})"
+
+
+def fit_weights_(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str, ignored: Iterable[str] = ()) -> None:
+    """Copies tensors into the network after checking that names, shapes and numbers fit; nothing is copied otherwise.
+
+    Args:
+        model: The network, changed in place.
+        tensors: By name; common prefixes are stripped where that makes more names fit.
+        source: What to call them in messages.
+        ignored: Beginnings of names that may be there although the network has no such part.
+
+    Raises:
+        DataError: If tensors are missing, unexpected, of another shape or kind, or hold NaN or infinite values. The
+            first three names of each are given.
+    """
+    wanted = model.state_dict()
+    tensors = _without_prefixes(tensors, wanted)
+    ignored = tuple(ignored)
+    missing = [name for name in wanted if name not in tensors and not f".{name}".endswith(_MAY_BE_MISSING)]
+    unexpected = [
+        name
+        for name in tensors
+        if name not in wanted and not name.endswith("num_batches_tracked") and not (ignored and name.startswith(ignored))
+    ]
+    misshapen = [
+        f"{name} is {_describe(tensor)} instead of {_describe(wanted[name])}"
+        for name, tensor in tensors.items()
+        if name in wanted
+        and (tensor.shape != wanted[name].shape or tensor.is_floating_point() != wanted[name].is_floating_point())
+    ]
+    problems = [
+        f"{title} {_first_three(names)}"
+        for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape:", misshapen))
+        if names
+    ]
+    if problems:
+        raise DataError(
+            f"model.weights: {source} does not fit {type(model).__name__}: {'; '.join(problems)}; choose the model "
+            "that these weights were trained for, and set model.num_classes if its classifier differs."
+        )
+    for name, tensor in tensors.items():
+        if name in wanted and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DataError(
+                f"model.weights: {name} in {source} holds NaN or infinite values, expected finite weights; "
+                "train again or take an earlier checkpoint."
+            )
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in wanted}, strict=False)
+
+
+def library_weights_missing(*, library: str, name: str, error: Exception) -> DataError:
+    """The one sentence for weights that a library could not fetch, naming the alternatives.
+
+    Args:
+        library: ``"torchvision"`` or ``"timm"``.
+        name: The weights or model that was asked for.
+        error: What the library raised.
+    """
+    return DataError(
+        f"model.weights=default: {library} could not fetch the weights of {name} "
+        f"({type(error).__name__}: {_first_line(error)}); connect to the network once, or set model.weights=FILE "
+        "(safetensors or a checkpoint), or model.weights=random for speed studies."
+    )
+
+
+def _unwrap(content: Any) -> dict[str, Tensor]:
+    while isinstance(content, Mapping):
+        nest = next((key for key in _NESTS if isinstance(content.get(key), Mapping)), None)
+        if nest is None:
+            return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        content = content[nest]
+    return {}
+
+
+def _without_prefixes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    best = dict(tensors)
+    fitting = len(best.keys() & wanted.keys())
+    # A wrapper in a wrapper ("module.model.conv1.weight") takes one round each; the prefixes of a parameter's own
+    # module ("model." of a network that calls a part so) are left alone because removing them makes fewer names fit.
+    for _ in range(len(_PREFIXES)):
+        stripped = [{name.removeprefix(prefix): t for name, t in best.items()} for prefix in _PREFIXES]
+        rounds = [(len(candidate.keys() & wanted.keys()), candidate) for candidate in stripped]
+        # Two wrappers fit no name until both are gone, so an equal count is worth a step where nothing fits yet.
+        now, candidate = max(rounds, key=lambda pair: (pair[0], pair[1].keys() != best.keys()))
+        if now < fitting or candidate.keys() == best.keys() or (now == fitting and fitting > 0):
+            break
+        best, fitting = candidate, now
+    return best if fitting else dict(tensors)
+
+
+def _describe(tensor: Tensor) -> str:
+    shape = "×".join(str(size) for size in tensor.shape) or "scalar"
+    return shape if tensor.is_floating_point() else f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _first_three(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")[:200]
