@@ -1,0 +1,216 @@
+"""Running parts of a network: start from a carried activation, look at module inputs on the way, stop early.
+
+To start behind a cut without knowing the code between the modules, the network's own forward is run with the modules
+in front of the cut answering at once: each returns its output for one example, broadcast to the batch, and the cut
+returns the carried activation. Whatever happens between modules (flatten, concatenation, class tokens) is then the
+network's own. A cut is used only after resuming from it has given the logits of the whole forward.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.graph.trace import Trace, trace
+
+
+class _Stop(Exception):
+    """Ends a forward pass once everything that was asked for has been seen."""
+
+
+Look = Callable[[Tensor], None]
+
+
+@contextmanager
+def inputs_seen(model: nn.Module, looks: Mapping[str, Look]) -> Iterator[None]:
+    """Call ``looks[name]`` with the first input of module `name` at each forward; hooks are gone afterwards."""
+    handles = []
+    try:
+        for name, look in looks.items():
+            hook = _first_input(look)
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_input(look: Look) -> Callable:
+    def hook(module: nn.Module, inputs: tuple) -> None:
+        look(inputs[0])
+
+    return hook
+
+
+class Segments:
+    """The cuts of one network and the runs between them.
+
+    Args:
+        model: Network in evaluation mode. It may be edited later: cuts stay valid under structured pruning.
+        example: A batch of at least two images, ``[batch, channels, height, width]``.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.model = model
+        self.trace: Trace = trace(model, example)
+        self._example = example[:2]
+        self._usable: dict[str, bool] = {}
+        self._skipped = {cut: self._before(cut) for cut in self.trace.cuts}
+        self._answers = self._record({name for names in self._skipped.values() for name in names})
+        self._logits = self._whole(self._example)
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """Names of the cuts that can be resumed from, in execution order; each is tried once."""
+        return tuple(cut for cut in self.trace.cuts if self.usable(cut))
+
+    def usable(self, cut: str) -> bool:
+        """Whether resuming from `cut` gives the logits of the whole forward (tried once, on the dense network)."""
+        if cut not in self._usable:
+            self._usable[cut] = self._try(cut)
+        return self._usable[cut]
+
+    @torch.no_grad()
+    def run(
+        self,
+        inputs: Tensor,
+        *,
+        start: str | None = None,
+        looks: Mapping[str, Look] | None = None,
+        until: str | None = None,
+    ) -> Tensor | None:
+        """Run one batch from `start` (None: from the images), stopping as soon as nothing more is asked for.
+
+        Args:
+            inputs: Images, or the output of the cut `start` for this batch, ``[batch, …]``.
+            start: The cut whose output `inputs` is, or None.
+            looks: Module name → function called with that module's first input.
+            until: The cut whose output is returned, or None where only `looks` are wanted.
+
+        Returns:
+            The output of `until`, or None.
+        """
+        looks = dict(looks or {})
+        waiting = set(looks)
+        caught: list[Tensor] = []
+
+        def seen(name: str, look: Look) -> Look:
+            def wrapped(tensor: Tensor) -> None:
+                look(tensor)
+                waiting.discard(name)
+                if not waiting and until is None:
+                    raise _Stop
+
+            return wrapped
+
+        def catch(module: nn.Module, arguments: tuple, output: Tensor) -> None:
+            caught.append(output)
+            raise _Stop
+
+        handle = self.model.get_submodule(until).register_forward_hook(catch) if until is not None else None
+        try:
+            with self._resumed(start, inputs), inputs_seen(self.model, {n: seen(n, f) for n, f in looks.items()}):
+                self.model(inputs if start is None else self._image(inputs))
+        except _Stop:
+            pass
+        finally:
+            if handle is not None:
+                handle.remove()
+        return caught[0] if caught else None
+
+    def _image(self, like: Tensor) -> Tensor:
+        """An image batch of the right length for a forward whose stem is skipped: broadcast, so it costs nothing."""
+        return self._example[:1].to(like.device).expand(like.shape[0], *self._example.shape[1:])
+
+    def _before(self, cut: str) -> tuple[str, ...]:
+        """The outermost modules that have ended before `cut` does and do not hold it."""
+        visits = self.trace.visits
+        done = [n for n, v in visits.items() if v.leave < visits[cut].leave and not n.startswith(cut + ".")]
+        names = set(done)
+        return tuple(n for n in done if not any(parent in names for parent in _ancestors(n)))
+
+    @contextmanager
+    def _resumed(self, cut: str | None, carried: Tensor) -> Iterator[None]:
+        if cut is None:
+            yield
+            return
+        patched: list[nn.Module] = []
+        try:
+            for name in self._skipped[cut]:
+                self._patch(patched, name, _broadcast(self._answers[name], carried))
+            # a clone: an in-place operation behind the cut must not write into what is carried
+            self._patch(patched, cut, carried.clone())
+            yield
+        finally:
+            for module in patched:
+                del module.forward
+
+    def _patch(self, patched: list[nn.Module], name: str, answer: object) -> None:
+        module = self.model.get_submodule(name)
+        module.forward = lambda *_, **__: answer
+        patched.append(module)
+
+    @torch.no_grad()
+    def _record(self, names: set[str]) -> dict[str, object]:
+        answers: dict[str, object] = {}
+
+        def keep(name: str) -> Callable:
+            def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+                answers[name] = _detached(output)
+
+            return hook
+
+        handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+        try:
+            self.model(self._example[:1])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return answers
+
+    @torch.no_grad()
+    def _whole(self, images: Tensor) -> Tensor | None:
+        output = self.model(images)
+        return output if isinstance(output, Tensor) else None
+
+    def _try(self, cut: str) -> bool:
+        if self._logits is None:
+            return False
+        try:
+            carried = self.run(self._example, until=cut)
+            if carried is None or carried.shape[0] != self._example.shape[0]:
+                return False
+            with torch.no_grad(), self._resumed(cut, carried):
+                logits = self.model(self._image(carried))
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            # Glue code that cannot live with broadcast answers: this cut is slower to reach, not wrong.
+            return False
+        return bool(torch.allclose(logits, self._logits, rtol=1e-4, atol=1e-5 * float(self._logits.abs().max())))
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _detached(output: object) -> object:
+    if isinstance(output, Tensor):
+        return output.detach().clone()
+    if isinstance(output, dict):
+        return {key: _detached(value) for key, value in output.items()}
+    if isinstance(output, list | tuple):
+        return type(output)(_detached(value) for value in output)
+    return output
+
+
+def _broadcast(answer: object, like: Tensor) -> object:
+    if isinstance(answer, Tensor):
+        answer = answer.to(like.device)
+        return answer.expand(like.shape[0], *answer.shape[1:]) if answer.dim() and answer.shape[0] == 1 else answer
+    if isinstance(answer, dict):
+        return {key: _broadcast(value, like) for key, value in answer.items()}
+    if isinstance(answer, list | tuple):
+        return type(answer)(_broadcast(value, like) for value in answer)
+    return answer

@@ -1,0 +1,187 @@
+"""What one forward pass tells about a network: execution order, data flow between modules, and where it can be cut.
+
+A *cut* is a module whose output every path from the image to the logits passes through, so that everything behind it
+can be computed from that one tensor. Cuts are found in the autograd graph of one tiny forward by counting paths: a
+node lies on all paths exactly when (paths above it) × (paths below it) = all paths. Nothing here knows a family of
+networks; `segments.py` uses the cuts and verifies each before relying on it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Visit:
+    """When a module was entered and left, on one clock that ticks at every entry and exit."""
+
+    enter: int
+    leave: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Order and data flow of the modules of one network.
+
+    Attributes:
+        visits: Module name → its (only) visit, in order of entry. Modules that ran more than once are not in here.
+        reused: Names of modules that ran more than once in one forward.
+        cuts: Names of the cuts in order of leaving, outermost name of each tensor.
+        norm_of: Conv or linear name → name of the BatchNorm that reads exactly its output.
+        upstream: Module name → names of the modules whose output its own output depends on; a module that is missing
+            could not be placed in the data flow and must be taken to depend on everything that ran before it.
+    """
+
+    visits: dict[str, Visit]
+    reused: frozenset[str]
+    cuts: tuple[str, ...]
+    norm_of: dict[str, str]
+    upstream: dict[str, frozenset[str]]
+
+    def depends(self, module: str, source: str) -> bool:
+        """Whether the output of `module` may change when the output of `source` changes."""
+        if module in self.upstream and source in self.upstream:
+            return source in self.upstream[module]
+        return self.visits[source].enter < self.visits[module].enter
+
+
+def tensors_of(output: object) -> Iterator[Tensor]:
+    """The tensors of a module's output, whatever containers it comes in."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from tensors_of(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from tensors_of(value)
+
+
+def trace(model: nn.Module, example: Tensor) -> Trace:
+    """Run `model` once on `example` and record order, data flow and cuts.
+
+    Args:
+        model: Network in evaluation mode. Left as found.
+        example: A batch it takes, ``[batch, channels, height, width]``, at least two images are best.
+
+    Raises:
+        UnsupportedModelError: If the forward pass fails on such a batch.
+    """
+    names = {module: name for name, module in model.named_modules() if name}
+    clock = 0
+    enters: dict[str, int] = {}
+    visits: dict[str, Visit] = {}
+    reused: set[str] = set()
+    nodes: dict[str, object] = {}
+    produced: dict[int, str] = {}
+    norm_of: dict[str, str] = {}
+    alive: list[Tensor] = []  # keeps outputs alive so that an id is never given to another tensor
+
+    def enter(module: nn.Module, inputs: tuple) -> None:
+        nonlocal clock
+        clock += 1
+        name = names[module]
+        if name in enters:
+            reused.add(name)
+        enters[name] = clock
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and inputs and id(inputs[0]) in produced:
+            norm_of[produced[id(inputs[0])]] = name
+
+    def leave(module: nn.Module, inputs: tuple, output: object) -> None:
+        nonlocal clock
+        clock += 1
+        name = names[module]
+        visits[name] = Visit(enters[name], clock)
+        if isinstance(output, Tensor):
+            nodes[name] = output.grad_fn
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                produced[id(output)] = name
+                alive.append(output)
+
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    handles = []
+    try:
+        for module in names:
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))
+        for parameter in required:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            image = example.detach().clone().requires_grad_()
+            output = model(image)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UnsupportedModelError(
+            f"the network {type(model).__name__} does not take an image batch of shape {tuple(example.shape)}: "
+            f"{str(error).splitlines()[0]}."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+
+    for name in reused:
+        visits.pop(name, None)
+    visits = dict(sorted(visits.items(), key=lambda item: item[1].enter))
+    order = _topological([tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None])
+    cuts = _cuts(order, nodes, visits)
+    return Trace(visits, frozenset(reused), cuts, norm_of, _upstream(order, nodes, visits))
+
+
+def _parents(node: object) -> list[object]:
+    return [parent for parent, _ in node.next_functions if parent is not None]
+
+
+def _topological(roots: list[object]) -> list[object]:
+    """Autograd nodes from the logits down to the image, every node before its inputs (iterative: graphs are deep)."""
+    order: list[object] = []
+    state: dict[object, bool] = {}
+    for root in roots:
+        stack = [(root, False)]
+        while stack:
+            node, expanded = stack.pop()
+            if expanded:
+                order.append(node)
+            elif node not in state:
+                state[node] = True
+                stack.append((node, True))
+                stack.extend((parent, False) for parent in _parents(node) if parent not in state)
+    order.reverse()
+    return order
+
+
+def _cuts(order: list[object], nodes: dict[str, object], visits: dict[str, Visit]) -> tuple[str, ...]:
+    children: dict[object, int] = dict.fromkeys(order, 0)
+    for node in order:
+        for parent in _parents(node):
+            children[parent] += 1
+    above: dict[object, int] = {node: int(children[node] == 0) for node in order}
+    for node in order:
+        for parent in _parents(node):
+            above[parent] += above[node]
+    below: dict[object, int] = {}
+    for node in reversed(order):
+        below[node] = sum(below[parent] for parent in _parents(node)) or int(not _parents(node))
+    total = sum(above[node] for node in order if not _parents(node))
+    found: dict[object, str] = {}
+    for name, visit in sorted(visits.items(), key=lambda item: item[1].leave):
+        node = nodes.get(name)
+        if node in above and above[node] * below[node] == total:
+            found[node] = name  # the last to leave is the outermost module of this tensor
+    return tuple(sorted(found.values(), key=lambda name: visits[name].leave))
+
+
+def _upstream(order: list[object], nodes: dict[str, object], visits: dict[str, Visit]) -> dict[str, frozenset[str]]:
+    named: dict[object, list[str]] = {}
+    for name, node in nodes.items():
+        if node is not None and name in visits:
+            named.setdefault(node, []).append(name)
+    reached: dict[object, frozenset[str]] = {}
+    for node in reversed(order):
+        mine = frozenset(named.get(node, ()))
+        reached[node] = mine.union(*(reached[parent] for parent in _parents(node)))
+    return {name: reached[node] for name, node in nodes.items() if node in reached and name in visits}
