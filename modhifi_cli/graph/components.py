@@ -1,0 +1,150 @@
+"""Groups of coupled components, and where each component lives in every module it touches.
+
+A group is what has to be removed together: *producers* write the components, *followers* (BatchNorm, depthwise and
+grouped convolutions) pass them on one by one, *consumers* read them. Groups are stated once in the coordinates of the
+dense network; `Layout` knows which of those coordinates are still alive after earlier edits.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.graph.modules import ChannelPadShortcut
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the components of a group lie along one dimension of one module.
+
+    Attributes:
+        module: Module name.
+        index: Dense positions, ``[components, entries]`` int64: row i holds the channels (or features) of component i.
+    """
+
+    module: str
+    index: Tensor
+
+    @property
+    def entries(self) -> int:
+        """Channels (or features) per component."""
+        return self.index.shape[1]
+
+
+@dataclass(frozen=True)
+class ComponentGroup:
+    """Components that have to be removed together, in the coordinates of the dense network.
+
+    Attributes:
+        name: Name of the first producer in execution order.
+        components: Number of components in the dense network.
+        producers: Slots along the output dimension of conv, linear or shortcut modules.
+        followers: Slots along the only channel dimension of BatchNorm and of depthwise or grouped convolutions (whose
+            components are whole convolution groups).
+        consumers: Slots along the input dimension of conv, linear or shortcut modules.
+    """
+
+    name: str
+    components: int
+    producers: tuple[Slot, ...]
+    followers: tuple[Slot, ...]
+    consumers: tuple[Slot, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of all modules the group touches, each once."""
+        return tuple(dict.fromkeys(slot.module for slot in (*self.producers, *self.followers, *self.consumers)))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A set of coupled channels that this tool does not edit, and why."""
+
+    name: str
+    reason: str
+
+
+def output_size(module: nn.Module) -> int:
+    """Length of the output (or only) channel dimension of a module that a group may touch."""
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.num_features
+    return module.out_channels
+
+
+def input_size(module: nn.Module) -> int:
+    """Length of the input channel dimension of a module that a group may touch."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.num_features
+    return module.in_channels
+
+
+def has_weight(module: nn.Module) -> bool:
+    """Whether a consumer can be scored and compensated; the shortcut map has nothing to score."""
+    return not isinstance(module, ChannelPadShortcut)
+
+
+class Layout:
+    """Which dense positions and components are still alive, and where they are now.
+
+    Args:
+        model: The dense network.
+        groups: Its groups.
+    """
+
+    def __init__(self, model: nn.Module, groups: Iterable[ComponentGroup]) -> None:
+        groups = tuple(groups)
+        self._components = {group.name: torch.arange(group.components) for group in groups}
+        self._outputs = {n: torch.arange(output_size(model.get_submodule(n))) for g in groups for n in g.modules}
+        self._inputs = {n: torch.arange(input_size(model.get_submodule(n))) for g in groups for n in g.modules}
+
+    def alive(self, group: ComponentGroup) -> Tensor:
+        """Dense numbers of the group's living components, ``[alive]`` int64 sorted."""
+        return self._components[group.name]
+
+    def outputs(self, slot: Slot, components: Tensor) -> Tensor:
+        """Present output positions of the given dense components, ``[components, entries]``."""
+        return torch.searchsorted(self._outputs[slot.module], slot.index[components])
+
+    def inputs(self, slot: Slot, components: Tensor) -> Tensor:
+        """Present input positions of the given dense components, ``[components, entries]``."""
+        return torch.searchsorted(self._inputs[slot.module], slot.index[components])
+
+    def input_order(self, slot: Slot, components: Tensor) -> Tensor:
+        """All present input positions, component-major: those of `components` first, then the rest in order."""
+        first = self.inputs(slot, components).flatten()
+        rest = torch.ones(self._inputs[slot.module].numel(), dtype=torch.bool)
+        rest[first] = False
+        return torch.cat([first, rest.nonzero().flatten()])
+
+    def keep_(self, group: ComponentGroup, kept: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Let only `kept` (positions among the living components) live on.
+
+        Returns:
+            Kept output positions and kept input positions by module name, in the coordinates before this call: what a
+            `ModuleEdit` needs. Followers appear under outputs only.
+        """
+        alive = self._components[group.name]
+        removed = torch.ones(alive.numel(), dtype=torch.bool)
+        removed[kept] = False
+        gone = alive[removed]
+        kept_outputs = self._drop_(self._outputs, (*group.producers, *group.followers), gone)
+        kept_inputs = self._drop_(self._inputs, group.consumers, gone)
+        self._components[group.name] = alive[kept]
+        return kept_outputs, kept_inputs
+
+    @staticmethod
+    def _drop_(positions: dict[str, Tensor], slots: Sequence[Slot], gone: Tensor) -> dict[str, Tensor]:
+        dropped: dict[str, Tensor] = {}
+        for slot in slots:
+            dead = torch.isin(positions[slot.module], slot.index[gone].flatten())
+            dropped[slot.module] = dropped.get(slot.module, torch.zeros_like(dead)) | dead
+        kept = {}
+        for module, dead in dropped.items():
+            kept[module] = (~dead).nonzero().flatten()
+            positions[module] = positions[module][kept[module]]
+        return kept
