@@ -1,0 +1,140 @@
+"""Parameters and multiply-accumulates, counted on a network or predicted for widths that it does not have yet.
+
+FLOPs are reported the way the pruning literature does: one multiply-accumulate (MAC) is one FLOP, per input image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from modhifi_cli.graph.components import ComponentGroup, input_size, output_size
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Size and work of one network.
+
+    Attributes:
+        parameters: Number of parameters (buffers left out).
+        macs: Multiply-accumulates of one forward pass of one input.
+    """
+
+    parameters: int
+    macs: int
+
+
+def count(model: nn.Module, example: Tensor) -> Counts:
+    """Count parameters and, with PyTorch's own counter, multiply-accumulates of convolutions and matrix products.
+
+    Args:
+        model: Network in evaluation mode.
+        example: One input, ``[1, channels, height, width]``.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(example)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Counts(parameters, counter.get_total_flops() // (2 * example.shape[0]))
+
+
+class CostModel:
+    """Parameters and MACs as a function of how many components each group keeps.
+
+    Exact for convolutions, linear layers and BatchNorm, whose sizes are products of the two widths; what a forward
+    spends elsewhere (attention products) is carried as a constant.
+
+    Args:
+        model: The dense network in evaluation mode.
+        example: One input, ``[1, channels, height, width]``.
+        groups: Its groups, in the order in which `keep` counts are given.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, groups: Sequence[ComponentGroup]) -> None:
+        self.dense = count(model, example)
+        self._sizes = np.array([group.components for group in groups], dtype=np.int64)
+        touched = list(dict.fromkeys(name for group in groups for name in group.modules))
+        row = {name: i for i, name in enumerate(touched)}
+        self._removed_out = np.zeros((len(touched), len(groups)), dtype=np.int64)
+        self._removed_in = np.zeros_like(self._removed_out)
+        for column, group in enumerate(groups):
+            for slot in (*group.producers, *group.followers):
+                self._removed_out[row[slot.module], column] += slot.entries
+            for slot in group.consumers:
+                self._removed_in[row[slot.module], column] += slot.entries
+        positions = _positions(model, example, touched)
+        modules = [model.get_submodule(name) for name in touched]
+        self._out = np.array([output_size(module) for module in modules], dtype=np.int64)
+        self._in = np.array([_independent_inputs(module) for module in modules], dtype=np.int64)
+        self._params_pair = np.array([_pair_parameters(module) for module in modules])
+        self._params_out = np.array([_output_parameters(module) for module in modules])
+        self._macs_pair = self._params_pair * np.array([positions[name] for name in touched])
+        now = self._touched(self._sizes)
+        self._fixed = (self.dense.parameters - now.parameters, self.dense.macs - now.macs)
+
+    def counts(self, keep: Sequence[int]) -> Counts:
+        """Predicted size and work when group g keeps ``keep[g]`` of its dense components."""
+        touched = self._touched(np.asarray(keep, dtype=np.int64))
+        return Counts(touched.parameters + self._fixed[0], touched.macs + self._fixed[1])
+
+    def removed_share(self, keep: Sequence[int], target: str) -> float:
+        """Share removed of ``"params"``, ``"flops"`` or ``"components"``, 0 … 1."""
+        if target == "components":
+            return 1.0 - float(np.sum(keep)) / float(self._sizes.sum())
+        counts = self.counts(keep)
+        if target == "params":
+            return 1.0 - counts.parameters / self.dense.parameters
+        return 1.0 - counts.macs / self.dense.macs
+
+    def _touched(self, keep: np.ndarray) -> Counts:
+        removed = self._sizes - keep
+        outputs = self._out - self._removed_out @ removed
+        inputs = self._in - self._removed_in @ removed
+        pairs = outputs * inputs
+        parameters = (pairs * self._params_pair + outputs * self._params_out).sum()
+        return Counts(int(round(parameters)), int(round((pairs * self._macs_pair).sum())))
+
+
+def _independent_inputs(module: nn.Module) -> int:
+    """Input width that shrinks on its own: 1 where the inputs go with the outputs (BatchNorm, grouped convolution)."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "groups", 1) > 1:
+        return 1
+    return input_size(module)
+
+
+def _pair_parameters(module: nn.Module) -> float:
+    """Weights per (output, independent input) pair."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return 0.0
+    weight = getattr(module, "weight", None)
+    return 0.0 if weight is None else weight.numel() / (output_size(module) * _independent_inputs(module))
+
+
+def _output_parameters(module: nn.Module) -> float:
+    """Parameters per output that do not depend on the inputs (biases, BatchNorm scales)."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return float(sum(parameter.numel() for parameter in module.parameters())) / module.num_features
+    return 0.0 if getattr(module, "bias", None) is None else 1.0
+
+
+def _positions(model: nn.Module, example: Tensor, names: Sequence[str]) -> dict[str, int]:
+    """How many rows per input each module computes (output positions of a convolution)."""
+    positions = dict.fromkeys(names, 0)
+
+    def hook(name: str) -> object:
+        def seen(module: nn.Module, inputs: tuple, output: object) -> None:
+            if isinstance(output, Tensor):
+                positions[name] = output.numel() // (output_size(module) * example.shape[0])
+
+        return seen
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return positions

@@ -1,0 +1,197 @@
+"""Cutting tensors: slicing modules, applying saved edits, and describing widths so that a saved network can be rebuilt.
+
+No masks are left behind: after `apply_edit_` every module holds smaller parameters and buffers and says so in its own
+attributes (`in_channels`, `num_features`, …).
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.errors import DataError, UnsupportedModelError
+from modhifi_cli.graph.modules import ChannelPadShortcut
+from modhifi_cli.records import Edit, ModuleEdit
+
+_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    (nn.modules.conv._ConvNd, ("in_channels", "out_channels", "groups")),
+    (nn.Linear, ("in_features", "out_features")),
+    (nn.modules.batchnorm._BatchNorm, ("num_features",)),
+    (ChannelPadShortcut, ("in_channels", "out_channels")),
+)
+
+
+def slice_module_(module: nn.Module, *, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
+    """Keep only the given channels or features of one module, in place.
+
+    Args:
+        module: Convolution, linear layer, BatchNorm or option-A shortcut.
+        outputs: Kept output positions, ``[kept]`` int64 sorted, or None for all. For a grouped convolution they must
+            be whole convolution groups; the inputs of a removed group go with it.
+        inputs: Kept input positions, ``[kept]`` int64 sorted, or None for all. Not for grouped convolutions.
+
+    Raises:
+        UnsupportedModelError: If the module is of another kind, or the outputs split a convolution group.
+    """
+    if isinstance(module, ChannelPadShortcut):
+        device = module.source.device
+        module.slice_(outputs=_on(outputs, device), inputs=_on(inputs, device))
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if outputs is not None:
+            _select_(module, ("weight", "bias", "running_mean", "running_var"), 0, outputs)
+            module.num_features = outputs.numel()
+    elif isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+        _slice_grouped_(module, outputs)
+    elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+        out_name, in_name = _ATTRIBUTES[1][1][::-1] if isinstance(module, nn.Linear) else ("out_channels", "in_channels")
+        if outputs is not None:
+            _select_(module, ("weight", "bias"), 0, outputs)
+            setattr(module, out_name, outputs.numel())
+        if inputs is not None:
+            _select_(module, ("weight",), 1, inputs)
+            setattr(module, in_name, inputs.numel())
+    else:
+        raise UnsupportedModelError(f"a {type(module).__name__} cannot be sliced; exclude the group that holds it.")
+
+
+def _slice_grouped_(module: nn.modules.conv._ConvNd, outputs: Tensor | None) -> None:
+    if outputs is None:
+        return
+    width = module.out_channels // module.groups
+    in_width = module.in_channels // module.groups
+    groups = outputs.view(-1, width) // width if outputs.numel() % width == 0 else None
+    if groups is None or not bool((groups == groups[:, :1]).all()):
+        raise UnsupportedModelError(
+            f"the kept outputs of a convolution with {module.groups} groups split a group of {width} channels; "
+            "remove whole groups."
+        )
+    _select_(module, ("weight", "bias"), 0, outputs)
+    module.groups = groups.shape[0]
+    module.out_channels = outputs.numel()
+    module.in_channels = groups.shape[0] * in_width
+
+
+def _on(index: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if index is None else index.to(device)
+
+
+def _select_(module: nn.Module, names: Iterable[str], dim: int, index: Tensor) -> None:
+    for name in names:
+        tensor = getattr(module, name, None)
+        if tensor is not None:
+            _replace_(module, name, tensor.detach().index_select(dim, index.to(tensor.device)))
+
+
+def _replace_(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor where a parameter or buffer stands, of whatever shape, keeping its kind, device and dtype."""
+    old = getattr(module, name)
+    tensor = tensor.to(device=old.device, dtype=old.dtype).contiguous()
+    if isinstance(old, nn.Parameter):
+        setattr(module, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
+    else:
+        module._buffers[name] = tensor
+
+
+def apply_module_edit_(model: nn.Module, edit: ModuleEdit) -> None:
+    """Slice one module and replace the tensors that the edit carries, in place.
+
+    Raises:
+        DataError: If the network has no such module, or the saved tensors do not fit it.
+    """
+    try:
+        module = model.get_submodule(edit.module)
+    except AttributeError as error:
+        raise DataError(
+            f"the saved edit changes a module '{edit.module}', which this network does not have; "
+            "use the network that the edits were made on."
+        ) from error
+    for index, size in ((edit.kept_outputs, _size(module, 0)), (edit.kept_inputs, _size(module, 1))):
+        if index is not None and index.numel() and int(index.max()) >= size:
+            raise DataError(
+                f"{edit.module}: the saved edit keeps channel {int(index.max())}, but there are {size} of them; "
+                "use the network that the edits were made on."
+            )
+    slice_module_(module, outputs=edit.kept_outputs, inputs=edit.kept_inputs)
+    for name, tensor in edit.tensors.items():
+        old = getattr(module, name, None)
+        if old is None or old.shape != tensor.shape:
+            raise DataError(
+                f"{edit.module}.{name}: the saved edit holds shape {tuple(tensor.shape)}, the network "
+                f"{'nothing' if old is None else tuple(old.shape)}; use the network that the edits were made on."
+            )
+        _replace_(module, name, tensor)
+
+
+def _size(module: nn.Module, dim: int) -> int:
+    names = ("out_channels", "out_features", "num_features") if dim == 0 else ("in_channels", "in_features")
+    return next((getattr(module, name) for name in names if hasattr(module, name)), 0)
+
+
+def apply_edit_(model: nn.Module, edit: Edit) -> None:
+    """Apply one saved edit to the network it was made on, in place; no data is needed.
+
+    Raises:
+        DataError: If a module or a shape does not fit.
+    """
+    for module_edit in edit.modules:
+        apply_module_edit_(model, module_edit)
+
+
+def describe_widths(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Channel and feature counts of every module that can be narrowed: module name → attribute → count (JSON-able)."""
+    widths: dict[str, dict[str, int]] = {}
+    for name, module in model.named_modules():
+        for kind, attributes in _ATTRIBUTES:
+            if isinstance(module, kind):
+                widths[name] = {attribute: getattr(module, attribute) for attribute in attributes}
+    return widths
+
+
+def restore_widths_(model: nn.Module, widths: Mapping[str, Mapping[str, int]]) -> None:
+    """Narrow a freshly built dense network to saved widths, in place; contents of narrowed tensors are undefined.
+
+    Args:
+        model: The dense network.
+        widths: What `describe_widths` said of the narrow one.
+
+    Raises:
+        DataError: If a module is missing or would have to grow.
+    """
+    for name, attributes in widths.items():
+        try:
+            module = model.get_submodule(name)
+            now = {attribute: getattr(module, attribute) for attribute in attributes}
+        except AttributeError as error:
+            raise DataError(f"the saved network has a module '{name}' that its architecture does not build.") from error
+        if now == dict(attributes):
+            continue
+        grows = [attribute for attribute, count in attributes.items() if count > now[attribute] or count < 1]
+        if grows:
+            raise DataError(
+                f"{name}: the saved network asks for {grows[0]} = {attributes[grows[0]]}, "
+                f"the architecture has {now[grows[0]]}; the architecture file is damaged."
+            )
+        outputs, inputs = _counts(attributes)
+        grouped = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
+        slice_module_(module, outputs=torch.arange(outputs), inputs=None if grouped else _range(inputs))
+
+
+def _counts(attributes: Mapping[str, int]) -> tuple[int, int | None]:
+    outputs = next(attributes[n] for n in ("out_channels", "out_features", "num_features") if n in attributes)
+    inputs = next((attributes[n] for n in ("in_channels", "in_features") if n in attributes), None)
+    return outputs, inputs
+
+
+def _range(count: int | None) -> Tensor | None:
+    return None if count is None else torch.arange(count)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of the whole state: equal hashes mean equal networks."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
