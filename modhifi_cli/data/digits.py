@@ -1,0 +1,82 @@
+"""The handwritten digits that scikit-learn ships, with a fixed split: the images of the embedded default.
+
+1,797 grey images of 8 × 8 pixels (the test part of the UCI set "Optical Recognition of Handwritten Digits"). 450 of
+them, drawn once for all, are held out: `scripts/train_embedded.py` never sees them. Calibration draws from the rest.
+"""
+
+import numpy as np
+import torch
+
+from modhifi_cli.data.sources import ArrayImages, choose, sha256_of_samples
+from modhifi_cli.errors import ConfigError, nearest
+from modhifi_cli.records import Preprocess
+
+HELD_OUT = 450
+_SPLIT_SEED = 2511  # Never change it: the weights in the package were trained on the split that it makes.
+_SPLITS = ("train", "test")
+
+
+def load(
+    *,
+    preprocess: Preprocess,
+    labelled: bool,
+    split: str | None = None,
+    path: str | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+) -> ArrayImages:
+    """Digits of one side of the fixed split.
+
+    Args:
+        preprocess: What the model wants; the digits are resized to it.
+        labelled: Whether labels are given.
+        split: ``"train"`` (1,347) or ``"test"`` (450); None is the test digits with labels and else the training digits.
+        path: Must be None; the digits lie inside scikit-learn.
+        num_samples: How many to draw; None takes all.
+        seed: Of the draw.
+
+    Raises:
+        ConfigError: If `split` is unknown or a path is given.
+        DataError: If fewer images are there than asked for.
+    """
+    if path is not None:
+        raise ConfigError(
+            f"data.path: the digits come inside scikit-learn and have no path, got {path}; leave it out, or choose "
+            "data=folder or data=arrays for your own images."
+        )
+    if split is None:
+        split = "test" if labelled else "train"
+    if split not in _SPLITS:
+        raise ConfigError(f"data.split: unknown split '{split}', {nearest(split, _SPLITS)}")
+    images, labels = read(split)
+    chosen = choose(len(images), num_samples, seed=seed, place=f"digits ({split})")
+    images = images[chosen]
+    protocol = {
+        "source": "digits",
+        "path": f"scikit-learn load_digits, {split} split",
+        "num_samples": len(chosen),
+        "available": len(labels),
+        "seed": None if num_samples is None else seed,
+        "sha256": sha256_of_samples(image.tobytes() for image in images),
+    }
+    return ArrayImages(
+        images=images, labels=labels[chosen] if labelled else None, preprocess=preprocess, protocol=protocol
+    )
+
+
+def read(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """All digits of one side of the split.
+
+    Args:
+        split: ``"train"`` or ``"test"``.
+
+    Returns:
+        Images ``[images, 8, 8, 1]`` uint8 (the set's 17 grey levels spread over 0..255) and labels ``[images]`` int64.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED)).numpy()
+    chosen = order[:HELD_OUT] if split == "test" else order[HELD_OUT:]
+    return images[chosen], digits.target[chosen].astype(np.int64)
