@@ -1,0 +1,224 @@
+"""Measurements as tables and as the page of a run: plain values and strings, nothing printed, nothing written."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modhifi_cli.records import Measurement
+
+# What a reader calls it, and whether more of it is better (True), less (False) or neither (None).
+_TERMS = {
+    "top1": ("top-1 accuracy", True),
+    "top5": ("top-5 accuracy", True),
+    "agreement": ("agreement with dense", True),
+    "kl": ("mean KL from dense", False),
+    "parameters": ("parameters", False),
+    "macs": ("FLOPs (MACs)", False),
+    "file_bytes": ("file size", False),
+    "latency_ms": ("latency, mean", False),
+    "latency_median_ms": ("latency, median", False),
+    "speedup": ("speedup", True),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table before/after/change.
+
+    Attributes:
+        name: The measurement's term, ``top1``.
+        label: The same for readers, ``top-1 accuracy``.
+        before: Value of the reference network with its unit, or "" where it has none.
+        after: Value of the edited network with its unit, or "".
+        change: Points for percentages; otherwise the relative change and the factor; "" where one side is missing.
+        better: Whether the change is an improvement; None where nothing changed or nobody can say.
+    """
+
+    name: str
+    label: str
+    before: str
+    after: str
+    change: str
+    better: bool | None
+
+
+def table(measurements: Iterable[Measurement], *, reference: str = "dense") -> tuple[Row, ...]:
+    """One row per measured term, in the order in which the terms were first measured.
+
+    Args:
+        measurements: Of the reference network and at most one edited one.
+        reference: The network that counts as before.
+
+    Returns:
+        The rows. Where only one network was measured, its values stand in its column and nothing changes.
+    """
+    terms: dict[str, dict[bool, Measurement]] = {}
+    for measurement in measurements:
+        terms.setdefault(measurement.name, {})[measurement.model == reference] = measurement
+    rows = []
+    for name, sides in terms.items():
+        before, after = sides.get(True), sides.get(False)
+        label, more_is_better = _TERMS.get(name, (name.replace("_", " "), None))
+        moved = None if before is None or after is None or after.value == before.value else after.value > before.value
+        rows.append(
+            Row(
+                name=name,
+                label=label,
+                before="" if before is None else quantity(before.value, before.unit),
+                after="" if after is None else quantity(after.value, after.unit),
+                change="" if before is None or after is None else change(before.value, after.value, before.unit),
+                better=None if moved is None or more_is_better is None else moved == more_is_better,
+            )
+        )
+    return tuple(rows)
+
+
+def quantity(value: float, unit: str) -> str:
+    """A value with its unit, rounded to what a reader uses: ``853.0 k``, ``1.54 ×``, ``93.39 %``.
+
+    Args:
+        value: The number.
+        unit: As in `Measurement.unit`.
+    """
+    if unit == "bytes":
+        return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
+    if unit in ("parameters", "MACs"):
+        return _scaled(value, ("", "k", "M", "G", "T")).strip()
+    if unit == "%":
+        return f"{value:.2f} %"
+    if unit in ("ms", "×"):
+        return f"{value:.3g} {unit}" if abs(value) < 100 else f"{value:.0f} {unit}"
+    return f"{value:.4g} {unit}".strip()
+
+
+def change(before: float, after: float, unit: str) -> str:
+    """What happened between two values: points for percentages, otherwise relative change and factor.
+
+    Args:
+        before: Value of the reference network.
+        after: Value of the edited network.
+        unit: As in `Measurement.unit`.
+
+    Returns:
+        ``−1.20 points``, or ``−40.0 % (1.67× less)``, or ``+25.0 % (1.25× more)``; ``±0`` where nothing changed.
+    """
+    if after == before:
+        return "±0"
+    if unit == "%":
+        return f"{_signed(after - before, 2)} points"
+    if before <= 0 or after <= 0:
+        return _signed(after - before, 4)
+    factor, word = (before / after, "less") if after < before else (after / before, "more")
+    return f"{_signed(100 * (after / before - 1), 1)} % ({factor:.2f}× {word})"
+
+
+def markdown_report(
+    *,
+    title: str,
+    asked: Mapping[str, Any],
+    achieved: Mapping[str, float],
+    measurements: Sequence[Measurement],
+    groups: Sequence[Mapping[str, Any]] = (),
+    warnings: Sequence[str] = (),
+    exports: Sequence[Any] = (),
+    repeat: str = "",
+    reference: str = "dense",
+) -> str:
+    """The page of a run: what was asked, what was reached, what it cost, how it was measured, how to repeat it.
+
+    Args:
+        title: Headline, ``resnet56_cifar, sparsity 0.4``.
+        asked: Settings by name, as the user gave them.
+        achieved: Removed share by target (``params``, ``flops``, ``components``), 0 … 1.
+        measurements: Of the reference and the edited network.
+        groups: One mapping per group of coupled components; the keys of all are the columns, in order of appearance.
+        warnings: Sentences.
+        exports: `modhifi_cli.exports.ExportReport` records.
+        repeat: The command that does it again.
+        reference: The network that counts as before.
+
+    Returns:
+        Markdown, ending in a newline. Sections without content are left out.
+    """
+    sections = [f"# {title}"]
+    if warnings:
+        sections.append("## Warnings\n\n" + "\n".join(f"- {_cell(sentence)}" for sentence in warnings))
+    if asked:
+        sections.append("## Asked\n\n" + _markdown_table(("setting", "value"), [(k, _text(asked[k])) for k in asked]))
+    if achieved:
+        shares = [(name, f"{100 * share:.2f} %") for name, share in achieved.items()]
+        sections.append("## Removed\n\n" + _markdown_table(("of", "share"), shares))
+    if measurements:
+        rows = [(row.label, row.before, row.after, row.change) for row in table(measurements, reference=reference)]
+        sections.append("## Before and after\n\n" + _markdown_table(("", "before", "after", "change"), rows))
+    if groups:
+        columns = tuple(dict.fromkeys(key for group in groups for key in group))
+        rows = [tuple(_text(group.get(key, "")) for key in columns) for group in groups]
+        sections.append("## Groups\n\n" + _markdown_table(columns, rows))
+    if exports:
+        rows = [
+            (
+                export.format,
+                export.path.name,
+                quantity(export.bytes, "bytes"),
+                f"{export.max_difference:.2g}",
+                f"{export.max_logit:.3g}",
+                export.runtime,
+            )
+            for export in exports
+        ]
+        head = ("format", "file", "size", "largest difference of a logit", "largest logit", "checked with")
+        sections.append("## Exports\n\n" + _markdown_table(head, rows))
+    protocol = _protocol_lines(measurements)
+    if protocol:
+        sections.append("## How it was measured\n\n" + "\n".join(protocol))
+    if repeat:
+        sections.append(f"## Again\n\n```\n{repeat}\n```")
+    return "\n\n".join(sections) + "\n"
+
+
+def _protocol_lines(measurements: Sequence[Measurement]) -> list[str]:
+    """One bullet per measurement that has a protocol."""
+    lines = []
+    for measurement in measurements:
+        if measurement.protocol:
+            account = "; ".join(f"{key} {_text(value)}" for key, value in measurement.protocol.items())
+            lines.append(f"- {measurement.model}, {measurement.name}: {_cell(account)}")
+    return lines
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break a table or start a line of its own."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_text(item) for item in value) + "]"
+    return str(value)
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    step = 0
+    while abs(value) >= 1000 and step < len(units) - 1:
+        value, step = value / 1000, step + 1
+    if step == 0:
+        return f"{value:.0f} {units[0]}"
+    return f"{value:.2f} {units[step]}" if abs(value) < 100 else f"{value:.1f} {units[step]}"
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{'−' if value < 0 else '+'}{abs(value):.{digits}f}"
