@@ -1,0 +1,108 @@
+"""Statistics for BatchNorm: exact over all rows however they are batched, or in closed form behind an edited layer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modhifi_cli.errors import NumericsError
+from modhifi_cli.numerics.moments import second_moment
+from modhifi_cli.records import Statistics
+
+# Values that are converted to float64 at once: 2 MiB, so that they are squared while they are still in the cache.
+_VALUES_AT_ONCE = 2**18
+
+
+@dataclass(frozen=True)
+class ChannelMoments:
+    """Mean and variance of each channel.
+
+    Attributes:
+        rows: Values per channel (images × positions).
+        mean: ``[channels]`` float64.
+        variance: Biased (over rows), ``[channels]`` float64: what BatchNorm divides by.
+    """
+
+    rows: int
+    mean: Tensor
+    variance: Tensor
+
+    @property
+    def unbiased(self) -> Tensor:
+        """Variance over rows − 1, ``[channels]`` float64: what PyTorch stores in running_var. One row gives zero."""
+        return self.variance * (self.rows / max(self.rows - 1, 1))
+
+
+class BatchNormMoments:
+    """Exact streaming mean and variance of a BatchNorm's input; the batch split does not matter.
+
+    Args:
+        channels: Of the BatchNorm.
+        name: Layer name, for messages.
+    """
+
+    def __init__(self, channels: int, *, name: str = "batchnorm"):
+        self._channels = channels
+        self._name = name
+        self._rows = 0
+        self._sum: Tensor | None = None
+        self._squares: Tensor | None = None
+
+    def update(self, maps: Tensor) -> None:
+        """Add inputs ``[batch, channels, ...]``, any floating type.
+
+        Raises:
+            NumericsError: If a value is not finite.
+        """
+        if maps.ndim < 2 or maps.shape[1] != self._channels:
+            raise ValueError(f"{self._name}: inputs of {self._channels} channels expected, got {tuple(maps.shape)}.")
+        maps = maps.detach().reshape(len(maps), self._channels, -1)
+        if self._sum is None:
+            self._sum = maps.new_zeros(self._channels, dtype=torch.float64)
+            self._squares = torch.zeros_like(self._sum)
+        for part in maps.split(max(1, _VALUES_AT_ONCE // max(maps[0].numel(), 1))) if len(maps) else ():
+            # Plain sums: float64 loses (mean/deviation)² × 1e-16 of the variance, nothing for float32 activations.
+            part = part.double()
+            self._sum += part.sum((0, 2))
+            self._squares += part.square_().sum((0, 2))
+        if not torch.isfinite(self._sum).all():
+            raise NumericsError(
+                f"{self._name}: every input value must be finite, got NaN or infinity in this layer's activations; "
+                f"check the weights and the preprocessing, or run with runtime=cpu in float32."
+            )
+        self._rows += maps.shape[0] * maps.shape[2]
+
+    def result(self) -> ChannelMoments:
+        """Moments of everything so far.
+
+        Raises:
+            NumericsError: If there was nothing.
+        """
+        if self._rows == 0:
+            raise NumericsError(
+                f"{self._name}: moments need at least one calibration row, got none; raise data.num_samples, or leave "
+                f"the layer alone with exclude=[{self._name}] if the network never runs it."
+            )
+        mean = self._sum / self._rows
+        return ChannelMoments(self._rows, mean, (self._squares / self._rows - mean.square()).clamp_min(0))
+
+
+def output_moments(statistics: Statistics, weight: Tensor, bias: Tensor | None = None) -> ChannelMoments:
+    """Moments of a layer's output in closed form, for a BatchNorm right behind an edited layer: W μ and diag(W Σ Wᵀ).
+
+    Args:
+        statistics: Of the layer's input, in the features of `weight`.
+        weight: ``[outputs, features]``.
+        bias: ``[outputs]`` or None.
+
+    Returns:
+        Moments over the statistics' rows. For a subsample of positions they are estimates.
+    """
+    weight = weight.to(statistics.mean)
+    mean = weight @ statistics.mean
+    if statistics.samples is None:
+        variance = ((weight @ statistics.second_moment) * weight).sum(1) - mean.square()
+    else:
+        outputs = (statistics.samples.double() - statistics.mean) @ weight.T
+        variance = outputs.square().mean(0)
+    return ChannelMoments(statistics.rows, mean if bias is None else mean + bias.to(mean), variance.clamp_min(0))

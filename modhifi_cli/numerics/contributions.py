@@ -1,0 +1,233 @@
+"""What input contributions a_{ci} = w_{ci}ᵀ x_i say about a layer, from its moments: never from the contributions.
+
+`contribution_moments` gives the sums that scores need, at the price of one product W S. `similarity` gives the matrices
+Q_c that compensation needs, for a few outputs at a time. Both take either form of the statistics, centred where the
+consumer is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modhifi_cli.errors import NumericsError
+from modhifi_cli.numerics.moments import second_moment
+from modhifi_cli.records import Consumer, Statistics
+
+# An output with less than this share of the largest output's energy is dead: it scores 0 and casts no vote.
+DEAD_SHARE = 1e-12
+# Bytes of float64 that one step may hold beside the statistics.
+_CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class ContributionMoments:
+    """First look at a layer's contributions (M2), over all components of its input.
+
+    Attributes:
+        name: Layer name, for messages.
+        r: E[y_c a_{ci}], ``[outputs, components]`` float64, output units².
+        d: E[a_{ci}²], ``[outputs, components]`` float64, ≥ 0.
+        e: E[y_c²], ``[outputs]`` float64, ≥ 0.
+    """
+
+    name: str
+    r: Tensor
+    d: Tensor
+    e: Tensor
+
+    @property
+    def alive(self) -> Tensor:
+        """Which outputs carry energy, ``[outputs]`` bool.
+
+        Raises:
+            NumericsError: If none does.
+        """
+        alive = self.e > DEAD_SHARE * self.e.max()
+        if not alive.any():
+            raise NumericsError(
+                f"{self.name}: at least one output must have energy on the calibration data, got {len(self.e)} dead "
+                f"outputs; check the weights and the calibration images, or leave the layer alone with "
+                f"exclude=[{self.name}]."
+            )
+        return alive
+
+
+def contribution_moments(consumer: Consumer) -> ContributionMoments:
+    """Moments of the contributions and the output (M2): r_c = Q_c 1, d_{ci} = (Q_c)_ii, e_c = 1ᵀ Q_c 1.
+
+    From M = E[y xᵀ] = W S and the diagonal blocks of S alone.
+
+    Args:
+        consumer: The layer; all components of its input, not only the group's.
+
+    Returns:
+        Moments, centred where the consumer is. Rounding below zero is cut off.
+
+    Raises:
+        NumericsError: If a weight is not finite.
+    """
+    weight = consumer.weight.double()
+    if not torch.isfinite(weight).all():
+        raise NumericsError(
+            f"{consumer.name}: every weight must be finite, got NaN or infinity; load other weights (model.weights=)."
+        )
+    blocks = weight.view(len(weight), consumer.components, -1)
+    cross = output_moment(consumer, weight).view_as(blocks)
+    r = (cross * blocks).sum(2)
+    d = torch.empty_like(r)
+    by_component = blocks.transpose(0, 1)
+    for part, diagonal in _diagonal_blocks(consumer):
+        d[:, part] = (torch.bmm(by_component[part], diagonal) * by_component[part]).sum(2).T
+    return ContributionMoments(consumer.name, r, d.clamp_min_(0), r.sum(1).clamp_min_(0))
+
+
+def output_moment(consumer: Consumer, weight: Tensor) -> Tensor:
+    """M = E[y xᵀ] = weight · S of a layer with the consumer's input, centred where the consumer is.
+
+    Args:
+        consumer: Gives the moments and whether they are centred.
+        weight: ``[outputs, features]`` float64; the consumer's own, or a change of it.
+
+    Returns:
+        ``[outputs, features]`` float64.
+    """
+    statistics = consumer.statistics
+    if statistics.samples is None:
+        cross = weight @ statistics.second_moment
+        if consumer.centred:
+            cross.addr_(weight @ statistics.mean, statistics.mean, alpha=-1)
+        return cross
+    cross = torch.zeros_like(weight)
+    for rows in _samples(statistics, centred=consumer.centred):
+        cross.addmm_((rows @ weight.T).T, rows, alpha=1 / statistics.rows)
+    return cross
+
+
+def similarity(consumer: Consumer, *, outputs: slice | Tensor = slice(None), kept: Tensor | None = None) -> Tensor:
+    """Component similarity matrices Q_c (M1): (Q_c)_ij = w_{ci}ᵀ S_ij w_{cj} = E[a_{ci} a_{cj}].
+
+    Args:
+        consumer: The layer.
+        outputs: Which outputs c; everything at once takes outputs × components² × 8 bytes.
+        kept: Components to look at, ``[kept]`` int64, or None for all.
+
+    Returns:
+        ``[outputs, kept, kept]`` float64, symmetric, centred where the consumer is.
+    """
+    return SimilarityBlocks(consumer, kept).of(outputs)
+
+
+class SimilarityBlocks:
+    """Q_c restricted to some components, chunk by chunk: prepares S once, then serves any outputs.
+
+    Args:
+        consumer: The layer.
+        kept: Components, ``[kept]`` int64, or None for all.
+    """
+
+    def __init__(self, consumer: Consumer, kept: Tensor | None = None):
+        statistics = consumer.statistics
+        device = statistics.mean.device
+        self.size = consumer.components if kept is None else len(kept)
+        self._per = statistics.features // consumer.components
+        self._rows = statistics.rows
+        chosen = torch.arange(consumer.components, device=device) if kept is None else kept.to(device)
+        # [taps, kept, outputs-last] layouts below put the longest axis innermost, where the machine is fast.
+        blocks = consumer.weight.double().view(len(consumer.weight), consumer.components, self._per)
+        self._weight = blocks.index_select(1, chosen).transpose(1, 2).contiguous()  # [outputs, per, kept]
+        by_tap = (chosen + torch.arange(self._per, device=device)[:, None] * 0) * self._per
+        by_tap = (by_tap + torch.arange(self._per, device=device)[:, None]).flatten()  # tap-major feature order
+        self._samples = None
+        wide = 8 * (self.size * self._per) ** 2 > 2 * _CHUNK_BYTES
+        if statistics.samples is not None and wide:
+            # Fewer rows than features: going through the contributions is cheaper than ever building S.
+            samples = statistics.samples.index_select(1, by_tap).double()
+            if consumer.centred:
+                samples -= statistics.mean.index_select(0, by_tap)
+            # [kept, rows, per]
+            self._samples = samples.view(-1, self._per, self.size).permute(2, 0, 1).contiguous()
+            return
+        if statistics.samples is not None:
+            chosen_statistics = Statistics(
+                statistics.rows,
+                statistics.mean.index_select(0, by_tap),
+                samples=statistics.samples.index_select(1, by_tap),
+            )
+            moment = second_moment(chosen_statistics, centred=consumer.centred)
+        else:
+            moment = statistics.second_moment
+            if kept is not None or self._per > 1:
+                moment = moment.index_select(0, by_tap).index_select(1, by_tap)
+            if consumer.centred:
+                mean = statistics.mean.index_select(0, by_tap)
+                moment = torch.addr(moment, mean, mean, alpha=-1)
+        # [kept i, tap of i, tap of j, kept j]
+        moment = moment.view(self._per, self.size, self._per, self.size)
+        self._moment = moment if self._per == 1 else moment.permute(1, 0, 2, 3).contiguous()
+
+    @property
+    def outputs_per_chunk(self) -> int:
+        """How many outputs keep one chunk of Q within a quarter of a gibibyte."""
+        return max(1, _CHUNK_BYTES // (8 * self.size * max(self.size, 1)))
+
+    def of(self, outputs: slice | Tensor = slice(None)) -> Tensor:
+        """Q_c of the given outputs, ``[outputs, kept, kept]`` float64."""
+        weight = self._weight[outputs]
+        if self._samples is not None:
+            return self._from_samples(weight)
+        if self._per == 1:
+            return self._moment[0, 0] * weight.transpose(1, 2) * weight if self.size else self._empty(weight)
+        result = self._empty(weight)
+        step = max(1, 2**18 // (self.size * self._per))  # one product stays in the cache until it is summed
+        for part in range(0, len(weight), step):
+            some = weight[part : part + step]
+            flat = some.flatten(1)
+            for row in range(self.size):
+                # Σ over the taps of i, then of j: [outputs, taps of i] @ [taps of i, taps of j × kept j].
+                product = some[:, :, row] @ self._moment[row].view(self._per, -1)
+                product.mul_(flat)
+                torch.sum(product.view(len(some), self._per, self.size), 1, out=result[part : part + step, row])
+        return result
+
+    def _empty(self, weight: Tensor) -> Tensor:
+        return weight.new_empty(len(weight), self.size, self.size)
+
+    def _from_samples(self, weight: Tensor) -> Tensor:
+        result = self._empty(weight)
+        # Contributions of a few outputs at a time: [kept, rows, outputs] is 8 × kept × rows bytes an output.
+        step = max(1, _CHUNK_BYTES // (8 * self._samples.shape[0] * self._samples.shape[1]))
+        for part in range(0, len(weight), step):
+            some = weight[part : part + step]
+            parts = torch.bmm(self._samples, some.permute(2, 1, 0)).permute(2, 0, 1)
+            torch.bmm(parts, parts.transpose(1, 2), out=result[part : part + step])
+        return result.div_(self._rows)
+
+
+def _diagonal_blocks(consumer: Consumer) -> Iterator[tuple[slice, Tensor]]:
+    # S_ii of a run of components at a time: [components, features per component, features per component].
+    statistics, components = consumer.statistics, consumer.components
+    per = statistics.features // components
+    means = statistics.mean.view(components, per)
+    if statistics.samples is None:
+        diagonal = statistics.second_moment.view(components, per, components, per).diagonal(dim1=0, dim2=2)
+        diagonal = diagonal.permute(2, 0, 1)
+        if consumer.centred:
+            diagonal = diagonal - means[:, :, None] * means[:, None, :]
+        yield slice(0, components), diagonal
+        return
+    step = max(1, _CHUNK_BYTES // (8 * per * (statistics.samples.shape[0] + per)))
+    for start in range(0, components, step):
+        part = slice(start, min(start + step, components))
+        rows = statistics.samples[:, part.start * per : part.stop * per].double()
+        if consumer.centred:
+            rows -= statistics.mean[part.start * per : part.stop * per]
+        by_component = rows.view(len(rows), -1, per).transpose(0, 1)
+        yield part, torch.bmm(by_component.transpose(1, 2), by_component) / statistics.rows
+
+
+def _samples(statistics: Statistics, *, centred: bool) -> Iterator[Tensor]:
+    step = max(1, _CHUNK_BYTES // (8 * statistics.features))
+    for rows in statistics.samples.split(step):
+        yield rows.double() - statistics.mean if centred else rows.double()

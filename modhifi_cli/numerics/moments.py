@@ -1,0 +1,404 @@
+"""Streaming first and second moments of a layer's input rows: exact, float64, in bounded memory.
+
+`RowMoments` takes rows, `ConvMoments` takes maps and knows the two cheap cases: a pointwise conv needs no unfold, and
+a stride-1 conv shares one correlation between all pairs of taps at the same offset. Products are float32 of the
+inputs' rows, their sums float64, so the split into batches does not matter beyond float32 rounding of one product.
+"""
+
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from modhifi_cli.errors import NumericsError, UnsupportedModelError
+from modhifi_cli.numerics.linalg import add_gram_, mirror_upper_
+from modhifi_cli.numerics.rows import Window, draw_positions, rows_at, unfold_columns
+from modhifi_cli.records import Statistics
+
+# Bytes of one unfolded or laid-out chunk: enough rows for a fast product, small beside the activations themselves.
+_CHUNK_BYTES = 96 * 2**20
+
+
+class RowMoments:
+    """Moments of rows that come in any number of batches.
+
+    As long as there are no more rows than features the rows themselves are kept, so that a wide linear layer behind
+    a flatten (25,088 features) never builds S.
+
+    Args:
+        features: Features of a row.
+        name: Layer name, for messages.
+    """
+
+    def __init__(self, features: int, *, name: str = "layer"):
+        self._features = features
+        self._name = name
+        self._rows = 0
+        self._sum: Tensor | None = None
+        self._gram: Tensor | None = None
+        self._samples: list[Tensor] = []
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows ``[rows, features]`` (any floating type and strides; they are copied where they are kept).
+
+        Raises:
+            NumericsError: If a value is not finite.
+        """
+        if rows.ndim != 2 or rows.shape[1] != self._features:
+            raise ValueError(f"{self._name}: rows of {self._features} features expected, got {tuple(rows.shape)}.")
+        self._add(rows.detach().T)
+
+    def result(self) -> Statistics:
+        """Moments of all rows so far; more may be added afterwards.
+
+        Raises:
+            NumericsError: If there was no row.
+        """
+        _refuse_empty(self._rows, self._name)
+        mean = self._sum / self._rows
+        if self._gram is None:
+            return Statistics(rows=self._rows, mean=mean, samples=torch.cat(self._samples))
+        return Statistics(rows=self._rows, mean=mean, second_moment=mirror_upper_(self._gram / self._rows))
+
+    def _add(self, columns: Tensor) -> None:
+        count = columns.shape[1]
+        if count == 0:
+            return
+        columns = columns.to(torch.float32)
+        sums = columns.sum(1).double()
+        _refuse_not_finite(sums, self._name)
+        self._sum = sums if self._sum is None else self._sum.add_(sums)
+        self._rows += count
+        if self._gram is None and self._rows <= self._features:
+            # A copy: the next layer may overwrite its input in place (ReLU(inplace=True)).
+            self._samples.append(columns.T.clone(memory_format=torch.contiguous_format))
+            return
+        if self._gram is None:
+            self._gram = columns.new_zeros(self._features, self._features, dtype=torch.float64)
+            for samples in self._samples:
+                add_gram_(self._gram, samples.T)
+            self._samples = []
+        add_gram_(self._gram, columns)
+
+
+class ConvMoments:
+    """Moments of the im2col rows of a convolution's input, from its maps.
+
+    Three ways, all giving the same numbers:
+
+    - a pointwise conv takes the strided pixels as rows;
+    - stride 1, dilation 1, an odd square kernel and "same" padding sum one correlation per *offset between taps*
+      (13 for 3 × 3, where im2col has 81 blocks) and take the few border rows and columns off again, exactly;
+    - anything else, or a subsample of positions, is unfolded in chunks.
+
+    Args:
+        channels: Input channels.
+        kernel_size: Int or pair; likewise `stride`, `padding` (also ``"same"``, ``"valid"``) and `dilation`.
+        padding_mode: The conv's; only ``"zeros"`` is known.
+        positions_per_image: Take this many random positions of each image instead of all.
+        generator: Seeded CPU generator for the positions.
+        name: Layer name, for messages.
+
+    Raises:
+        UnsupportedModelError: If the padding is not with zeros, or cannot be written as zeros on both sides.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        *,
+        padding_mode: str = "zeros",
+        positions_per_image: int | None = None,
+        generator: torch.Generator | None = None,
+        name: str = "layer",
+    ):
+        if padding_mode != "zeros":
+            raise UnsupportedModelError(
+                f"{name}: convolutions are known with padding_mode='zeros', got '{padding_mode}': "
+                f"leave the layer alone with exclude=[{name}]."
+            )
+        if positions_per_image is not None and generator is None:
+            raise ValueError(f"{name}: positions_per_image needs a seeded generator.")
+        self._channels = channels
+        self._window = Window.of(kernel_size, stride, padding, dilation)
+        self._positions = positions_per_image
+        self._generator = generator
+        self._name = name
+        self._rows = RowMoments(channels * self._window.taps, name=name)
+        self._shared = None
+        if positions_per_image is None and _shares_taps(self._window):
+            self._shared = _SharedTapMoments(channels, self._window.kernel_size[0], name=name)
+
+    def update(self, maps: Tensor) -> None:
+        """Add the rows of input maps ``[batch, channels, height, width]``, any floating type.
+
+        Raises:
+            NumericsError: If a value is not finite.
+        """
+        if maps.ndim != 4 or maps.shape[1] != self._channels:
+            raise ValueError(f"{self._name}: maps of {self._channels} channels expected, got {tuple(maps.shape)}.")
+        maps = maps.detach().to(torch.float32)
+        if self._shared is not None:
+            self._shared.update(maps)
+        elif self._positions is not None:
+            self._update_sampled(maps)
+        elif self._window.taps == 1 and self._window.padding == (0, 0):
+            down, across = self._window.stride
+            # `permute` first: the copy then moves whole lines of pixels.
+            self._rows._add(maps[:, :, ::down, ::across].permute(1, 0, 2, 3).reshape(self._channels, -1))
+        else:
+            positions = self._positions_of(maps)
+            for part in _split(maps, values_per_image=self._channels * self._window.taps * positions):
+                self._rows._add(unfold_columns(part, self._window))
+
+    def result(self) -> Statistics:
+        """Moments of all rows so far, features component-major (channel × taps + tap).
+
+        Raises:
+            NumericsError: If there was no row.
+        """
+        return self._rows.result() if self._shared is None else self._shared.result()
+
+    def _update_sampled(self, maps: Tensor) -> None:
+        window = self._window
+        positions = self._positions_of(maps)
+        count = min(self._positions, positions)
+        for part in _split(maps, values_per_image=2 * self._channels * window.taps * count):
+            drawn = draw_positions(len(part), positions, count, generator=self._generator)
+            rows = rows_at(
+                part,
+                drawn,
+                kernel_size=window.kernel_size,
+                stride=window.stride,
+                padding=window.padding,
+                dilation=window.dilation,
+            )
+            self._rows.update(rows)
+
+    def _positions_of(self, maps: Tensor) -> int:
+        down, across = self._window.output_size(*maps.shape[2:])
+        return down * across
+
+
+class _SharedTapMoments:
+    """Second moment of a stride-1 "same" convolution's rows from correlations shared between taps.
+
+    With taps t = (a, b) and t', channels i and j, and x zero outside the image,
+
+        rows · S[(i,t),(j,t')] = Σ_q x_i(q + t) x_j(q + t'),    q over the output positions.
+
+    Summed over *all* q this depends on the offset t' − t alone: R_d(i, j) = Σ_u x_i(u) x_j(u + d), and R_{−d} = R_dᵀ.
+    The positions q that lie outside the image (above or below it, left or right of it) are then taken off: outside rows
+    plus outside columns less the corners, which are in both. Only taps that reach back into the image count there.
+    """
+
+    def __init__(self, channels: int, kernel: int, *, name: str):
+        self._channels = channels
+        self._kernel = kernel
+        self._radius = kernel // 2
+        self._name = name
+        self._rows = 0
+        self._sum: Tensor | None = None  # [channels, kernel, kernel]
+        self._correlations: Tensor | None = None  # [down, across + kernel − 1, channels, channels]
+        self._above_below: dict[tuple[int, int, int], Tensor] = {}  # (a, a', across) → [channels, channels]
+        self._left_right: dict[tuple[int, int, int], Tensor] = {}  # (b, b', down) → [channels, channels]
+        self._corners: dict[tuple[int, int, int, int], Tensor] = {}  # (a, b, a', b') → [channels, channels]
+
+    def update(self, maps: Tensor) -> None:
+        batch, channels, height, width = maps.shape
+        if batch == 0:
+            return
+        if self._sum is None:
+            shape = (self._kernel, 2 * self._kernel - 1, channels, channels)
+            self._correlations = maps.new_zeros(shape, dtype=torch.float64)
+            self._sum = maps.new_zeros((channels, self._kernel, self._kernel), dtype=torch.float64)
+        self._add_sums(maps.sum(0).double())
+        self._rows += batch * height * width
+        for part in _split(maps, values_per_image=channels * height * (width + self._kernel - 1)):
+            self._add_correlations(part)
+        self._add_outside_lines(maps, self._above_below)
+        self._add_outside_lines(maps.transpose(2, 3), self._left_right)
+        self._add_corners(maps)
+
+    def result(self) -> Statistics:
+        _refuse_empty(self._rows, self._name)
+        kernel, channels = self._kernel, self._channels
+        taps = [(a, b) for a in range(kernel) for b in range(kernel)]
+        moment = self._sum.new_empty(channels, len(taps), channels, len(taps))
+        for (one, (a, b)), (two, (c, d)) in combinations_with_replacement(enumerate(taps), 2):
+            # taps are ordered, so the offset (c − a, d − b) is always in the half plane that was summed.
+            block = self._correlations[c - a, d - b + kernel - 1] / self._rows
+            outside = (
+                (self._line(self._above_below, a, c, d - b), -1),
+                (self._line(self._left_right, b, d, c - a), -1),
+                (self._corners.get((a, b, c, d)), 1),
+            )
+            for part, sign in outside:
+                if part is not None:
+                    block.add_(part, alpha=sign / self._rows)
+            if one == two:
+                block = (block + block.T) / 2
+            moment[:, one, :, two] = block
+            moment[:, two, :, one] = block.T
+        features = channels * len(taps)
+        mean = self._sum.flatten() / self._rows
+        return Statistics(rows=self._rows, mean=mean, second_moment=moment.view(features, features))
+
+    def _add_sums(self, total: Tensor) -> None:
+        # total: [channels, height, width], summed over the batch.
+        _refuse_not_finite(total, self._name)
+        height, width = total.shape[1:]
+        lines = torch.stack([total[:, rows].sum(1) for rows in self._reach(height)], 1)
+        self._sum += torch.stack([lines[:, :, columns].sum(2) for columns in self._reach(width)], 2)
+
+    def _reach(self, size: int) -> list[slice]:
+        # The pixels that tap a sees over all output positions: q + a − radius for q in 0 … size − 1, inside the image.
+        shifts = [tap - self._radius for tap in range(self._kernel)]
+        return [slice(min(max(shift, 0), size), max(size + min(shift, 0), 0)) for shift in shifts]
+
+    def _add_correlations(self, maps: Tensor) -> None:
+        batch, channels, height, width = maps.shape
+        spare = self._kernel - 1
+        if maps.device.type == "cpu" and channels <= 64:
+            # The correlation is the weight gradient of a convolution of the maps with themselves. oneDNN does it without
+            # the layout below and beats thin matrix products by about 1.5 (scripts/bench_numerics.py).
+            padded = functional.pad(maps, (spare, spare, 0, spare))
+            shape = (channels, channels, self._kernel, 2 * self._kernel - 1)
+            summed = torch.nn.grad.conv2d_weight(padded, shape, maps)
+            self._correlations.add_(summed.permute(2, 3, 0, 1))
+            return
+        # [channels, height, batch, width + spare]: a shift in the image is a shift of columns. The spare zeros stop it from
+        # running into the next line, and a shift beyond the last row runs off the end, so it needs no zeros at all.
+        lines = maps.new_zeros(channels, height, batch, width + spare)
+        lines[..., :width] = maps.permute(1, 2, 0, 3)
+        lines = lines.view(channels, -1)
+        length = lines.shape[1]
+        for down in range(min(self._kernel, height)):
+            for across in range(-spare if down else 0, self._kernel):
+                shift = down * batch * (width + spare) + across
+                product = lines[:, : length - shift] @ lines[:, shift:].T
+                self._correlations[down, across + spare].add_(product)
+
+    def _add_outside_lines(self, maps: Tensor, table: dict) -> None:
+        # For output positions q on the lines above and below the image, whole lines including their ends.
+        height, radius, kernel = maps.shape[2], self._radius, self._kernel
+        for q in (*range(-radius, 0), *range(height, height + radius)):
+            reach = [tap for tap in range(kernel) if 0 <= q + tap - radius < height]
+            lines = {tap: self._line_of(maps[:, :, q + tap - radius]) for tap in reach}
+            for one, two in combinations_with_replacement(reach, 2):
+                for shift in range(0 if one == two else 1 - kernel, kernel):
+                    left, right = lines[one], lines[two]
+                    length = left.shape[1]
+                    left = left[:, max(-shift, 0) : length - max(shift, 0)]
+                    right = right[:, max(shift, 0) : length - max(-shift, 0)]
+                    _accumulate(table, (one, two, shift), left @ right.T)
+
+    def _line_of(self, line: Tensor) -> Tensor:
+        # [batch, channels, width] → [channels, batch × (width + kernel − 1)], the spare columns zero.
+        return functional.pad(line, (0, self._kernel - 1)).transpose(0, 1).reshape(self._channels, -1)
+
+    def _add_corners(self, maps: Tensor) -> None:
+        radius, kernel = self._radius, self._kernel
+        height, width = maps.shape[2:]
+        for down in (*range(-radius, 0), *range(height, height + radius)):
+            for across in (*range(-radius, 0), *range(width, width + radius)):
+                reach = [
+                    (a, b)
+                    for a in range(kernel)
+                    for b in range(kernel)
+                    if 0 <= down + a - radius < height and 0 <= across + b - radius < width
+                ]
+                pixels = {(a, b): maps[:, :, down + a - radius, across + b - radius] for a, b in reach}
+                for one, two in combinations_with_replacement(reach, 2):
+                    _accumulate(self._corners, (*one, *two), pixels[one].T @ pixels[two])
+
+    @staticmethod
+    def _line(table: dict, one: int, two: int, shift: int) -> Tensor | None:
+        # Lines are stored for one ≤ two, and for shift ≥ 0 where they are equal; the other half is the transpose.
+        if one < two or (one == two and shift >= 0):
+            return table.get((one, two, shift))
+        stored = table.get((two, one, -shift))
+        return None if stored is None else stored.T
+
+
+def second_moment(statistics: Statistics, *, centred: bool) -> Tensor:
+    """S, or its centred form S − μμᵀ, from whichever form the statistics hold.
+
+    Args:
+        statistics: Moments of a layer's rows.
+        centred: Whether to take off μμᵀ.
+
+    Returns:
+        ``[features, features]`` float64, symmetric, input units². The stored tensor itself where nothing is to be done.
+    """
+    if statistics.samples is not None:
+        samples = statistics.samples.double()
+        if centred:
+            samples = samples - statistics.mean
+        return samples.T @ samples / statistics.rows
+    if not centred:
+        return statistics.second_moment
+    return torch.addr(statistics.second_moment, statistics.mean, statistics.mean, alpha=-1)
+
+
+def reorder(statistics: Statistics, features: Tensor) -> Statistics:
+    """The moments of chosen features, in the order given (a permutation, or a selection).
+
+    Args:
+        statistics: Moments of a layer's rows.
+        features: Feature indices, ``[chosen]`` int64.
+
+    Returns:
+        Moments over the same rows, in the same form.
+    """
+    features = features.to(statistics.mean.device)
+    moment, samples = statistics.second_moment, statistics.samples
+    if moment is not None:
+        moment = moment.index_select(0, features).index_select(1, features)
+    else:
+        samples = samples.index_select(1, features)
+    return Statistics(statistics.rows, statistics.mean.index_select(0, features), moment, samples)
+
+
+def _shares_taps(window: Window) -> bool:
+    kernel = window.kernel_size[0]
+    return (
+        window.kernel_size == (kernel, kernel)
+        and kernel % 2 == 1
+        and kernel > 1
+        and window.stride == (1, 1)
+        and window.dilation == (1, 1)
+        and window.padding == (kernel // 2, kernel // 2)
+    )
+
+
+def _split(maps: Tensor, *, values_per_image: int) -> tuple[Tensor, ...]:
+    return maps.split(max(1, _CHUNK_BYTES // (4 * max(values_per_image, 1))))
+
+
+def _accumulate(table: dict, key: tuple, product: Tensor) -> None:
+    if key in table:
+        table[key].add_(product)
+    else:
+        table[key] = product.double()
+
+
+def _refuse_not_finite(sums: Tensor, name: str) -> None:
+    if not torch.isfinite(sums).all():
+        raise NumericsError(
+            f"{name}: every input value must be finite, got NaN or infinity in this layer's activations; check the "
+            f"weights and the preprocessing, or run with runtime=cpu in float32."
+        )
+
+
+def _refuse_empty(rows: int, name: str) -> None:
+    if rows == 0:
+        raise NumericsError(
+            f"{name}: moments need at least one calibration row, got none; raise data.num_samples, or leave the layer "
+            f"alone with exclude=[{name}] if the network never runs it."
+        )
