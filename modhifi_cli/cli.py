@@ -1,0 +1,184 @@
+"""The command line: takes the verb, hands the rest to the settings, turns errors into one sentence and an exit code.
+
+Nothing heavy is imported before a verb starts its work, so that help answers at once.
+"""
+
+import gc
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modhifi_cli import config
+from modhifi_cli.errors import ConfigError, ModHiFiError, nearest
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+_FLAGS = frozenset(
+    "-m --multirun -c --cfg -p --package --resolve --info -i -cd --config-dir --hydra-help --run -r --version".split()
+)
+_FLAGS_WITH_VALUE = frozenset("-c --cfg -p --package -cd --config-dir --info -i".split())
+
+_outcome: list[BaseException] = []  # what ended the job; Hydra would print a text of its own if it saw the exception
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Words after ``modhifi``; None takes them from the process.
+
+    Returns:
+        Exit code: 0 done, 2 something the user can mend, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except ModHiFiError as error:
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted. {interrupt}".strip(), file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output (head, less) left early
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(config.main_help())
+        return 0
+    if words[0] == "--version":
+        from modhifi_cli import __version__
+
+        print(__version__)
+        return 0
+    verb, rest = words[0], words[1:]
+    known = [*config.verbs(), "list"]
+    if verb not in known:
+        raise ConfigError(f"there is no verb '{verb}'; {nearest(verb, known)} (modhifi --help)")
+    if any(word in ("-h", "--help") for word in rest):
+        print(_list_help() if verb == "list" else config.verb_help(verb))
+        return 0
+    _check_words(verb, rest)
+    if verb == "list":
+        return _list(rest)
+    sweeping = "-m" in rest or "--multirun" in rest
+    overrides = [word for word in rest if "=" in word]
+    if sweeping and verb not in ("prune", "evaluate"):
+        raise ConfigError(f"modhifi {verb} runs once; -m is for prune and evaluate.")
+    if sweeping:
+        return _sweep(verb, rest, overrides)
+    _outcome.clear()
+    config.run_hydra(verb, rest, job)
+    if _outcome:
+        raise _outcome.pop()
+    return 0
+
+
+def _sweep(verb: str, rest: Sequence[str], overrides: Sequence[str]) -> int:
+    """A sweep in a folder that its overrides name, so that the same command finds its finished jobs again."""
+    from modhifi_cli import pipeline
+
+    given = dict(word.partition("=")[::2] for word in overrides)
+    named = [word for word in overrides if not word.startswith(("hydra", "console", "output_dir="))]
+    folder = Path(given.get("output_dir", "outputs").strip("'\"")) / "sweeps" / config.slug([verb, *named])
+    pipeline.begin_sweep(folder)
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    config.run_hydra(verb, [*rest, f"hydra.sweep.dir='{quoted}'"], job)
+    return USER_ERROR if pipeline.summarise_sweep(folder, given.get("console", "rich")) else 0
+
+
+def job(composed: Any) -> None:
+    """One job, called by Hydra with its config object; a parallel launcher calls it in another process.
+
+    In a sweep a failure is written to the job's record and the sweep goes on; otherwise `main` reports it.
+    """
+    from modhifi_cli import pipeline
+
+    facts = config.job_facts()
+    if facts["sweep"] is not None:
+        pipeline.run_sweep_job(composed, facts)
+        _release_memory()
+        return
+    try:
+        pipeline.run(facts["verb"], config.settings(facts["verb"], composed), facts)
+    except Exception as error:
+        _outcome.append(error)
+
+
+def _check_words(verb: str, words: Sequence[str]) -> None:
+    """Settings are `key=value`; anything else is refused here in words that a person understands."""
+    expects_value = False
+    for word in words:
+        if expects_value:
+            expects_value = False
+        elif word in _FLAGS:
+            expects_value = word in _FLAGS_WITH_VALUE
+        elif word.startswith("--") and "=" in word and word.partition("=")[0] in _FLAGS_WITH_VALUE:
+            pass
+        elif word.startswith("--"):
+            key, _, value = word[2:].partition("=")
+            raise ConfigError(
+                f"there is no option '{word}'; settings are written key=value without dashes, "
+                f"such as {key.replace('-', '_')}={value or 'VALUE'} (modhifi {verb} --help)."
+            )
+        elif word.startswith("-"):
+            raise ConfigError(f"there is no option '{word}'; settings are written key=value (modhifi {verb} --help).")
+        elif "=" not in word and not word.startswith("~"):
+            raise ConfigError(f"'{word}' is no setting; settings are written key=value (modhifi {verb} --help).")
+
+
+def _list_help() -> str:
+    return "modhifi list [group=NAME]\n\nShow the choices of every config group, or of one with the command for each."
+
+
+def _list(words: Sequence[str]) -> int:
+    """`modhifi list [group=NAME]`, from the files alone."""
+    groups = config.groups()
+    wanted = None
+    style = "plain"
+    for word in words:
+        key, _, value = word.partition("=")
+        if key == "group":
+            wanted = value
+        elif key == "console":
+            style = value
+        else:
+            raise ConfigError(f"modhifi list has no key '{key}'; {nearest(key, ['group', 'console'])}")
+    if style not in ("rich", "plain", "json"):
+        raise ConfigError(f"console must be rich, plain or json; got {style!r}.")
+    if wanted is not None and wanted not in groups:
+        raise ConfigError(f"there is no group '{wanted}'; {nearest(wanted, groups)}")
+    if style == "json":
+        import json
+
+        print(json.dumps({name: list(choices) for name, choices in groups.items() if wanted in (None, name)}))
+        return 0
+    for name, choices in groups.items():
+        if wanted in (None, name):
+            print(f"{name}:")
+            for choice in choices:
+                description, _ = config.header(config.config_directory() / name / f"{choice}.yaml")
+                print(f"  {choice:<18} {_short(description) if wanted is None else description}")
+    return 0
+
+
+def _short(text: str, width: int = 100) -> str:
+    first = text.split(". ")[0].rstrip(".")
+    return first if len(first) <= width else first[: width - 1] + "…"
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _release_memory() -> None:
+    """Between the jobs of a sweep: nothing of one job may stay in the memory of the next."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,508 @@
+"""Settings: YAML files and `key=value` overrides become plain, checked values. The only file that knows Hydra.
+
+Everything that can be known to be wrong before any work is found here: unknown keys and choices, missing values, wrong
+types and ranges, and every `_target_`, whose arguments are bound to its signature at the start (under `_partial_` a
+misspelt argument would otherwise fail only after the statistics were gathered). Hydra is imported inside functions so
+that help answers at once.
+"""
+
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modhifi_cli.errors import ConfigError, nearest
+
+PACKAGE = "modhifi_cli."
+
+# Arguments that are not settings: they come into being during the run and are passed when a `_partial_` is called.
+_GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
+    "data": ("preprocess", "labelled"),
+    "evaluation_data": ("preprocess", "labelled"),
+    "evaluation": (
+        "models", "evaluation_data", "calibration_data", "example", "device", "batch_size", "progress",
+    ),
+    "export": ("model", "example", "path"),
+    "schedule": ("sparsity",),
+}  # fmt: skip
+
+# Keys that hold one number or name, with what they must be. Keys of a `_target_` are the business of its function.
+_NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "sparsity": ("a number with 0 <= sparsity < 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "round_to": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
+    "tolerance": ("a number above 0", lambda v: _is_number(v) and v > 0),
+    "batchnorm": ("reestimate or stored", lambda v: v in ("reestimate", "stored")),
+    "exclude": ("a list of module names, such as [layer4,fc]", lambda v: _is_names(v)),
+    "runtime.device": (
+        "cpu, cuda or cuda:N", lambda v: isinstance(v, str) and re.fullmatch(r"cpu|cuda(:\d+)?", v) is not None,
+    ),
+    "runtime.dtype": ("float32 or float64", lambda v: v in ("float32", "float64")),
+    "runtime.threads": ("a whole number from 1, or null", lambda v: v is None or (_is_int(v) and v >= 1)),
+    "runtime.batch_size": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
+    "runtime.seed": ("a whole number from 0", lambda v: _is_int(v) and v >= 0),
+    "console.style": ("rich, plain or json", lambda v: v in ("rich", "plain", "json")),
+    "target.name": ("params, flops or components", lambda v: v in ("params", "flops", "components")),
+    "schedule.iterations": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
+    "output_dir": ("a folder", lambda v: isinstance(v, str) and v != ""),
+    "run": ("a run folder, or null", lambda v: v is None or isinstance(v, str)),
+    "resume": ("the folder of an interrupted run, or null", lambda v: v is None or isinstance(v, str)),
+}  # fmt: skip
+
+
+def config_directory() -> Path:
+    """Folder with the YAMLs: inside the installed package, or at the top of a source tree."""
+    installed = Path(__file__).resolve().parent / "configs"
+    return installed if installed.is_dir() else installed.parent.parent / "configs"
+
+
+def verbs() -> tuple[str, ...]:
+    """Verbs that have a YAML of their own, sorted. `list` needs none."""
+    return tuple(sorted(path.stem for path in config_directory().glob("*.yaml") if path.stem != "base"))
+
+
+def groups() -> dict[str, tuple[str, ...]]:
+    """Config groups and their choices, both sorted; read from the folders alone."""
+    root = config_directory()
+    found: dict[str, tuple[str, ...]] = {}
+    for folder in sorted(path for path in root.rglob("*") if path.is_dir()):
+        choices = tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+        if choices:
+            found[folder.relative_to(root).as_posix()] = choices
+    return found
+
+
+def header(path: Path) -> tuple[str, list[str]]:
+    """What a YAML says about itself in its leading comment: the description, and the example commands."""
+    description, commands = [], []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line[1:].strip()
+        if text.startswith("modhifi "):
+            commands.append(text)
+        elif not text.startswith("@package"):
+            description.append(text)
+    return " ".join(description), commands
+
+
+def verb_help(verb: str) -> str:
+    """Text for `modhifi VERB --help`: what it does, examples, keys with their meaning and the groups with choices."""
+    path = config_directory() / f"{verb}.yaml"
+    description, commands = header(path)
+    lines = [f"modhifi {verb} [key=value ...]", "", description, ""]
+    if commands:
+        lines += ["Examples:", *(f"  {command}" for command in commands), ""]
+    own, chosen = _read_verb(path)
+    base_own, base_chosen = _read_verb(config_directory() / "base.yaml")
+    if own | base_own:
+        lines.append("Keys (default, meaning):")
+        lines += [f"  {key}={value}".ljust(26) + f"  {meaning}" for key, (value, meaning) in (own | base_own).items()]
+        lines.append("")
+    known = groups()
+    lines.append("Groups (default; choices; the keys of a choice are set as group.key=value):")
+    for group, default in (chosen | base_chosen).items():
+        lines.append(f"  {group}={default}".ljust(26) + "  " + ", ".join(known.get(group, ())))
+    lines += [
+        "",
+        f"modhifi {verb} --cfg job [key=value ...]  shows every key that would be used;  modhifi list  explains the choices;",
+        "-m runs every combination of values given with commas; + before a key adds one that the YAML does not have.",
+    ]
+    return "\n".join(lines)
+
+
+def main_help() -> str:
+    """Text for `modhifi --help`."""
+    lines = [
+        "modhifi VERB [key=value ...]",
+        "",
+        "Makes a trained network smaller and faster from unlabelled images alone.",
+        "",
+        "Verbs (modhifi VERB --help teaches its keys):",
+    ]
+    for verb in verbs():
+        lines.append(f"  {verb:<10}" + header(config_directory() / f"{verb}.yaml")[0])
+    lines.append(f"  {'list':<10}Show the choices of every config group, or of one: modhifi list group=model")
+    lines += ["", "Start with:  modhifi prune", "Then:        modhifi prune model=resnet50 data=folder data.path=IMAGES"]
+    return "\n".join(lines)
+
+
+def compose(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Checked plain settings of a verb, without running anything.
+
+    Args:
+        verb: Name of a YAML in the config folder.
+        overrides: `key=value` strings in Hydra's grammar.
+
+    Returns:
+        Nested plain values, as `settings` returns them.
+
+    Raises:
+        ConfigError: If anything is unknown, missing, of the wrong type or out of range.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3", job_name="modhifi"):
+        try:
+            composed = hydra.compose(verb, list(overrides), return_hydra_config=True)
+        except Exception as error:
+            raise explain(error, verb, overrides) from error
+        HydraConfig.instance().set_config(composed)
+        from omegaconf import open_dict
+
+        with open_dict(composed):
+            del composed["hydra"]
+        return settings(verb, composed)
+
+
+def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], None]) -> None:
+    """Give the rest of the command line to Hydra, which composes the settings and calls `job` with them.
+
+    Args:
+        verb: Name of the verb's YAML.
+        overrides: Everything after the verb: overrides and Hydra's own flags (``-m``, ``--cfg job``, ``--info``).
+        job: A function of a module (a parallel launcher pickles it), called once per job with Hydra's config object.
+
+    Raises:
+        ConfigError: Instead of Hydra's own errors.
+    """
+    import os
+    import sys
+
+    import hydra
+
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["modhifi", *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a text of its own and exits 1 before we can explain
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=verb)(job)()
+    except Exception as error:
+        if not _is_hydra_error(error):
+            raise
+        raise explain(error, verb, overrides) from error
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def job_facts() -> dict[str, Any]:
+    """Where a job stands, from Hydra: ``verb``, ``overrides`` (its own), ``sweep`` (the sweep's folder or None),
+    ``number`` in the sweep, ``parallel`` (whether jobs run side by side)."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    known = HydraConfig.get()
+    sweeping = known.mode == RunMode.MULTIRUN
+    return {
+        "verb": known.job.config_name,
+        "overrides": [text for text in known.overrides.task],
+        "sweep": str(known.sweep.dir) if sweeping else None,
+        "number": int(known.job.num) if sweeping else 0,
+        "parallel": sweeping and known.runtime.choices.get("hydra/launcher", "basic") != "basic",
+    }
+
+
+def settings(verb: str, composed: Any) -> dict[str, Any]:
+    """Plain, checked values from a composed config.
+
+    Args:
+        verb: The verb, for messages and the keys it knows.
+        composed: Hydra's config object of the job.
+
+    Returns:
+        Nested dictionaries, lists, strings, numbers and None. A group that was left out (``evaluation=[]``) is an empty
+        dictionary; `evaluation_data` is None where there is none.
+
+    Raises:
+        ConfigError: One sentence about the first thing that is wrong.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"modhifi {verb}: {', '.join(missing)} must be given, e.g. {missing[0]}=VALUE.")
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"modhifi {verb}: {_first_line(error)}") from error
+    assert isinstance(plain, dict)
+    known = _top_level_keys(verb)
+    for key in plain:
+        if key not in known:
+            raise ConfigError(f"modhifi {verb} has no key '{key}': {nearest(key, known)}")
+    for absent in ("evaluation", "export"):
+        if absent in known:
+            plain[absent] = plain.get(absent) or {}
+    for key in ("preset", "experiment"):
+        plain.pop(key, None)
+    if "evaluation_data" in known:
+        plain.setdefault("evaluation_data", None)  # evaluation_data=none leaves nothing behind
+    _resolve_auto_data(plain)
+    for key, (expected, fits) in _NUMBERS.items():
+        value = _select(plain, key)
+        if value is not _ABSENT and not fits(value):
+            raise ConfigError(f"{key} must be {expected}; got {value!r}.")
+    _check_targets(plain)
+    return plain
+
+
+def build(node: Mapping[str, Any], **given: Any) -> Any:
+    """The object or function that a node's `_target_` names, with the node's keys as arguments.
+
+    Args:
+        node: A plain mapping with ``_target_`` and perhaps ``_partial_: true``.
+        given: Further arguments.
+
+    Returns:
+        The target's result, or with ``_partial_`` a function that still takes the arguments given later.
+    """
+    target = _locate(str(node["_target_"]), "")
+    arguments = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")} | given
+    return functools.partial(target, **arguments) if node.get("_partial_") else target(**arguments)
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Settings in which two runs differ, as ``"sparsity (0.4 here, 0.5 there)"``, sorted by key."""
+    flat_ours, flat_theirs = dict(_flatten(ours)), dict(_flatten(theirs))
+    keys = sorted(flat_ours.keys() | flat_theirs.keys())
+    return [
+        f"{key} ({flat_ours.get(key, 'absent')!r} here, {flat_theirs.get(key, 'absent')!r} there)"
+        for key in keys
+        if flat_ours.get(key, _ABSENT) != flat_theirs.get(key, _ABSENT)
+    ]
+
+
+def to_yaml(plain: Mapping[str, Any]) -> str:
+    """Plain settings as YAML text."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
+
+
+def from_yaml(text: str) -> dict[str, Any]:
+    """Plain settings from YAML text.
+
+    Raises:
+        ConfigError: If the text is no YAML mapping.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:
+        raise ConfigError(f"not a readable YAML mapping: {_first_line(error)}") from error
+    if not isinstance(plain, dict):
+        raise ConfigError("not a YAML mapping.")
+    return plain
+
+
+def slug(overrides: Iterable[str], *, limit: int = 80) -> str:
+    """A folder name from overrides, always the same for the same overrides: ``model-resnet50_sparsity-0.4``.
+
+    Hydra's grammar cannot take a bare ``=``, comma, bracket or space in a value, and the name will be a value
+    (``verify run=DIR``), so none of them is in it. A long or altered name ends in a hash so that two do not meet.
+    """
+    import hashlib
+
+    texts = sorted(overrides)
+    readable = "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") for text in texts) or "default"
+    exact = "_".join(text.replace("=", "-", 1) for text in texts) or "default"
+    if readable == exact and len(readable) <= limit:
+        return readable
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
+    return f"{readable[:limit].rstrip('-._')}_{digest}"
+
+
+def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
+    """One sentence of ours in place of an error of Hydra or OmegaConf; other errors are returned as they are."""
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+
+    if not _is_hydra_error(error):
+        return error
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        written = getattr(error, "override", "") or ""
+        return ConfigError(
+            f"cannot read '{written}': settings are written key=value; put quotes around values that hold spaces, "
+            "commas, brackets or = , such as 'data.path=\"my images\"'."
+        )
+    absent = error if isinstance(error, MissingConfigException) else error.__cause__
+    if isinstance(absent, MissingConfigException) and absent.missing_cfg_file:
+        group, _, choice = str(absent.missing_cfg_file).rpartition("/")
+        known = groups().get(group, ())
+        return ConfigError(f"{group}={choice}: there is no such choice; {nearest(choice, known)}")
+    unknown = re.search(r"Could not override '([^']+)'|Could not append to config.*?'([^']+)'", text)
+    if unknown:
+        key = (unknown.group(1) or unknown.group(2)).split("@")[0]
+        near = nearest(key, _known_keys(verb, overrides))
+        return ConfigError(f"modhifi {verb} has no key '{key}': {near} (modhifi {verb} --help)")
+    if isinstance(error, HydraException) and "Ambiguous value" in text:
+        return ConfigError(f"{_first_line(error)}: a value with commas is a sweep and needs -m, or brackets for a list.")
+    return ConfigError(f"modhifi {verb}: {_first_line(error)}")
+
+
+_ABSENT = object()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_hydra_error(error: Exception) -> bool:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return isinstance(error, (HydraException, OmegaConfBaseException))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _select(plain: Mapping[str, Any], key: str) -> Any:
+    value: Any = plain
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
+
+
+def _flatten(plain: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read_verb(path: Path) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """Own keys of a verb's YAML (value and comment) and its groups with their defaults, read as text: fast help."""
+    own: dict[str, tuple[str, str]] = {}
+    chosen: dict[str, str] = {}
+    section = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = re.match(r"  - (\w+): (.+)$", line)
+        key = re.match(r"(\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$", line)
+        nested = re.match(r"  (\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$", line)
+        if section == "defaults" and entry:
+            chosen[entry.group(1)] = entry.group(2)
+        elif key:
+            section = key.group(1)
+            if key.group(2):
+                own[section] = (key.group(2), key.group(3) or "")
+        elif nested and section not in ("defaults", "hydra"):
+            own[f"{section}.{nested.group(1)}"] = (nested.group(2), nested.group(3) or "")
+    return own, chosen
+
+
+@functools.cache
+def _top_level_keys(verb: str) -> frozenset[str]:
+    own, chosen = _read_verb(config_directory() / f"{verb}.yaml")
+    base_own, base_chosen = _read_verb(config_directory() / "base.yaml")
+    return frozenset(key.split(".")[0] for key in [*own, *chosen, *base_own, *base_chosen])
+
+
+def _known_keys(verb: str, overrides: Sequence[str]) -> list[str]:
+    """Every key of the verb, with the user's choices of groups as far as they compose."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    names = groups()
+    choices = [text for text in overrides if text.partition("=")[0] in names and "," not in text]
+    for attempt in (choices, []):
+        try:
+            GlobalHydra.instance().clear()
+            with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+                plain = OmegaConf.to_container(hydra.compose(verb, attempt))
+        except Exception:  # only a hint is lost
+            continue
+        finally:
+            GlobalHydra.instance().clear()
+        assert isinstance(plain, dict)
+        own = [key for key, _ in _flatten(plain) if not key.rpartition(".")[2].startswith("_")]
+        return sorted({*own, *(str(key) for key in plain), *names})
+    return sorted(_top_level_keys(verb))
+
+
+def _resolve_auto_data(plain: dict[str, Any]) -> None:
+    """`data: auto` is the embedded network's own digits; a saved run's are its own; other networks need to be told.
+
+    Afterwards a source is a mapping with a `_target_`, or None where there is none, or absent where the run knows it.
+    """
+    embedded = str(_select(plain, "model._target_")).startswith("modhifi_cli.models.embedded.")
+    for key in ("data", "evaluation_data"):
+        node = plain.get(key)
+        if isinstance(node, dict) and node.pop("auto", False):
+            if plain.get("run") is not None:
+                del plain[key]
+            elif not embedded:
+                plain[key] = None
+        elif isinstance(node, dict) and "_target_" not in node or key in plain and node is None:
+            plain[key] = None
+
+
+def _check_targets(plain: Any, path: str = "") -> None:
+    """Every `_target_` lies in this package, exists, and takes the arguments that the YAML gives it."""
+    if isinstance(plain, list):
+        for index, value in enumerate(plain):
+            _check_targets(value, f"{path}[{index}]")
+    if not isinstance(plain, Mapping):
+        return
+    for key, value in plain.items():
+        _check_targets(value, f"{path}.{key}" if path else str(key))
+    if "_target_" not in plain:
+        return
+    target = _locate(str(plain["_target_"]), path)
+    arguments = {key for key in plain if key not in ("_target_", "_partial_")}
+    later = _GIVEN_LATER.get(path.split(".")[0], ()) if plain.get("_partial_") else ()
+    parameters = inspect.signature(target).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in sorted(arguments):
+        if name not in parameters or name in later:
+            known = [known for known in parameters if known not in later]
+            raise ConfigError(f"{path} has no key '{name}': {nearest(name, known)}")
+    if later:
+        for name in later:
+            if name not in parameters:
+                raise ConfigError(f"{path}: {plain['_target_']} does not take '{name}', which every {path} is given.")
+    for name, parameter in parameters.items():
+        required = parameter.default is inspect.Parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+        if required and name not in arguments and name not in later:
+            raise ConfigError(f"{path}.{name} must be given, e.g. {path}.{name}=VALUE.")
+
+
+def _locate(name: str, path: str) -> Callable[..., Any]:
+    """The function or class that a `_target_` names; only targets of this package are accepted."""
+    where = f"{path}._target_" if path else "_target_"
+    if not name.startswith(PACKAGE):
+        raise ConfigError(f"{where} must lie under {PACKAGE[:-1]}; got '{name}'.")
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not str(error.name or "").startswith(PACKAGE[:-1]):
+            raise  # a missing library is not a misspelt target
+        raise ConfigError(f"{where} names '{name}', which does not exist.") from error
+    if not callable(found):
+        raise ConfigError(f"{where} names '{name}', which cannot be called.")
+    return found
