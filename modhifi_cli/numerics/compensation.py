@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modhifi_cli.errors import ConfigError, NumericsError
-from modhifi_cli.numerics.contributions import SimilarityBlocks, contribution_moments, output_moment
+from modhifi_cli.numerics.contributions import SimilarityBlocks, contribution_moments
 from modhifi_cli.numerics.linalg import feature_index, solve_positive
 from modhifi_cli.records import Consumer
 
@@ -91,7 +91,7 @@ class PerKernel:
         solved = torch.full_like(r, start)
         todo = torch.arange(len(alive), device=alive.device)
         if blocks.per == 1 and len(kept) >= _ITERATIVE_FROM and self.ridge > 0 and blocks.moment is not None:
-            todo = _conjugate_gradients_(solved, blocks.moment, blocks.weight[alive], r, ridge)
+            todo = _conjugate_gradients_(solved, blocks.moment[:, 0, 0], blocks.weight[alive, 0], r, ridge)
         for chosen in todo.split(blocks.outputs_per_chunk):
             matrices = blocks.of(alive[chosen])
             target = r[chosen]
@@ -131,7 +131,8 @@ def _conjugate_gradients_(scales: Tensor, moment: Tensor, weight: Tensor, r: Ten
     def product(values: Tensor) -> Tensor:
         return ((values * weight) @ moment).mul_(weight)
 
-    precondition = 1 / (weight.square() * moment.diagonal() + ridge[:, None])
+    tiny = torch.finfo(r.dtype).tiny  # an output may have no weight on any kept component
+    precondition = 1 / (weight.square() * moment.diagonal() + ridge[:, None]).clamp_min(tiny)
     residual = r - product(scales)
     limit = _RESIDUAL * residual.norm(dim=1)
     direction = precondition * residual

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from modhifi_cli.errors import NumericsError
-from modhifi_cli.numerics.moments import second_moment
+from modhifi_cli.numerics.linalg import feature_index
+from modhifi_cli.numerics.moments import reorder, second_moment
 from modhifi_cli.records import Consumer, Statistics
 
 # An output with less than this share of the largest output's energy is dead: it scores 0 and casts no vote.
 DEAD_SHARE = 1e-12
 # Bytes of float64 that one step may hold beside the statistics.
 _CHUNK_BYTES = 256 * 2**20
+# Float64 values of one product of `SimilarityBlocks` that stay in the cache until they are summed.
+_CACHED_VALUES = 2**17
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,13 @@ def similarity(consumer: Consumer, *, outputs: slice | Tensor = slice(None), kep
 class SimilarityBlocks:
     """Q_c restricted to some components, chunk by chunk: prepares S once, then serves any outputs.
 
+    Attributes:
+        size: Number of components looked at, n.
+        per: Features per component, p.
+        weight: ``[outputs, p, n]`` float64: taps before components, so that the longest axis is innermost.
+        moment: S in the same order, ``[n, p, p, n]`` float64 (component, tap, tap, component), or None where the rows
+            themselves serve better.
+
     Args:
         consumer: The layer.
         kept: Components, ``[kept]`` int64, or None for all.
@@ -130,77 +140,54 @@ class SimilarityBlocks:
     def __init__(self, consumer: Consumer, kept: Tensor | None = None):
         statistics = consumer.statistics
         device = statistics.mean.device
-        self.size = consumer.components if kept is None else len(kept)
-        self._per = statistics.features // consumer.components
+        kept = torch.arange(consumer.components, device=device) if kept is None else kept.to(device)
+        self.size = len(kept)
+        self.per = statistics.features // consumer.components
         self._rows = statistics.rows
-        chosen = torch.arange(consumer.components, device=device) if kept is None else kept.to(device)
-        # [taps, kept, outputs-last] layouts below put the longest axis innermost, where the machine is fast.
-        blocks = consumer.weight.double().view(len(consumer.weight), consumer.components, self._per)
-        self._weight = blocks.index_select(1, chosen).transpose(1, 2).contiguous()  # [outputs, per, kept]
-        by_tap = (chosen + torch.arange(self._per, device=device)[:, None] * 0) * self._per
-        by_tap = (by_tap + torch.arange(self._per, device=device)[:, None]).flatten()  # tap-major feature order
-        self._samples = None
-        wide = 8 * (self.size * self._per) ** 2 > 2 * _CHUNK_BYTES
-        if statistics.samples is not None and wide:
-            # Fewer rows than features: going through the contributions is cheaper than ever building S.
-            samples = statistics.samples.index_select(1, by_tap).double()
+        order = feature_index(kept, self.per).view(self.size, self.per).T.flatten()
+        self.weight = consumer.weight.to(statistics.mean)[:, order].view(-1, self.per, self.size)
+        self.moment, self._samples = None, None
+        chosen = reorder(statistics, order)
+        if chosen.samples is not None and 8 * chosen.features**2 > 2 * _CHUNK_BYTES:
+            # Fewer rows than features: going through the contributions of a few outputs is cheaper than building S.
+            samples = chosen.samples.double()
             if consumer.centred:
-                samples -= statistics.mean.index_select(0, by_tap)
-            # [kept, rows, per]
-            self._samples = samples.view(-1, self._per, self.size).permute(2, 0, 1).contiguous()
+                samples -= chosen.mean
+            self._samples = samples.view(-1, self.per, self.size).permute(2, 0, 1).contiguous()
             return
-        if statistics.samples is not None:
-            chosen_statistics = Statistics(
-                statistics.rows,
-                statistics.mean.index_select(0, by_tap),
-                samples=statistics.samples.index_select(1, by_tap),
-            )
-            moment = second_moment(chosen_statistics, centred=consumer.centred)
-        else:
-            moment = statistics.second_moment
-            if kept is not None or self._per > 1:
-                moment = moment.index_select(0, by_tap).index_select(1, by_tap)
-            if consumer.centred:
-                mean = statistics.mean.index_select(0, by_tap)
-                moment = torch.addr(moment, mean, mean, alpha=-1)
-        # [kept i, tap of i, tap of j, kept j]
-        moment = moment.view(self._per, self.size, self._per, self.size)
-        self._moment = moment if self._per == 1 else moment.permute(1, 0, 2, 3).contiguous()
+        moment = second_moment(chosen, centred=consumer.centred)
+        self.moment = moment.view(self.per, self.size, self.per, self.size).permute(1, 0, 2, 3).contiguous()
 
     @property
     def outputs_per_chunk(self) -> int:
         """How many outputs keep one chunk of Q within a quarter of a gibibyte."""
-        return max(1, _CHUNK_BYTES // (8 * self.size * max(self.size, 1)))
+        return max(1, _CHUNK_BYTES // (8 * max(self.size, 1) ** 2))
 
     def of(self, outputs: slice | Tensor = slice(None)) -> Tensor:
-        """Q_c of the given outputs, ``[outputs, kept, kept]`` float64."""
-        weight = self._weight[outputs]
-        if self._samples is not None:
+        """Q_c of the given outputs, ``[outputs, n, n]`` float64."""
+        weight = self.weight[outputs]
+        if self.moment is None:
             return self._from_samples(weight)
-        if self._per == 1:
-            return self._moment[0, 0] * weight.transpose(1, 2) * weight if self.size else self._empty(weight)
-        result = self._empty(weight)
-        step = max(1, 2**18 // (self.size * self._per))  # one product stays in the cache until it is summed
+        if self.per == 1:
+            return self.moment[:, 0, 0] * weight.transpose(1, 2) * weight
+        result = weight.new_empty(len(weight), self.size, self.size)
+        step = max(1, _CACHED_VALUES // max(self.size * self.per, 1))
         for part in range(0, len(weight), step):
             some = weight[part : part + step]
             flat = some.flatten(1)
             for row in range(self.size):
-                # Σ over the taps of i, then of j: [outputs, taps of i] @ [taps of i, taps of j × kept j].
-                product = some[:, :, row] @ self._moment[row].view(self._per, -1)
+                # Over the taps of i, then over those of j: [outputs, taps] @ [taps, taps × components].
+                product = some[:, :, row] @ self.moment[row].view(self.per, -1)
                 product.mul_(flat)
-                torch.sum(product.view(len(some), self._per, self.size), 1, out=result[part : part + step, row])
+                torch.sum(product.view(-1, self.per, self.size), 1, out=result[part : part + step, row])
         return result
 
-    def _empty(self, weight: Tensor) -> Tensor:
-        return weight.new_empty(len(weight), self.size, self.size)
-
     def _from_samples(self, weight: Tensor) -> Tensor:
-        result = self._empty(weight)
-        # Contributions of a few outputs at a time: [kept, rows, outputs] is 8 × kept × rows bytes an output.
+        result = weight.new_empty(len(weight), self.size, self.size)
         step = max(1, _CHUNK_BYTES // (8 * self._samples.shape[0] * self._samples.shape[1]))
         for part in range(0, len(weight), step):
             some = weight[part : part + step]
-            parts = torch.bmm(self._samples, some.permute(2, 1, 0)).permute(2, 0, 1)
+            parts = torch.bmm(self._samples, some.permute(2, 1, 0)).permute(2, 0, 1)  # [outputs, components, rows]
             torch.bmm(parts, parts.transpose(1, 2), out=result[part : part + step])
         return result.div_(self._rows)
 
