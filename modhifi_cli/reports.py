@@ -87,7 +87,8 @@ def quantity(value: float, unit: str) -> str:
     if unit == "%":
         return f"{value:.2f} %"
     if unit in ("ms", "×"):
-        return f"{value:.3g} {unit}" if abs(value) < 100 else f"{value:.0f} {unit}"
+        # "#" keeps the zeros of 13.0; from a hundred on there is nothing behind the point to keep.
+        return f"{value:#.3g} {unit}" if abs(value) < 99.95 else f"{value:.0f} {unit}"
     return f"{value:.4g} {unit}".strip()
 
 
@@ -178,13 +179,13 @@ def markdown_report(
 
 
 def _protocol_lines(measurements: Sequence[Measurement]) -> list[str]:
-    """One bullet per measurement that has a protocol."""
-    lines = []
+    """One bullet per protocol, with everything of one network that was measured by it."""
+    shared: dict[tuple[str, str], list[str]] = {}
     for measurement in measurements:
         if measurement.protocol:
             account = "; ".join(f"{key} {_text(value)}" for key, value in measurement.protocol.items())
-            lines.append(f"- {measurement.model}, {measurement.name}: {_cell(account)}")
-    return lines
+            shared.setdefault((measurement.model, _cell(account)), []).append(measurement.name)
+    return [f"- {model}, {', '.join(names)}: {account}" for (model, account), names in shared.items()]
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

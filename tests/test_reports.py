@@ -58,7 +58,9 @@ def test_terms_nobody_knows_keep_their_name_and_make_no_judgement():
         (12, "parameters", "12"),
         (4.1e9, "MACs", "4.10 G"),
         (0.012345, "nats", "0.01235 nats"),
-        (0.5, "ms", "0.5 ms"),
+        (0.5, "ms", "0.500 ms"),
+        (13.0, "ms", "13.0 ms"),
+        (99.97, "ms", "100 ms"),
     ],
 )
 def test_quantities_are_rounded_for_readers(value, unit, text):
@@ -96,3 +98,13 @@ def test_report_holds_every_section_that_has_content():
 
 def test_sections_without_content_are_left_out():
     assert reports.markdown_report(title="t", asked={}, achieved={}, measurements=[]) == "# t\n"
+
+
+def test_measurements_with_one_protocol_share_its_line():
+    protocol = {"batch": 64, "iterations": 5}
+    measured = [Measurement("dense", name, 1.0, "ms", protocol) for name in ("latency_ms", "latency_median_ms")]
+
+    text = reports.markdown_report(title="t", asked={}, achieved={}, measurements=measured)
+
+    assert text.count("batch 64; iterations 5") == 1
+    assert "- dense, latency_ms, latency_median_ms: batch 64; iterations 5" in text

@@ -1,7 +1,7 @@
 """Forward passes for measuring: several networks over the same batches, logits checked, networks given back unchanged.
 
-Logits come as ``[batch, classes]`` in float64 on the CPU, so that sums over many images do not lose digits. Which number
-is made of them is left to the measurements.
+Logits come as ``[batch, classes]`` in float64 on the CPU, so that sums over many images do not lose digits. Which
+number is made of them is left to the measurements.
 """
 
 from collections.abc import Callable, Iterator, Mapping

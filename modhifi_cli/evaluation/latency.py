@@ -113,6 +113,7 @@ def _time_rounds(
 ) -> tuple[Tensor, int]:
     """Milliseconds per network and round, ``[networks, rounds]`` float64, and the number of warm-up rounds done."""
     names = list(runs)
+    progress(Progress("latency", "warm-up", 0, iterations))
     start = time.perf_counter()
     warmed = 0
     while warmed < warmup and (warmed == 0 or time.perf_counter() - start < max_seconds / 2):
@@ -138,13 +139,24 @@ def _milliseconds(name: str, run: Callable[[], object], device: torch.device, ba
         start = time.perf_counter()
         run()
         synchronize(device)
-    except torch.OutOfMemoryError as error:
-        key = "cpu_batch" if device.type == "cpu" else "gpu_batch"
-        raise ConfigError(
-            f"latency: expected {batch} images to fit into the memory of {device} for '{name}', got out of memory; "
-            f"set evaluation.latency.{key} to fewer than {batch}."
-        ) from error
-    return 1000 * (time.perf_counter() - start)
+        return 1000 * (time.perf_counter() - start)
+    except RuntimeError as error:
+        if _is_out_of_memory(error):
+            raise _too_large(name, device, batch) from error
+        raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # Accelerators have an exception for it; the CPU's allocator has only its name in the message.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _too_large(name: str, device: torch.device, batch: int) -> ConfigError:
+    key = "cpu_batch" if device.type == "cpu" else "gpu_batch"
+    return ConfigError(
+        f"latency: expected {batch} images to fit into the memory of {device} for '{name}', got out of memory; "
+        f"set evaluation.latency.{key} to fewer than {batch}."
+    )
 
 
 def _engine(name: str, model: nn.Module, images: Tensor, compile: str) -> Callable[[], object]:  # noqa: A002
@@ -161,9 +173,9 @@ def _engine(name: str, model: nn.Module, images: Tensor, compile: str) -> Callab
             else:
                 engine = torch.compile(model, dynamic=False)
             engine(images)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # compilers raise whatever their stages raise; the sentence names the way out
+        if _is_out_of_memory(error):
+            raise _too_large(name, images.device, len(images)) from error
         raise ConfigError(
             f"latency: expected compile={compile} to work for '{name}', got {type(error).__name__} "
             f"({str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}); "

@@ -133,13 +133,29 @@ def test_failing_compiler_names_the_way_out(monkeypatch, measured, tiny_convnet)
         measured(latency.measure, models={"dense": tiny_convnet}, compile="compile", example=torch.zeros(1, 3, 8, 8))
 
 
-def test_batch_that_does_not_fit_into_memory_names_the_key(measured):
+@pytest.mark.parametrize("compile", ["none", "compile"])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["accelerator", "cpu"],
+)
+def test_batch_that_does_not_fit_into_memory_names_the_key(measured, monkeypatch, error, compile):
     class Large(nn.Module):
         def forward(self, images):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     with pytest.raises(ConfigError, match=r"expected 64 images to fit .*set evaluation.latency.cpu_batch to fewer"):
-        measured(latency.measure, models={"dense": Large()})
+        measured(latency.measure, models={"dense": Large()}, compile=compile)
+
+
+def test_defect_inside_a_network_keeps_its_own_error(measured):
+    class Broken(nn.Module):
+        def forward(self, images):
+            raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        measured(latency.measure, models={"dense": Broken()})
 
 
 @pytest.mark.parametrize(
