@@ -4,6 +4,7 @@ A machine gets warm and has other work to do; networks timed one after the other
 of it. Here every round times each network once, in turning order, and the speedup compares what stood side by side.
 """
 
+import os
 import platform
 import time
 import warnings
@@ -85,6 +86,9 @@ def measure(
         "compile": compile,
         "device": describe_device(device),
         "threads": torch.get_num_threads(),
+        # A busy machine shows here: with more running programs than cores, times are those of the scheduler.
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
     }
     return _summary(tuple(models), rounds, protocol)

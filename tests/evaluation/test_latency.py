@@ -106,6 +106,7 @@ def test_real_networks_give_positive_times_and_keep_their_mode(measured, tiny_co
     assert [m.name for m in result] == ["latency_ms", "latency_median_ms"]
     assert all(m.value > 0 and m.unit == "ms" for m in result)
     assert result[0].protocol["device"] and result[0].protocol["threads"] >= 1
+    assert result[0].protocol["cores"] >= 1 and result[0].protocol["load_average"] >= 0
     assert tiny_convnet.training
 
 
