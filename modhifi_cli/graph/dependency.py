@@ -15,7 +15,7 @@ import torch_pruning
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, UnsupportedModelError, nearest
-from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot, output_size
+from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot, input_size, output_size
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.trace import Trace
 
@@ -236,8 +236,23 @@ def _as_group(
     if not slots["producers"]:
         return None, Refusal(name, "no layer of the network writes these channels")
     for slot in slots["consumers"]:
-        size = model.get_submodule(slot.module)
-        width = size.in_features if isinstance(size, nn.Linear) else size.in_channels
-        if (width - slot.index.numel()) % slot.entries:
+        module = model.get_submodule(slot.module)
+        if reason := _unreadable(module):
+            return None, Refusal(name, f"{slot.module} {reason}")
+        if (input_size(module) - slot.index.numel()) % slot.entries:
             return None, Refusal(name, f"the other inputs of {slot.module} do not divide into components of equal size")
     return ComponentGroup(name, components, slots["producers"], slots["followers"], slots["consumers"]), None
+
+
+def _unreadable(module: nn.Module) -> str | None:
+    """Why the rows that a consumer reads cannot be told from its settings, or None."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return None
+    if not isinstance(module, nn.Conv2d):
+        return f"is a {type(module).__name__}, whose input rows are not known here"
+    if module.padding_mode != "zeros" and max(module.kernel_size) > 1:
+        return f"pads with {module.padding_mode}, not with zeros"
+    overridden = type(module).forward is not nn.Conv2d.forward
+    if overridden and (max(module.kernel_size) > 1 or max(module.stride) > 1):
+        return f"is a {type(module).__name__} that changes its input before the convolution"
+    return None

@@ -6,6 +6,7 @@ features. What the change does to a constant is `restored_constant`, for the bia
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ _RESIDUAL = 1e-10
 @dataclass(frozen=True)
 class NoCompensation:
     """Leave the kept weights as they are: plain slicing."""
+
+    needs_statistics: ClassVar[bool] = False
 
     def __call__(self, consumer: Consumer, kept: Tensor) -> Tensor:
         """The sliced weight, ``[outputs, kept features]`` float64, for kept components ``[kept]`` int64."""
@@ -46,6 +49,7 @@ class PerKernel:
 
     ridge: float = 1e-4
     towards: str = "weights"
+    needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self):
         if not (math.isfinite(self.ridge) and self.ridge >= 0):

@@ -1,0 +1,125 @@
+"""Small random networks that hold every way in which channels are coupled, and the named ones at a small input."""
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from modhifi_cli.models import cifar_resnet
+
+
+class Projected(nn.Module):
+    """Two residual blocks, the second with a strided projection shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.inner = nn.Conv2d(8, 6, 3, padding=1)
+        self.inner_norm = nn.BatchNorm2d(6)
+        self.outer = nn.Conv2d(6, 8, 1)
+        self.project = nn.Conv2d(8, 12, 1, stride=2)
+        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        stream = torch.relu(self.norm(self.stem(images)))
+        stream = torch.relu(stream + self.outer(torch.relu(self.inner_norm(self.inner(stream)))))
+        stream = torch.relu(self.project(stream) + self.down(stream))
+        return self.head(stream.mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """A grouped and a depthwise convolution between pointwise ones, as in ResNeXt and MobileNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), nn.ReLU(),
+            nn.Conv2d(12, 24, 3, padding=1, groups=4), nn.BatchNorm2d(24), nn.ReLU(),
+            nn.Conv2d(24, 10, 1), nn.ReLU(),
+            nn.Conv2d(10, 10, 3, padding=1, groups=10), nn.ReLU(),
+            nn.Conv2d(10, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+class Concatenated(nn.Module):
+    """A dense block: later layers read the concatenation of all earlier ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.second = nn.Conv2d(6, 4, 3, padding=1)
+        self.joined_norm = nn.BatchNorm2d(10)
+        self.third = nn.Conv2d(10, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        one = self.first(images)
+        joined = torch.cat([self.second(torch.relu(self.norm(one))), one], 1)
+        return self.head(torch.relu(self.third(torch.relu(self.joined_norm(joined)))).mean((2, 3)))
+
+
+class Flattened(nn.Module):
+    """A linear layer behind a flatten: one component is all positions of one channel, as in VGG."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.hidden = nn.Linear(6 * 16, 7)
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = nn.functional.adaptive_avg_pool2d(torch.relu(self.norm(self.conv(images))), 4)
+        return self.head(torch.relu(self.hidden(maps.flatten(1))))
+
+
+class Mixing(nn.Module):
+    """Code that mixes channels outside any module: no dependency graph shows it, only the law can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good = nn.Conv2d(3, 6, 3, padding=1)
+        self.first = nn.Conv2d(6, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.relu(self.first(torch.relu(self.good(images))))
+        return self.head(self.second(maps - maps.mean(1, keepdim=True)).mean((2, 3)))
+
+
+SMALL = {
+    "projected": Projected,
+    "grouped": Grouped,
+    "concatenated": Concatenated,
+    "flattened": Flattened,
+    "option_a": lambda: cifar_resnet.build(depth=8, widths=(4, 8, 12)),
+}
+
+
+def small(name: str) -> tuple[nn.Module, Tensor]:
+    """A small network with seeded random weights in evaluation mode, and two 16 × 16 images for it."""
+    torch.manual_seed(0)
+    return SMALL[name]().eval(), torch.randn(2, 3, 16, 16)
+
+
+NAMED = ("resnet18", "resnet34", "resnet50", "resnet101", "vgg11_bn", "vgg16_bn", "vgg19_bn", "resnext50_32x4d",
+         "mobilenet_v2", "densenet121", "efficientnet_b0")  # fmt: skip
+
+
+def named(name: str) -> tuple[nn.Module, Tensor]:
+    """A torchvision network with random weights, and two images small enough for a test.
+
+    A VGG's classifier is replaced by a narrow one of the same form: its 120 million weights would only cost time.
+    """
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    if name.startswith("vgg"):
+        model.avgpool = nn.AdaptiveAvgPool2d(2)
+        model.classifier = nn.Sequential(nn.Linear(512 * 4, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
+    return model, torch.randn(2, 3, 32, 32)

@@ -1,0 +1,112 @@
+"""Which channels are found to go together, and what is left alone with its reason."""
+
+import pytest
+import torch
+from torch import nn
+
+from modhifi_cli.errors import ConfigError, UnsupportedModelError
+from modhifi_cli.graph.dependency import find_groups
+from modhifi_cli.graph.trace import trace
+from tests.graph import networks
+
+
+def groups_of(model, images, **settings):
+    groups, refused = find_groups(model, trace(model, images), images, **settings)
+    return {group.name: group for group in groups}, refused
+
+
+def modules(slots):
+    return {slot.module for slot in slots}
+
+
+def test_a_stage_stream_couples_all_its_producers_and_consumers_with_the_projection():
+    groups, _ = groups_of(*networks.small("projected"))
+    stream = groups["stem"]
+    assert modules(stream.producers) == {"stem", "outer"}
+    assert modules(stream.followers) == {"norm"}
+    assert modules(stream.consumers) == {"inner", "project", "down"}
+    assert modules(groups["project"].producers) == {"project", "down"}
+
+
+def test_an_option_a_shortcut_parts_two_streams():
+    groups, _ = groups_of(*networks.small("option_a"))
+    assert modules(groups["conv1"].consumers) == {"layer1.0.conv1", "layer2.0.conv1", "layer2.0.shortcut"}
+    assert modules(groups["layer2.0.conv2"].producers) == {"layer2.0.shortcut", "layer2.0.conv2"}
+
+
+def test_a_grouped_convolution_makes_whole_groups_the_component():
+    groups, _ = groups_of(*networks.small("grouped"))
+    group = groups["layers.0"]
+    assert group.components == 4
+    assert [slot.entries for slot in group.producers] == [3]  # 12 channels in, 4 groups
+    assert {slot.module: slot.entries for slot in group.followers} == {"layers.1": 3, "layers.3": 6, "layers.4": 6}
+    assert [slot.entries for slot in group.consumers] == [6]
+    assert groups["layers.6"].components == 10  # depthwise: every channel is a group of its own
+
+
+def test_concatenated_inputs_point_at_their_own_part():
+    groups, _ = groups_of(*networks.small("concatenated"))
+    consumers = {slot.module: slot.index for slot in groups["first"].consumers}
+    assert torch.equal(consumers["third"].flatten(), torch.arange(4, 10))  # behind the 4 channels of `second`
+    assert torch.equal(consumers["second"].flatten(), torch.arange(6))
+
+
+def test_a_flatten_gives_every_channel_all_its_positions():
+    groups, _ = groups_of(*networks.small("flattened"))
+    (slot,) = groups["conv"].consumers
+    assert torch.equal(slot.index, torch.arange(96).view(6, 16))
+
+
+def test_the_logits_are_never_a_group():
+    for name in networks.SMALL:
+        model, images = networks.small(name)
+        groups, refused = groups_of(model, images)
+        last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+        assert all(last not in modules(group.producers) for group in groups.values())
+        assert not refused
+
+
+def test_excluding_a_module_leaves_every_group_that_touches_it_alone():
+    model, images = networks.small("option_a")
+    groups, refused = groups_of(model, images, exclude=["layer2"])
+    assert all(not name.startswith("layer2") for group in groups.values() for name in group.modules)
+    assert all("exclude" in refusal.reason for refusal in refused) and refused
+
+
+def test_excluding_an_unknown_module_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"exclude: the network has no module 'layer2\.0\.conv3'; did you mean"):
+        groups_of(*networks.small("option_a"), exclude=["layer2.0.conv3"])
+
+
+def test_a_stream_through_layer_norm_is_refused_with_the_module():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.norm, self.head = nn.Linear(12, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+        def forward(self, images):
+            return self.head(self.norm(self.inner(images[:, :, :2, :2].flatten(1))))
+
+    groups, (refusal,) = groups_of(Normed().eval(), torch.randn(2, 3, 16, 16))
+    assert not groups
+    assert refusal.reason == "norm is a LayerNorm across these channels"
+
+
+def test_a_module_that_runs_twice_is_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.again = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1)
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, images):
+            return self.head(self.again(self.again(self.stem(images))).mean((2, 3)))
+
+    groups, refused = groups_of(Twice().eval(), torch.randn(2, 3, 16, 16))
+    assert not groups
+    assert any("runs more than once" in refusal.reason for refusal in refused)
+
+
+def test_a_network_with_other_inputs_is_refused_in_one_sentence():
+    with pytest.raises(UnsupportedModelError, match=r"Bilinear does not take an image batch of shape \(2, 3, 16, 16\)"):
+        trace(nn.Bilinear(3, 4, 5), torch.randn(2, 3, 16, 16))

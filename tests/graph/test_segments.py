@@ -1,0 +1,82 @@
+"""Cuts found by counting paths, runs that start behind a cut and stop early, and hooks that do not stay."""
+
+import pytest
+import torch
+
+from modhifi_cli.graph.segments import Segments, inputs_seen
+from tests.graph import networks
+
+
+@pytest.mark.parametrize("name", networks.SMALL)
+def test_resuming_from_any_cut_gives_the_same_logits(name):
+    model, images = networks.small(name)
+    segments = Segments(model, images)
+    assert segments.cuts
+    more = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        logits = model(more)
+    last = segments.trace.cuts[-1]
+    for cut in segments.cuts[:-1]:
+        carried = segments.run(more, until=cut)
+        assert torch.allclose(segments.run(carried, start=cut, until=last), segments.run(more, until=last))
+    assert torch.equal(model(more), logits)  # nothing stays patched
+
+
+def test_a_residual_block_is_cut_behind_and_never_inside():
+    model, images = networks.small("option_a")
+    cuts = Segments(model, images).cuts
+    assert "layer2.0" in cuts or "layer2" in cuts
+    assert not any(name.startswith("layer2.0.") for name in cuts)
+
+
+def test_a_cut_inside_one_branch_is_not_a_cut():
+    model, images = networks.small("concatenated")
+    cuts = Segments(model, images).trace.cuts
+    assert "first" in cuts and "joined_norm" in cuts
+    assert "second" not in cuts and "norm" not in cuts
+
+
+def test_a_run_stops_once_everything_was_seen():
+    model, images = networks.small("option_a")
+    segments = Segments(model, images)
+    ran = []
+    model.linear.register_forward_hook(lambda *_: ran.append(1))
+    seen = {}
+    segments.run(images, looks={"layer1.0.conv2": lambda inputs: seen.setdefault("inputs", inputs)})
+    assert seen["inputs"].shape[1] == 4
+    assert not ran
+
+
+def test_looks_see_the_same_inputs_from_a_cut_as_from_the_images():
+    model, images = networks.small("option_a")
+    segments = Segments(model, images)
+    cut = segments.cuts[1]
+    whole, resumed = [], []
+    segments.run(images, looks={"layer3.0.conv2": lambda x: whole.append(x.clone())})
+    carried = segments.run(images, until=cut)
+    segments.run(carried, start=cut, looks={"layer3.0.conv2": lambda x: resumed.append(x.clone())})
+    assert torch.allclose(whole[0], resumed[0])
+
+
+def test_hooks_are_gone_after_an_exception():
+    model, images = networks.small("projected")
+
+    def fail(inputs):
+        raise ValueError("look")
+
+    segments = Segments(model, images)
+    with pytest.raises(ValueError, match="look"):
+        segments.run(images, looks={"inner": fail}, until=segments.cuts[-1])
+    with pytest.raises(ValueError, match="look"), inputs_seen(model, {"inner": fail}):
+        model(images)
+    assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
+    assert all("forward" not in vars(module) for module in model.modules())
+    model(images)
+
+
+def test_order_of_data_decides_what_depends_on_what():
+    model, images = networks.small("projected")
+    trace = Segments(model, images).trace
+    assert trace.depends("outer", "inner")
+    assert not trace.depends("down", "project")  # siblings, though project runs first
+    assert trace.norm_of == {"stem": "norm", "inner": "inner_norm"}
