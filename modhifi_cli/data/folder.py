@@ -1,0 +1,233 @@
+"""A folder of image files, at any depth.
+
+Without labels every image below the folder is taken. With labels the class is the first folder on the way to the image,
+in the sorted order of the folders (for ImageNet that is the order of the logits), or what a JSON file says.
+Sets whose prepared pixels fit in memory are decoded once, at the start; larger ones are decoded on every walk.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modhifi_cli.data.sources import ArrayImages, FileImages, choose, decode, sha256_of_samples
+from modhifi_cli.errors import ConfigError, DataError, nearest
+from modhifi_cli.records import ImageSource, Preprocess
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+_LABELS_FILE = "labels.json"
+_ORDERS = ("auto", "sorted", "imagenet")
+_IN_MEMORY_BYTES = 1024**3
+_DECODERS = 4
+
+
+def load(
+    *,
+    path: str,
+    preprocess: Preprocess,
+    labelled: bool,
+    num_samples: int | None = None,
+    seed: int = 0,
+    skip_corrupt: bool = False,
+    class_order: str = "auto",
+    labels_path: str | None = None,
+) -> ImageSource:
+    """Images, and labels if asked for, of a folder.
+
+    Args:
+        path: The folder.
+        preprocess: What the model wants.
+        labelled: Whether to read labels. Without it the labels file is not opened.
+        num_samples: How many to draw; None takes all. Images that are skipped are replaced by the next of the draw.
+        seed: Of the draw.
+        skip_corrupt: Whether images that cannot be decoded are left out and counted in the protocol; otherwise the first
+            one is an error.
+        class_order: Of class folders. ``"sorted"``: by name. ``"imagenet"``: by WordNet id among ImageNet's 1,000
+            classes, for folders that hold only some of them. ``"auto"``: by name, except that some but not all of the
+            1,000 WordNet ids are refused, because the right index is then not clear.
+        labels_path: JSON ``{file: class_index}`` or ``{file: {"class_index": class_index}}``, files relative to `path`;
+            None takes ``labels.json`` of the folder where there is one.
+
+    Returns:
+        The source; its protocol counts ``skipped`` images and names the first ones.
+
+    Raises:
+        ConfigError: If `class_order` or `num_samples` is out of range.
+        DataError: If the folder is missing or has no images, an image cannot be decoded, a label is missing or no class
+            index, or fewer images are there than asked for.
+    """
+    if class_order not in _ORDERS:
+        raise ConfigError(f"data.class_order: unknown order '{class_order}', {nearest(class_order, _ORDERS)}")
+    root = Path(path).expanduser()
+    files = _find(root)
+    labels = _labels(root, files, class_order, labels_path) if labelled else None
+    drawn = choose(len(files), num_samples, seed=seed, place=path)
+    wanted = len(drawn)
+    if skip_corrupt and num_samples is not None:
+        # A draw of all has the smaller one as its beginning; what follows replaces images that are skipped.
+        drawn = choose(len(files), len(files), seed=seed, place=path)
+    fits = wanted * preprocess.size[0] * preprocess.size[1] * len(preprocess.mean) <= _IN_MEMORY_BYTES
+    pixels: np.ndarray | None = None
+    skipped: list[str] = []
+    if fits or skip_corrupt:
+        drawn, pixels, skipped = _decode(root, files, drawn, wanted, preprocess, skip_corrupt=skip_corrupt, keep=fits)
+        if not len(drawn) or (num_samples is not None and len(drawn) < num_samples):
+            raise DataError(
+                f"{path}: only {len(drawn)} images can be decoded ({len(skipped)} cannot, {skipped[0]} the first), "
+                f"{wanted} were asked for; set data.num_samples={max(1, len(drawn))} or repair them."
+            )
+    names = [files[index] for index in drawn]
+    protocol = {
+        "source": "folder",
+        "path": str(path),
+        "num_samples": len(names),
+        "available": len(files),
+        "seed": None if num_samples is None else seed,
+        "skipped": len(skipped),
+        "skipped_files": skipped[:10],
+        **_digest(root, names, content=fits),
+    }
+    chosen_labels = None if labels is None else labels[drawn]
+    if pixels is not None:
+        return ArrayImages(pixels, chosen_labels, preprocess, protocol, prepared=True)
+    return FileImages(root, names, chosen_labels, preprocess, protocol)
+
+
+def _find(root: Path) -> list[str]:
+    """Image files below the folder by their names relative to it, sorted; hidden ones are left out."""
+    if not root.is_dir():
+        raise DataError(f"data.path: no folder at {root}, expected a folder with images.")
+    files = []
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        inside = Path(folder).relative_to(root)
+        files += [
+            (inside / name).as_posix()
+            for name in names
+            if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+        ]
+    if not files:
+        raise DataError(
+            f"data.path: {root} has no images at any depth (looked for {', '.join(_SUFFIXES[:5])} …); give the folder "
+            "that holds them, or use data=arrays for array files."
+        )
+    return sorted(files)
+
+
+def _labels(root: Path, files: Sequence[str], class_order: str, labels_path: str | None) -> np.ndarray:
+    file = root / _LABELS_FILE if labels_path is None else Path(labels_path).expanduser()
+    if labels_path is not None or file.is_file():
+        return _labels_from_json(file, files)
+    folders = [name.partition("/")[0] if "/" in name else None for name in files]
+    for name, folder in zip(files, folders, strict=True):
+        if folder is None:
+            raise DataError(
+                f"{root}: {name} lies in no class folder and there is no {_LABELS_FILE}, so its label is not known; put "
+                "images into one folder per class, or set evaluation_data.labels_path=FILE.json."
+            )
+    classes = {name: index for index, name in enumerate(_ordered(root, sorted({f for f in folders if f}), class_order))}
+    missing = next((folder for folder in folders if folder not in classes), None)
+    if missing is not None:
+        raise DataError(
+            f"{root}: the folder {missing} is not the WordNet id of an ImageNet class; set "
+            "evaluation_data.class_order=sorted if the network was trained on these folders."
+        )
+    return np.array([classes[folder] for folder in folders if folder], dtype=np.int64)
+
+
+def _ordered(root: Path, folders: list[str], class_order: str) -> Sequence[str]:
+    all_ids = all(re.fullmatch(r"n\d{8}", folder) for folder in folders)
+    if class_order == "imagenet":
+        return _imagenet_ids()
+    if class_order == "auto" and all_ids and len(folders) != 1000 and set(folders) <= set(_imagenet_ids()):
+        raise DataError(
+            f"{root}: holds {len(folders)} of ImageNet's 1,000 class folders, so the class indices are not clear; set "
+            "evaluation_data.class_order=imagenet for a network with all 1,000 classes, or sorted for one trained on "
+            "these folders alone."
+        )
+    return folders
+
+
+def _imagenet_ids() -> Sequence[str]:
+    from timm.data import ImageNetInfo
+
+    return ImageNetInfo("imagenet-1k").label_names()
+
+
+def _labels_from_json(file: Path, files: Sequence[str]) -> np.ndarray:
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: the labels cannot be read ({type(error).__name__}: {error}); expected JSON.") from error
+    labels = []
+    for name in files:
+        entry = content.get(name) if isinstance(content, Mapping) else None
+        index = entry.get("class_index") if isinstance(entry, Mapping) else entry
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise DataError(
+                f"{file}: expected a class index from 0 for {name}, got {entry!r}; add it as {{file: class_index}}, or "
+                "take the image out of the folder."
+            )
+        labels.append(index)
+    return np.array(labels, dtype=np.int64)
+
+
+def _decode(
+    root: Path,
+    files: Sequence[str],
+    drawn: np.ndarray,
+    wanted: int,
+    preprocess: Preprocess,
+    *,
+    skip_corrupt: bool,
+    keep: bool,
+) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    """Decodes in the order of the draw until `wanted` images are good: their indices, pixels if kept, skipped names."""
+    shape = (wanted, *preprocess.size, len(preprocess.mean))
+    pixels = np.empty(shape, dtype=np.uint8) if keep else None
+    good: list[int] = []
+    skipped: list[str] = []
+    remaining = iter(drawn.tolist())
+
+    def attempt(index: int) -> tuple[int, np.ndarray | DataError]:
+        try:
+            return index, decode(root / files[index], preprocess)
+        except DataError as error:
+            return index, error
+
+    with ThreadPoolExecutor(_DECODERS) as pool:
+        while len(good) < wanted:
+            # In blocks, so that no more is decoded and held at once than a few threads need.
+            block = list(islice(remaining, min(64, wanted - len(good))))
+            if not block:
+                break
+            for index, result in pool.map(attempt, block):
+                if isinstance(result, DataError):
+                    if not skip_corrupt:
+                        raise result
+                    skipped.append(files[index])
+                    continue
+                if pixels is not None:
+                    pixels[len(good)] = result
+                good.append(index)
+    indices = np.array(good, dtype=np.int64)
+    return indices, None if pixels is None else pixels[: len(good)], skipped
+
+
+def _digest(root: Path, names: Sequence[str], *, content: bool) -> dict[str, str]:
+    """Of the files' bytes; for sets too large to read twice, of their names and sizes, and says so."""
+
+    def samples() -> Iterator[bytes]:
+        for name in names:
+            if content:
+                yield (root / name).read_bytes()
+            else:
+                yield f"{name} {(root / name).stat().st_size}\n".encode()
+
+    return {"sha256": sha256_of_samples(samples()), "sha256_of": "file contents" if content else "names and sizes"}
