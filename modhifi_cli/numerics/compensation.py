@@ -13,14 +13,12 @@ from torch import Tensor
 
 from modhifi_cli.errors import ConfigError, NumericsError
 from modhifi_cli.numerics.contributions import SimilarityBlocks, contribution_moments
-from modhifi_cli.numerics.linalg import feature_index, solve_positive
+from modhifi_cli.numerics.linalg import feature_index, solve_positive, solve_scaled
 from modhifi_cli.records import Consumer
 
-# From this many kept components on, with one feature each, conjugate gradients shared by all outputs beat one
-# factorisation per output (scripts/bench_numerics.py).
+# From this many kept components on, with one feature each, iterations shared by all outputs beat one factorisation per
+# output (scripts/bench_numerics.py): 2 to 3 times at 768, more above.
 _ITERATIVE_FROM = 768
-_ITERATIONS = 400
-_RESIDUAL = 1e-10
 
 
 @dataclass(frozen=True)
@@ -92,18 +90,20 @@ class PerKernel:
         # Rows of `r` and `ridge` belong to the outputs `alive`.
         start = 1.0 if self.towards == "weights" else 0.0
         blocks = SimilarityBlocks(consumer, kept)
-        solved = torch.full_like(r, start)
-        todo = torch.arange(len(alive), device=alive.device)
-        if blocks.per == 1 and len(kept) >= _ITERATIVE_FROM and self.ridge > 0 and blocks.moment is not None:
-            todo = _conjugate_gradients_(solved, blocks.moment[:, 0, 0], blocks.weight[alive, 0], r, ridge)
+        scales = torch.full_like(r, start)
+        todo = torch.arange(len(alive), device=r.device)
+        if blocks.per == 1 and self.ridge > 0 and len(kept) >= _ITERATIVE_FROM:
+            moment, weight = blocks.moment[:, 0, 0], blocks.weight[alive, 0]
+            target = r - start * weight * (weight @ moment)
+            change, converged = solve_scaled(moment, weight, ridge, target)
+            scales += torch.where(converged[:, None], change, 0)
+            todo = todo[~converged]
         for chosen in todo.split(blocks.outputs_per_chunk):
             matrices = blocks.of(alive[chosen])
-            target = r[chosen]
-            if start:
-                target = target - matrices.sum(2)
+            target = r[chosen] - start * matrices.sum(2)
             matrices.diagonal(dim1=1, dim2=2).add_(ridge[chosen, None])
-            solved[chosen] = start + solve_positive(matrices, target)
-        return solved
+            scales[chosen] += solve_positive(matrices, target)
+        return scales
 
 
 def restored_constant(consumer: Consumer, kept: Tensor, weight: Tensor) -> Tensor:
@@ -120,46 +120,6 @@ def restored_constant(consumer: Consumer, kept: Tensor, weight: Tensor) -> Tenso
     """
     mean = consumer.statistics.mean
     return consumer.weight.to(mean) @ mean - weight.to(mean) @ mean[_kept_features(consumer, kept)]
-
-
-def _conjugate_gradients_(scales: Tensor, moment: Tensor, weight: Tensor, r: Tensor, ridge: Tensor) -> Tensor:
-    """Solve (Q_c + λ_c) (δ_c − start) = r_c − Q_c start for all outputs together, Q_c = S ∘ w_c w_cᵀ, in place.
-
-    Each step is one product with S for all outputs, instead of one factorisation each. `scales` holds the start.
-
-    Returns:
-        The outputs that did not converge, ``[…]`` int64, their scales as at the start.
-    """
-    start = scales.clone()
-
-    def product(values: Tensor) -> Tensor:
-        return ((values * weight) @ moment).mul_(weight)
-
-    tiny = torch.finfo(r.dtype).tiny  # an output may have no weight on any kept component
-    precondition = 1 / (weight.square() * moment.diagonal() + ridge[:, None]).clamp_min(tiny)
-    residual = r - product(scales)
-    limit = _RESIDUAL * residual.norm(dim=1)
-    direction = precondition * residual
-    strength = (residual * direction).sum(1)
-    for _ in range(_ITERATIONS):
-        step = product(direction).add_(ridge[:, None] * direction)
-        length = _ratio(strength, (direction * step).sum(1))[:, None]
-        scales.add_(length * direction)
-        residual.sub_(length * step)
-        if (residual.norm(dim=1) <= limit).all():
-            break
-        fresh = precondition * residual
-        following = (residual * fresh).sum(1)
-        direction.mul_(_ratio(following, strength)[:, None]).add_(fresh)
-        strength = following
-    left = (~(residual.norm(dim=1) <= limit)).nonzero().flatten()
-    scales[left] = start[left]
-    return left
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    # A converged output has nothing left to divide.
-    return torch.where(whole > 0, part / whole.clamp_min(torch.finfo(whole.dtype).tiny), torch.zeros_like(part))
 
 
 def _kept_features(consumer: Consumer, kept: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from modhifi_cli.errors import ConfigError, NumericsError
 from modhifi_cli.numerics import compensation as module
+from modhifi_cli.numerics import contributions, linalg
 from modhifi_cli.numerics.compensation import NoCompensation, PerKernel, restored_constant
 from modhifi_cli.numerics.fidelity import layer_fidelity
 from modhifi_cli.numerics.linalg import feature_index
@@ -76,8 +77,6 @@ def test_keeping_everything_returns_the_weight():
 
 
 def test_one_output_chunk_or_many_is_the_same(monkeypatch):
-    from modhifi_cli.numerics import contributions
-
     consumer, _ = helpers.make(outputs=5, per=3)
     whole = PerKernel()(consumer, KEPT)
     monkeypatch.setattr(contributions, "_CHUNK_BYTES", 8 * 16 * 2)
@@ -88,7 +87,8 @@ def test_iterative_outputs_that_do_not_converge_are_solved_directly(monkeypatch)
     consumer, _ = helpers.make()
     direct = PerKernel()(consumer, KEPT)
     monkeypatch.setattr(module, "_ITERATIVE_FROM", 1)
-    monkeypatch.setattr(module, "_ITERATIONS", 1)
+    monkeypatch.setattr(linalg, "_ITERATIONS", 1)
+    monkeypatch.setattr(linalg, "_PRECONDITIONER_RANK", 1)
     torch.testing.assert_close(PerKernel()(consumer, KEPT), direct)
 
 

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from modhifi_cli.numerics.linalg import add_gram_, feature_index, mirror_upper_, solve_positive
+from modhifi_cli.numerics import linalg
+from modhifi_cli.numerics.linalg import (
+    add_gram_,
+    feature_index,
+    mirror_upper_,
+    partial_cholesky,
+    solve_positive,
+    solve_scaled,
+)
 from tests import reference
 
 
@@ -29,3 +37,47 @@ def test_grams_are_complete_after_mirroring(features):
 
 def test_features_of_components_are_consecutive():
     assert feature_index(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
+
+
+def _decaying(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    return (basis * 0.8 ** torch.arange(size)) @ basis.T, generator
+
+
+@pytest.mark.parametrize("rank", [0, 3, 40])
+@pytest.mark.parametrize("chunk", [1, 2**28], ids=["many_chunks", "one_chunk"])
+def test_systems_that_share_a_matrix_are_solved_like_each_alone(monkeypatch, rank, chunk):
+    monkeypatch.setattr(linalg, "_PRECONDITIONER_RANK", rank)
+    monkeypatch.setattr(linalg, "_CHUNK_BYTES", chunk)
+    matrix, generator = _decaying(40, 2)
+    scales = torch.randn(5, 40, generator=generator, dtype=torch.float64)
+    scales[1] = 0
+    scales[:, 7] = 0
+    targets = torch.randn(5, 40, generator=generator, dtype=torch.float64)
+    targets[3] = 0
+    ridge = torch.full((5,), 1e-3, dtype=torch.float64)
+    solved, converged = solve_scaled(matrix, scales, ridge, targets)
+    assert converged.all()
+    for scale, target, got in zip(scales, targets, solved, strict=True):
+        system = matrix * scale * scale[:, None] + 1e-3 * torch.eye(40, dtype=torch.float64)
+        torch.testing.assert_close(got, torch.linalg.solve(system, target), rtol=1e-5, atol=1e-6)
+
+
+def test_systems_that_did_not_converge_are_told(monkeypatch):
+    monkeypatch.setattr(linalg, "_PRECONDITIONER_RANK", 1)
+    monkeypatch.setattr(linalg, "_ITERATIONS", 2)
+    matrix, generator = _decaying(40, 3)
+    targets = torch.randn(2, 40, generator=generator, dtype=torch.float64)
+    targets[1] = 0
+    ones = torch.ones(2, 40, dtype=torch.float64)
+    assert solve_scaled(matrix, ones, 1e-6 * ones[:, 0], targets)[1].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("rank", [4, 12])
+def test_a_partial_cholesky_factor_stays_below_the_matrix(rank):
+    matrix, _ = _decaying(12, 4)
+    factor, rest = partial_cholesky(matrix, rank)
+    left = matrix - factor @ factor.T
+    torch.testing.assert_close(left.diagonal(), rest, rtol=0, atol=1e-12)
+    assert torch.linalg.eigvalsh(left).min() > -1e-12
