@@ -1,4 +1,4 @@
-"""Slow float64 re-implementations of the numerics, written another way: explicit patches, explicit contributions, lstsq.
+"""Slow float64 re-implementations of the numerics, written another way: explicit patches and contributions, lstsq.
 
 Nothing here is shared with the package. Contributions are materialised, expectations are means over rows, and least
 squares goes through `numpy.linalg.lstsq`.

@@ -109,8 +109,7 @@ def solve_scaled(matrix: Tensor, scales: Tensor, ridge: Tensor, targets: Tensor)
         targets: t, ``[batch, n]`` float64.
 
     Returns:
-        ``[batch, n]`` to a relative residual of 1e-8, and ``[batch]`` bool: which of them got there. The quadratic error
-        falls with every iteration.
+        ``[batch, n]`` to a relative residual of 1e-8, and ``[batch]`` bool: which of them got there.
     """
     # The factor is made for the typical scale; any factor below S is a valid preconditioner for every c.
     typical = scales.square().mean(0).sqrt()

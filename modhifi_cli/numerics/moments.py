@@ -18,6 +18,8 @@ from modhifi_cli.records import Statistics
 
 # Bytes of one unfolded or laid-out chunk: enough rows for a fast product, small beside the activations themselves.
 _CHUNK_BYTES = 96 * 2**20
+# Up to this many channels a CPU correlates maps as a convolution's weight gradient rather than by matrix products.
+_THIN_CHANNELS = 128
 
 
 class RowMoments:
@@ -264,16 +266,17 @@ class _SharedTapMoments:
     def _add_correlations(self, maps: Tensor) -> None:
         batch, channels, height, width = maps.shape
         spare = self._kernel - 1
-        if maps.device.type == "cpu" and channels <= 64:
-            # The correlation is the weight gradient of a convolution of the maps with themselves. oneDNN does it without
-            # the layout below and beats thin matrix products by about 1.5 (scripts/bench_numerics.py).
+        if maps.device.type == "cpu" and channels <= _THIN_CHANNELS:
+            # The correlation is the weight gradient of a convolution of the maps with themselves: one oneDNN call
+            # instead of 13 thin products. On two threads 2 times faster at 16 channels, 1.3 at 64, even at 128, slower
+            # above; the gap is wider on a busy machine. Not on a GPU, whose convolutions may round to TF32.
             padded = functional.pad(maps, (spare, spare, 0, spare))
             shape = (channels, channels, self._kernel, 2 * self._kernel - 1)
             summed = torch.nn.grad.conv2d_weight(padded, shape, maps)
             self._correlations.add_(summed.permute(2, 3, 0, 1))
             return
-        # [channels, height, batch, width + spare]: a shift in the image is a shift of columns. The spare zeros stop it from
-        # running into the next line, and a shift beyond the last row runs off the end, so it needs no zeros at all.
+        # [channels, height, batch, width + spare]: a shift in the image is a shift of columns. The spare zeros stop it
+        # from running into the next line; a shift beyond the last row runs off the end and needs no zeros at all.
         lines = maps.new_zeros(channels, height, batch, width + spare)
         lines[..., :width] = maps.permute(1, 2, 0, 3)
         lines = lines.view(channels, -1)
@@ -357,6 +360,8 @@ def reorder(statistics: Statistics, features: Tensor) -> Statistics:
         Moments over the same rows, in the same form.
     """
     features = features.to(statistics.mean.device)
+    if torch.equal(features, torch.arange(statistics.features, device=features.device)):
+        return statistics  # most layers are in order already, and S may be large
     moment, samples = statistics.second_moment, statistics.samples
     if moment is not None:
         moment = moment.index_select(0, features).index_select(1, features)

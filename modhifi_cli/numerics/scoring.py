@@ -36,7 +36,11 @@ class Singleton:
     needs_statistics: ClassVar[bool] = True
 
     def __call__(
-        self, consumers: Sequence[Consumer], producers: Sequence[Tensor] = (), *, generator: torch.Generator | None = None
+        self,
+        consumers: Sequence[Consumer],
+        producers: Sequence[Tensor] = (),
+        *,
+        generator: torch.Generator | None = None,
     ) -> Scores:
         """Votes of every live output of every consumer, in [0, 1]. Raises NumericsError if a layer is dead."""
         return _output_votes(consumers, singleton_fidelity)
@@ -49,7 +53,11 @@ class Saliency:
     needs_statistics: ClassVar[bool] = True
 
     def __call__(
-        self, consumers: Sequence[Consumer], producers: Sequence[Tensor] = (), *, generator: torch.Generator | None = None
+        self,
+        consumers: Sequence[Consumer],
+        producers: Sequence[Tensor] = (),
+        *,
+        generator: torch.Generator | None = None,
     ) -> Scores:
         """Votes of every live output of every consumer. Raises NumericsError if a layer is dead."""
         return _output_votes(consumers, saliency)
