@@ -70,6 +70,8 @@ def load_saved(directory: str | os.PathLike[str]) -> LoadedModel:
     state = _read_tensors(folder / "weights.safetensors")
     model = build_architecture(architecture)
     restore_widths_(model, widths)
+    floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+    model.to(floating[0] if floating else torch.float32)  # load_state_dict would round to the built dtype
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -77,10 +79,6 @@ def load_saved(directory: str | os.PathLike[str]) -> LoadedModel:
         raise DataError(
             f"{folder}: weights.safetensors does not fit architecture.json ({detail}); the run folder is damaged."
         ) from error
-    for name_, tensor in state.items():  # load_state_dict copies into the built dtype; give back the saved one
-        if tensor.is_floating_point():
-            model.to(tensor.dtype)
-            break
     return LoadedModel(
         model=model.eval(),
         name=name,
@@ -215,6 +213,11 @@ class RunDirectory:
     def load_edits(self) -> tuple[tuple[Edit, ...], str | None]:
         """Edits saved so far, in order, and the hash of the dense weights they belong to (None without edits)."""
         return load_edits(self.path)
+
+    def discard_if_empty(self) -> None:
+        """Remove the folder of a run that ended before its first edit: nothing in it is worth resuming."""
+        if not any((self.path / "edits").glob("*.safetensors")):
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def finish(self, *, edits: bool = True) -> Path:
         """Gather the edits into one file and give the folder its name.

@@ -17,9 +17,9 @@ USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 _FLAGS = frozenset(
-    "-m --multirun -c --cfg -p --package --resolve --info -i -cd --config-dir --hydra-help --run -r --version".split()
+    "-m --multirun -c --cfg -p --package --resolve --info -i -cd --config-dir --hydra-help --run -r".split()
 )
-_FLAGS_WITH_VALUE = frozenset("-c --cfg -p --package -cd --config-dir --info -i".split())
+_FLAGS_WITH_VALUE = frozenset("-c --cfg -p --package -cd --config-dir".split())
 
 _outcome: list[BaseException] = []  # what ended the job; Hydra would print a text of its own if it saw the exception
 
@@ -63,32 +63,31 @@ def _run(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in rest):
         print(_list_help() if verb == "list" else config.verb_help(verb))
         return 0
-    _check_words(verb, rest)
+    overrides, flags = _sort_words(verb, rest)
     if verb == "list":
-        return _list(rest)
-    sweeping = "-m" in rest or "--multirun" in rest
-    overrides = [word for word in rest if "=" in word]
+        return _list(overrides)
+    sweeping = "-m" in flags or "--multirun" in flags
     if sweeping and verb not in ("prune", "evaluate"):
         raise ConfigError(f"modhifi {verb} runs once; -m is for prune and evaluate.")
     if sweeping:
-        return _sweep(verb, rest, overrides)
+        return _sweep(verb, overrides, flags)
     _outcome.clear()
-    config.run_hydra(verb, rest, job)
+    config.run_hydra(verb, [*overrides, *flags], job)
     if _outcome:
         raise _outcome.pop()
     return 0
 
 
-def _sweep(verb: str, rest: Sequence[str], overrides: Sequence[str]) -> int:
+def _sweep(verb: str, overrides: Sequence[str], flags: Sequence[str]) -> int:
     """A sweep in a folder that its overrides name, so that the same command finds its finished jobs again."""
     from modhifi_cli import pipeline
 
     given = dict(word.partition("=")[::2] for word in overrides)
     named = [word for word in overrides if not word.startswith(("hydra", "console", "output_dir="))]
-    folder = Path(given.get("output_dir", "outputs").strip("'\"")) / "sweeps" / config.slug([verb, *named])
+    folder = Path(given.get("output_dir", "outputs").strip("'\"")) / "sweeps" / f"{verb}_{config.slug(named)}"
     pipeline.begin_sweep(folder)
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    config.run_hydra(verb, [*rest, f"hydra.sweep.dir='{quoted}'"], job)
+    config.run_hydra(verb, [*overrides, f"hydra.sweep.dir='{quoted}'", *flags], job)
     return USER_ERROR if pipeline.summarise_sweep(folder, given.get("console", "rich")) else 0
 
 
@@ -110,16 +109,23 @@ def job(composed: Any) -> None:
         _outcome.append(error)
 
 
-def _check_words(verb: str, words: Sequence[str]) -> None:
-    """Settings are `key=value`; anything else is refused here in words that a person understands."""
+def _sort_words(verb: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides and Hydra's flags apart; anything else is refused here in words that a person understands.
+
+    Hydra's parser takes overrides only in one block, so flags are put behind them.
+    """
+    overrides: list[str] = []
+    flags: list[str] = []
     expects_value = False
     for word in words:
         if expects_value:
             expects_value = False
+            flags.append(word)
         elif word in _FLAGS:
             expects_value = word in _FLAGS_WITH_VALUE
-        elif word.startswith("--") and "=" in word and word.partition("=")[0] in _FLAGS_WITH_VALUE:
-            pass
+            flags.append(word)
+        elif word.startswith("--") and word.partition("=")[0] in _FLAGS_WITH_VALUE:
+            flags.append(word)
         elif word.startswith("--"):
             key, _, value = word[2:].partition("=")
             raise ConfigError(
@@ -130,6 +136,9 @@ def _check_words(verb: str, words: Sequence[str]) -> None:
             raise ConfigError(f"there is no option '{word}'; settings are written key=value (modhifi {verb} --help).")
         elif "=" not in word and not word.startswith("~"):
             raise ConfigError(f"'{word}' is no setting; settings are written key=value (modhifi {verb} --help).")
+        else:
+            overrides.append(word)
+    return overrides, flags
 
 
 def _list_help() -> str:

@@ -339,10 +339,13 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
     if isinstance(absent, MissingConfigException) and absent.missing_cfg_file:
         group, _, choice = str(absent.missing_cfg_file).rpartition("/")
         known = groups().get(group, ())
-        return ConfigError(f"{group}={choice}: there is no such choice; {nearest(choice, known)}")
+        return ConfigError(f"{group}={choice}: there is no such choice; {nearest(choice, known) if known else 'it is empty.'}")
     unknown = re.search(r"Could not override '([^']+)'|Could not append to config.*?'([^']+)'", text)
     if unknown:
         key = (unknown.group(1) or unknown.group(2)).split("@")[0]
+        group, _, leaf = key.partition(".")
+        if leaf == "path" and group in ("data", "evaluation_data"):
+            return ConfigError(f"{key}: choose the kind of source too, e.g. {group}=folder {key}=FOLDER, or {group}=arrays.")
         near = nearest(key, _known_keys(verb, overrides))
         return ConfigError(f"modhifi {verb} has no key '{key}': {near} (modhifi {verb} --help)")
     if isinstance(error, HydraException) and "Ambiguous value" in text:

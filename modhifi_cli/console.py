@@ -109,7 +109,7 @@ class JsonConsole(Console):
 
     def progress(self, step: Progress) -> None:
         now = time.monotonic()
-        if now - self._last_line >= _SECONDS_BETWEEN_LINES or step.done == step.total:
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             self._say("progress", stage=step.stage, item=step.item, done=step.done, total=step.total)
 

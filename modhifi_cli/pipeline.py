@@ -96,6 +96,8 @@ def _prune(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
         raise KeyboardInterrupt(_how_to_resume(place, facts)) from None
     except ModHiFiError as error:
         place.log(f"failed: {error}")
+        if not resumed:
+            place.discard_if_empty()
         raise
     final = place.finish()
     _show_outcome(console, final, summary, measurements)
@@ -158,11 +160,20 @@ def _edit_(
 
 
 def _show_plan(console: Console, plan: Any) -> None:
-    rows = [_row(group) for group in plan.groups]
+    rows = [
+        {
+            "group": group.name,
+            "components": group.components,
+            "keep": group.keep,
+            "producers": len(group.producers),
+            "consumers": len(group.consumers),
+        }
+        for group in plan.groups
+    ]
     if rows:
         console.table(f"{len(rows)} groups of coupled components", rows)
     for refused in plan.refused:
-        console.note(f"left alone: {getattr(refused, 'name', '')}: {getattr(refused, 'reason', refused)}")
+        console.note(f"left alone: {refused.name}: {refused.reason}")
 
 
 def _write_outcome(
@@ -178,9 +189,10 @@ def _write_outcome(
     calibration: ImageSource,
 ) -> None:
     groups = [
-        {"group": edit.name, "iteration": edit.iteration, "kept": edit.kept.numel(), "removed": edit.removed.numel()}
-        | {key: value for key, value in edit.facts.items() if isinstance(value, (int, float, str, bool))}
+        {"group": edit.name, "pass": edit.iteration, "kept": edit.kept.numel(), "removed": edit.removed.numel()}
+        | {key: edit.facts[key] for key in ("dead_outputs", "fidelity", "rows", "seconds") if key in edit.facts}
         for edit in edits
+        if edit.removed.numel()
     ]
     achieved, warnings = dict(summary.achieved), list(summary.warnings)
     target = settings["target"]["name"]
@@ -212,13 +224,21 @@ def _write_outcome(
         asked=asked,
         achieved=achieved,
         measurements=measurements,
-        groups=groups,
+        groups=[_group_line(group) for group in groups],
         warnings=warnings,
         exports=exported,
         repeat=command,
     )
     artifacts.write_text(place.path / "report.md", text)
     place.log("finished")
+
+
+def _group_line(group: Mapping[str, Any]) -> dict[str, Any]:
+    """One group for the report: the lowest fidelity over its consumers stands for all of them."""
+    line = {key: value for key, value in group.items() if key not in ("fidelity", "rows", "seconds")}
+    if group.get("fidelity"):
+        line["lowest fidelity"] = min(group["fidelity"].values())
+    return line
 
 
 def _show_outcome(console: Console, final: Path, summary: Any, measurements: Sequence[Measurement]) -> None:
@@ -279,7 +299,7 @@ def _how_to_resume(place: artifacts.RunDirectory, facts: Mapping[str, Any]) -> s
 
 
 def _evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
-    settings = dict(settings)
+    asked, settings = settings, dict(settings)
     device = _device(settings)
     models: dict[str, nn.Module] = {}
     if settings["run"] is None:
@@ -300,7 +320,7 @@ def _evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Co
     measurements = _measure(settings, models, calibration, evaluation, loaded.preprocess, device, console)
     place = artifacts.RunDirectory.create(folder or _new_folder("evaluate", loaded.name, settings, facts))
     command = _command("evaluate", facts["overrides"])
-    artifacts.write_text(place.path / "config.yaml", config.to_yaml(_portable(settings)))
+    artifacts.write_text(place.path / "config.yaml", config.to_yaml(_portable(asked)))
     artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
     results = {
         "format_version": artifacts.FORMAT_VERSION,
@@ -468,7 +488,7 @@ def run_sweep_job(composed: Any, facts: Mapping[str, Any]) -> None:
             if (interrupted / "calibration.json").exists() and facts["verb"] == "prune":
                 settings["resume"] = str(interrupted)
             elif interrupted.exists():
-                _remove_empty_run(interrupted)
+                artifacts.RunDirectory(final).discard_if_empty()
             run(facts["verb"], settings, facts, folder=final)
             record["status"] = "finished"
     except KeyboardInterrupt:
@@ -482,6 +502,8 @@ def run_sweep_job(composed: Any, facts: Mapping[str, Any]) -> None:
             artifacts.write_text(path.with_suffix(".txt"), traceback.format_exc())
     finally:
         artifacts.write_json(path, record)
+        style = composed.console.style
+        open_console(style).note(f"job {record['number']} {record['status']}: {record['folder']} {record['message']}".rstrip())
 
 
 def begin_sweep(folder: Path) -> None:
@@ -540,13 +562,6 @@ def summarise_sweep(folder: Path, style: str) -> int:
     console.note(f"all numbers are in {folder / 'summary.csv'}")
     console.result({"folder": str(folder), "jobs": rows})
     return len(failed)
-
-
-def _remove_empty_run(folder: Path) -> None:
-    """A job that died before it had written what resuming needs: nothing in it is worth keeping."""
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------ shared pieces
@@ -695,17 +710,13 @@ def _portable(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _new_folder(verb: str, model: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
     now = time.time()
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + f"-{int(now % 1 * 1e6):06d}"
-    ignored = ("console", "output_dir=", "resume=", "run=", "hydra")
+    ignored = ("console", "output_dir=", "resume=", "run=", "hydra", "evaluation=", "evaluation.", "export", "runtime")
     name = config.slug(word for word in facts["overrides"] if not word.startswith(ignored))
     return Path(settings["output_dir"]) / verb / config.slug([model]) / f"{stamp}_{name}"
 
 
 def _command(verb: str, overrides: Sequence[str]) -> str:
     return shlex.join(["modhifi", verb, *overrides])
-
-
-def _row(group: Any) -> Mapping[str, Any]:
-    return group if isinstance(group, Mapping) else dataclasses.asdict(group)
 
 
 @contextlib.contextmanager

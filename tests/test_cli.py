@@ -1,0 +1,100 @@
+"""The command line: help, exit codes, and one sentence for everything a user can get wrong before work begins."""
+
+import subprocess
+import sys
+
+import pytest
+
+from modhifi_cli.cli import main
+
+
+def sentence(capsys, *words: str) -> str:
+    """The one line that a wrong command prints; its exit code is 2."""
+    assert main(words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_help_imports_neither_torch_nor_hydra_and_answers_within_a_second():
+    code = (
+        "import sys, time; started = time.perf_counter()\n"
+        "from modhifi_cli.cli import main\n"
+        "assert main(['--help']) == 0 and main(['prune', '--help']) == 0 and main(['list']) == 0\n"
+        "assert not {'torch', 'hydra', 'omegaconf'} & set(sys.modules), 'heavy import'\n"
+        "assert time.perf_counter() - started < 1\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "sparsity" in done.stdout
+
+
+def test_list_explains_the_choices_of_one_group(capsys):
+    assert main(["list", "group=compensation"]) == 0
+    assert "per_kernel" in capsys.readouterr().out
+
+
+def test_list_refuses_an_unknown_group(capsys):
+    assert "did you mean 'model'" in sentence(capsys, "list", "group=modle")
+
+
+WRONG = {
+    "unknown verb": (["prun"], "there is no verb 'prun'; did you mean 'prune'"),
+    "an option with dashes": (["prune", "--sparsity=0.4"], "written key=value without dashes, such as sparsity=0.4"),
+    "an unknown short option": (["prune", "-x"], "there is no option '-x'"),
+    "a bare word": (["prune", "resnet50"], "'resnet50' is no setting; settings are written key=value"),
+    "unknown key": (["prune", "sparsty=0.4"], "no key 'sparsty': did you mean 'sparsity'"),
+    "unknown group": (["prune", "modle=resnet50"], "no key 'modle': did you mean 'model'"),
+    "unknown choice": (["prune", "model=resnet5"], "model=resnet5: there is no such choice; did you mean"),
+    "unknown key of a choice": (["prune", "compensation.rigde=1"], "did you mean 'compensation.ridge'"),
+    "an added key of a choice": (["prune", "+compensation.rigde=1"], "compensation has no key 'rigde': did you mean 'ridge'"),
+    "an added key": (["prune", "+sparsty=1"], "no key 'sparsty': did you mean 'sparsity'"),
+    "a missing value": (["prune", "data=folder"], "data.path must be given"),
+    "a missing run": (["verify"], "run must be given"),
+    "a path without a kind": (["prune", "data.path=x"], "choose the kind of source too, e.g. data=folder data.path=FOLDER"),
+    "sparsity of 1": (["prune", "sparsity=1"], r"0 <= sparsity < 1; got 1."),
+    "negative sparsity": (["prune", "sparsity=-0.1"], r"0 <= sparsity < 1; got -0.1."),
+    "sparsity that is a word": (["prune", "sparsity=half"], r"0 <= sparsity < 1; got 'half'."),
+    "sparsity that is no number": (["prune", "sparsity=nan"], r"0 <= sparsity < 1; got nan."),
+    "round_to of 0": (["prune", "round_to=0"], "round_to must be a whole number from 1; got 0."),
+    "batchnorm of another kind": (["prune", "batchnorm=maybe"], "batchnorm must be reestimate or stored; got 'maybe'."),
+    "exclude that is no list": (["prune", "exclude=fc"], "exclude must be a list of module names"),
+    "a batch of nothing": (["prune", "runtime.batch_size=0"], "runtime.batch_size must be a whole number from 1"),
+    "an unknown device": (["prune", "runtime.device=tpu"], "runtime.device must be cpu, cuda or cuda:N; got 'tpu'."),
+    "values with commas": (["prune", "sparsity=0.1,0.2"], "is a sweep and needs -m"),
+    "unreadable grammar": (["prune", "exclude=[a"], "cannot read 'exclude=[a': settings are written key=value"),
+    "a target elsewhere": (["prune", "model._target_=os.system"], "must lie under modhifi_cli; got 'os.system'"),
+    "a target that is not": (["prune", "model._target_=modhifi_cli.models.x.y"], "which does not exist"),
+    "no images": (["prune", "model=resnet50", "model.weights=random"], "resnet50 brings no images of its own"),
+    "a sweep of info": (["info", "-m", "model=resnet18,resnet34"], "modhifi info runs once"),
+    "no such run": (["verify", "run=nowhere"], "run=nowhere: no such folder"),
+    "no such run to resume": (["prune", "resume=nowhere"], "resume=nowhere: no such folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words, expected", WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong_is_said_in_one_sentence(capsys, tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in sentence(capsys, *words)
+    assert not list(tmp_path.iterdir()), "a wrong command leaves nothing behind"
+
+
+def test_a_device_that_is_not_there_is_named(capsys, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch finds no graphics card here; use runtime=cpu" in sentence(capsys, "prune", "runtime=gpu")
+
+
+def test_cfg_shows_what_would_be_used(capsys):
+    assert main(["prune", "--cfg", "job", "sparsity=0.25"]) == 0
+    assert "sparsity: 0.25" in capsys.readouterr().out
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    said = sentence(capsys, "prune", f"output_dir={tmp_path / 'file'}", "console=plain")
+    assert "cannot be written (Not a directory)" in said
+    assert "output_dir=FOLDER" in said

@@ -1,0 +1,102 @@
+"""Every YAML composes and binds: choices, presets, experiments, launchers and the commands in their headers."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from modhifi_cli import config
+
+ROOT = config.config_directory()
+GROUPS = config.groups()
+CHOICES = [(group, choice) for group, choices in GROUPS.items() for choice in choices if group != "hydra/launcher"]
+COMMANDS = sorted(
+    {
+        (path.relative_to(ROOT).as_posix(), command)
+        for path in ROOT.rglob("*.yaml")
+        for command in config.header(path)[1]
+    }
+)
+
+
+def required(path: Path, group: str) -> list[str]:
+    """Overrides for the keys that a file leaves open with ???."""
+    return [f"{group}.{key}=given" for key in re.findall(r"^(\w+): \?\?\?", path.read_text(encoding="utf-8"), re.M)]
+
+
+def fill(overrides: list[str]) -> list[str]:
+    """The first value of every sweep, and a value for every key that a chosen file leaves open."""
+    firsts = []
+    for word in overrides:
+        key, _, value = word.partition("=")
+        firsts.append(word if value[:1] in "[{'\"" else f"{key}={value.split(',')[0]}")
+    given = {word.partition("=")[0] for word in firsts}
+    for word in list(firsts):
+        group, _, choice = word.partition("=")
+        path = ROOT / group / f"{choice}.yaml"
+        if group in GROUPS and path.is_file():
+            firsts += [text for text in required(path, group) if text.partition("=")[0] not in given]
+    return firsts
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda value: value)
+def test_every_choice_composes_and_binds(group, choice):
+    asked = f"{group}=[{choice}]" if group in ("evaluation", "export") else f"{group}={choice}"
+    settings = config.compose("prune", [asked, *required(ROOT / group / f"{choice}.yaml", group)])
+    assert settings["sparsity"] is not None
+
+
+@pytest.mark.parametrize("verb", config.verbs())
+def test_every_verb_composes(verb):
+    needs = ["run=given"] if verb in ("verify", "replay") else []
+    assert config.compose(verb, needs)["output_dir"] == "outputs"
+
+
+@pytest.mark.parametrize(("file", "command"), COMMANDS, ids=lambda value: value)
+def test_the_command_in_a_header_composes(file, command):
+    words = shlex.split(re.split(r"\s{3,}", command)[0])
+    verb, overrides = words[1], [word for word in words[2:] if not word.startswith("-")]
+    if verb == "list":
+        return
+    if any(word.startswith(("hydra/launcher", "hydra.launcher")) for word in overrides):
+        overrides = [word for word in overrides if not word.startswith("hydra")]
+    config.compose(verb, fill(overrides))
+
+
+def test_every_yaml_says_what_it_is_and_how_to_use_it():
+    silent = [
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.yaml")
+        if path.name != "base.yaml" and (not config.header(path)[0] or not config.header(path)[1])
+    ]
+    assert not silent
+
+
+@pytest.mark.parametrize("launcher", GROUPS["hydra/launcher"])
+def test_every_launcher_composes(launcher):
+    config.compose("prune", [f"hydra/launcher={launcher}"])
+
+
+def test_the_command_line_wins_over_a_preset():
+    preset = config.compose("prune", ["preset=paper"])
+    assert preset["compensation"]["towards"] == "zero"
+    assert preset["data"]["num_samples"] == 2000
+    ours = config.compose("prune", ["preset=paper", "data.num_samples=5", "compensation=none", "batchnorm=stored"])
+    assert ours["data"]["num_samples"] == 5
+    assert ours["compensation"]["_target_"].endswith("NoCompensation")
+    assert ours["batchnorm"] == "stored"
+
+
+def test_a_list_of_evaluations_replaces_the_default_list():
+    chosen = config.compose("prune", ["evaluation=[top1,latency]", "evaluation.latency.iterations=5"])
+    assert list(chosen["evaluation"]) == ["top1", "latency"]
+    assert chosen["evaluation"]["latency"]["iterations"] == 5
+    assert config.compose("prune", ["evaluation=[]"])["evaluation"] == {}
+
+
+def test_the_embedded_network_brings_its_images_and_others_do_not():
+    assert config.compose("prune", [])["data"]["_target_"].endswith("digits.load")
+    others = config.compose("prune", ["model=resnet50"])
+    assert others["data"] is None
+    assert others["evaluation_data"] is None
