@@ -58,7 +58,6 @@ class Segments:
         self._usable: dict[str, bool] = {}
         self._skipped = {cut: self._before(cut) for cut in self.trace.cuts}
         self._answers = self._record({name for names in self._skipped.values() for name in names})
-        self._logits = self._whole(self._example)
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -66,7 +65,7 @@ class Segments:
         return tuple(cut for cut in self.trace.cuts if self.usable(cut))
 
     def usable(self, cut: str) -> bool:
-        """Whether resuming from `cut` gives the logits of the whole forward (tried once, on the dense network)."""
+        """Whether resuming from `cut` gives the logits of the whole forward, tried once on the network as it then is."""
         if cut not in self._usable:
             self._usable[cut] = self._try(cut)
         return self._usable[cut]
@@ -170,23 +169,18 @@ class Segments:
         return answers
 
     @torch.no_grad()
-    def _whole(self, images: Tensor) -> Tensor | None:
-        output = self.model(images)
-        return output if isinstance(output, Tensor) else None
-
     def _try(self, cut: str) -> bool:
-        if self._logits is None:
-            return False
+        whole = self.model(self._example)
         try:
             carried = self.run(self._example, until=cut)
-            if carried is None or carried.shape[0] != self._example.shape[0]:
+            if not isinstance(whole, Tensor) or carried is None or carried.shape[0] != whole.shape[0]:
                 return False
-            with torch.no_grad(), self._resumed(cut, carried):
+            with self._resumed(cut, carried):
                 logits = self.model(self._image(carried))
         except (RuntimeError, TypeError, ValueError, AttributeError):
             # Glue code that cannot live with broadcast answers: this cut is slower to reach, not wrong.
             return False
-        return bool(torch.allclose(logits, self._logits, rtol=1e-4, atol=1e-5 * float(self._logits.abs().max())))
+        return bool(torch.allclose(logits, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max())))
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -170,8 +170,12 @@ def _cuts(order: list[object], nodes: dict[str, object], visits: dict[str, Visit
     found: dict[object, str] = {}
     for name, visit in sorted(visits.items(), key=lambda item: item[1].leave):
         node = nodes.get(name)
-        if node in above and above[node] * below[node] == total:
-            found[node] = name  # the last to leave is the outermost module of this tensor
+        if node not in above or above[node] * below[node] != total:
+            continue
+        # The module that made the tensor and those around it that end with it; a later module that only hands its
+        # input on (an identity shortcut) is no place to start, since others have read that tensor before it.
+        if node not in found or found[node].startswith(name + "."):
+            found[node] = name
     return tuple(sorted(found.values(), key=lambda name: visits[name].leave))
 
 

@@ -548,6 +548,7 @@ def _mark_stale_(run: _Run, group: ComponentGroup, changed: Sequence[str]) -> No
     if not run.reestimate:
         return
     trace = run.segments.trace
+    run.stale = [name for name in run.stale if name not in changed]
     sources = [slot.module for slot in group.consumers]
     for name in trace.visits:
         module = run.model.get_submodule(name)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from modhifi_cli.graph.dependency import find_groups
+from modhifi_cli.graph.law import slice_groups_
 from modhifi_cli.graph.segments import Segments, inputs_seen
 from tests.graph import networks
 
@@ -22,11 +24,26 @@ def test_resuming_from_any_cut_gives_the_same_logits(name):
     assert torch.equal(model(more), logits)  # nothing stays patched
 
 
+def test_cuts_stay_usable_after_the_network_was_edited():
+    model, images = networks.small("option_a")
+    segments = Segments(model, images)
+    groups, _ = find_groups(model, segments.trace, images)
+    slice_groups_(model, groups, [torch.arange(group.components // 2) for group in groups])
+    assert segments.cuts == segments.trace.cuts
+
+
 def test_a_residual_block_is_cut_behind_and_never_inside():
     model, images = networks.small("option_a")
     cuts = Segments(model, images).cuts
     assert "layer2.0" in cuts or "layer2" in cuts
     assert not any(name.startswith("layer2.0.") for name in cuts)
+
+
+def test_an_identity_shortcut_does_not_hide_the_block_before_it():
+    model = networks.cifar_resnet.build(depth=14, widths=(4, 8, 12))
+    segments = Segments(model, torch.randn(2, 3, 16, 16))
+    assert {"layer1.0", "layer1", "layer2.0", "layer2", "layer3.0", "layer3"} <= set(segments.cuts)
+    assert segments.cuts == segments.trace.cuts
 
 
 def test_a_cut_inside_one_branch_is_not_a_cut():

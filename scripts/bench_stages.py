@@ -1,0 +1,187 @@
+"""Cost of a pruning run by stage: time as multiples of one plain forward over the same images, and peak memory.
+
+    python scripts/bench_stages.py                          # ResNet-56 at 32 px and ResNet-50 at 224 px, random weights
+    python scripts/bench_stages.py --model resnet50 --images 64 --positions 49
+
+One process per network, since memory is measured on the process. Everything is compared within one run, because
+absolute times on a shared machine mean little: quote the ratios. Weights and images are random, which changes what is
+kept and not what it costs. Solver time (scores, selection, repair) is a line of its own.
+"""
+
+import argparse
+import functools
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+CASES = (
+    {"model": "resnet56_cifar", "images": 1024, "batch": 128, "positions": 0},
+    {"model": "resnet56_cifar", "images": 1024, "batch": 128, "positions": 64},
+    {"model": "resnet50", "images": 256, "batch": 32, "positions": 0},
+    {"model": "resnet50", "images": 256, "batch": 32, "positions": 49},
+)
+
+
+class Clock:
+    """Seconds by stage, nested stages counted apart, and the largest resident memory seen in each."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.peak: dict[str, float] = defaultdict(float)
+        self._stack: list[list] = []
+        self._stop = False
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        self._stack.append([name, 0.0])
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[name] += spent - self._stack.pop()[1]
+            if self._stack:
+                self._stack[-1][1] += spent
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def wrapped(*arguments, **settings):
+            with self.stage(name):
+                return function(*arguments, **settings)
+
+        return wrapped
+
+    def _watch(self) -> None:
+        while not self._stop:
+            gigabytes = resident_gigabytes()
+            name = self._stack[-1][0] if self._stack else "other"
+            self.peak[name] = max(self.peak[name], gigabytes)
+            time.sleep(0.02)
+
+
+def resident_gigabytes() -> float:
+    """Resident memory of this process in 10⁹ bytes."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+class RandomImages:
+    """Seeded noise images, made when asked for."""
+
+    def __init__(self, count: int, size: int) -> None:
+        import torch
+
+        self.images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+        self.protocol = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, batch_size: int) -> Iterator[tuple]:
+        for batch in self.images.split(batch_size):
+            yield batch, None
+
+
+def measure(model_name: str, images: int, batch: int, positions: int, sparsity: float, carry: float) -> None:
+    """Print the table of one network. Runs in a process of its own."""
+    import torch
+
+    from modhifi_cli.graph.segments import Segments
+    from modhifi_cli.numerics import moments
+    from modhifi_cli.numerics.allocation import Uniform
+    from modhifi_cli.numerics.batchnorm import BatchNormMoments
+    from modhifi_cli.numerics.compensation import PerKernel
+    from modhifi_cli.numerics.schedule import geometric
+    from modhifi_cli.numerics.scoring import Singleton
+    from modhifi_cli.numerics.selection import Union
+    from modhifi_cli.records import Edit
+    from modhifi_cli.tasks import prune as task
+
+    if model_name.endswith("_cifar"):
+        from modhifi_cli.models.cifar_resnet import load
+
+        size = 32
+    else:
+        from modhifi_cli.models.torchvision import load
+
+        size = 224
+    model = load(name=model_name, weights="random", seed=0).model
+    source = RandomImages(images, size)
+    with torch.no_grad():
+        model(source.images[:batch])
+        started = time.perf_counter()
+        for inputs, _ in source.batches(batch):
+            model(inputs)
+        forward = time.perf_counter() - started
+    before = resident_gigabytes()
+
+    clock = Clock()
+    task.discover = clock.timed("groups and law", task.discover)
+    Segments.run = clock.timed("forwards", Segments.run)
+    BatchNormMoments.update = clock.timed("BatchNorm moments", BatchNormMoments.update)
+    moments.ConvMoments.update = clock.timed("second moments", moments.ConvMoments.update)
+    moments.RowMoments.update = clock.timed("second moments", moments.RowMoments.update)
+    solving = 0.0
+    started = time.perf_counter()
+    with clock.stage("rest"):
+        for event in task.prune_(
+            model,
+            calibration=source,
+            sparsity=sparsity,
+            target="flops",
+            scoring=Singleton(),
+            selection=Union(),
+            compensation=PerKernel(),
+            allocation=Uniform(),
+            schedule=functools.partial(geometric, iterations=1),
+            batch_size=batch,
+            gathering=task.Gathering(positions_per_image=positions or None, carry_gigabytes=carry),
+        ):
+            if isinstance(event, Edit):
+                solving += event.facts.get("seconds", {}).get("solving", 0.0)
+    total = time.perf_counter() - started
+    clock.seconds["rest"] -= solving
+    clock.seconds["solver (scores, selection, repair)"] = solving
+    rows = f"{positions} positions an image" if positions else "all positions (exact)"
+    print(f"\n{model_name}: {images} images of {size} px, {rows}, {sparsity:g} of FLOPs, {torch.get_num_threads()} threads")
+    print(f"one plain forward over them: {forward:.2f} s; memory before the run {before:.2f} GB")
+    print(f"{'stage':<38}{'seconds':>9}{'forwards':>10}{'peak GB':>9}")
+    for name, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
+        print(f"{name:<38}{seconds:>9.2f}{seconds / forward:>10.2f}{clock.peak.get(name, float('nan')):>9.2f}")
+    print(f"{'whole run':<38}{total:>9.2f}{total / forward:>10.2f}{max(clock.peak.values()):>9.2f}")
+    without = total - solving - clock.seconds["groups and law"]
+    print(f"{'statistics and BatchNorm alone':<38}{without:>9.2f}{without / forward:>10.2f}")
+
+
+def main() -> None:
+    """Measure the cases asked for, each in a fresh process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="resnet56_cifar, resnet50, …; without it the standard cases are measured")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--positions", type=int, default=0, help="rows an image and convolution; 0 for all")
+    parser.add_argument("--sparsity", type=float, default=0.4, help="share of FLOPs to remove")
+    parser.add_argument("--carry", type=float, default=1.0, help="largest activation carried, 10⁹ bytes")
+    parser.add_argument("--here", action="store_true", help="measure in this process")
+    settings = parser.parse_args()
+    if settings.here:
+        measure(settings.model, settings.images, settings.batch, settings.positions, settings.sparsity, settings.carry)
+        return
+    cases = CASES
+    if settings.model:
+        keys = ("model", "images", "batch", "positions")
+        cases = ({key: getattr(settings, key) for key in keys},)
+    for case in cases:
+        arguments = [f"--{key}={value}" for key, value in case.items()]
+        arguments += [f"--sparsity={settings.sparsity}", f"--carry={settings.carry}", "--here"]
+        subprocess.run([sys.executable, __file__, *arguments], check=True)
+
+
+if __name__ == "__main__":
+    main()
