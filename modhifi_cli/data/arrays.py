@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from modhifi_cli.data.sources import ArrayImages, choose, sha256_of_samples
+from modhifi_cli.data.sources import ArrayImages, choose, settings_group, sha256_of_samples
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.records import Preprocess
 
@@ -66,19 +66,20 @@ def load(
         DataError: If a file is missing or unreadable, an array is missing or has another form, labels do not match the
             images, or fewer images are there than asked for.
     """
+    group = settings_group(labelled=labelled)
     if layout not in ("auto", "NHWC", "NCHW"):
-        raise ConfigError(f"data.layout: expected auto, NHWC or NCHW, got {layout!r}.")
-    parts = _parts(Path(path).expanduser())
+        raise ConfigError(f"{group}.layout: expected auto, NHWC or NCHW, got {layout!r}.")
+    parts = _parts(Path(path).expanduser(), group)
     counts = []
     for part in parts:
-        with _open(part, images_key, _IMAGE_KEYS, what="images", setting="data.images_key") as table:
-            _check_images(table, layout)
+        with _open(part, images_key, _IMAGE_KEYS, what="images", setting=f"{group}.images_key") as table:
+            _check_images(table, layout, group)
             counts.append(table.shape[0])
     total = sum(counts)
     chosen = choose(total, num_samples, seed=seed, place=path)
 
     def read_images(part: Path, rows: np.ndarray) -> np.ndarray:
-        with _open(part, images_key, _IMAGE_KEYS, what="images", setting="data.images_key") as table:
+        with _open(part, images_key, _IMAGE_KEYS, what="images", setting=f"{group}.images_key") as table:
             return _as_nhwc(_take(table, rows), table, layout)
 
     images = _gather(parts, counts, chosen, read_images, place=path)
@@ -120,19 +121,21 @@ def check_labels(labels: np.ndarray, *, place: str, images: int) -> np.ndarray:
     return flat.astype(np.int64)
 
 
-def _parts(path: Path) -> list[Path]:
+def _parts(path: Path, group: str) -> list[Path]:
     if not path.exists():
-        raise DataError(f"data.path: nothing at {path}, expected an array file ({', '.join(_SUFFIXES)}) or a folder of them.")
+        raise DataError(
+            f"{group}.path: nothing at {path}, expected an array file ({', '.join(_SUFFIXES)}) or a folder of them."
+        )
     if path.is_dir():
         parts = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
         if not parts:
             raise DataError(
-                f"data.path: {path} holds no array files ({', '.join(_SUFFIXES)}); give their folder, or use "
-                "data=folder for image files."
+                f"{group}.path: {path} holds no array files ({', '.join(_SUFFIXES)}); give their folder, or use "
+                f"{group}=folder for image files."
             )
         return parts
     if path.suffix not in _SUFFIXES:
-        raise DataError(f"data.path: {path} is not an array file, expected one of {', '.join(_SUFFIXES)}.")
+        raise DataError(f"{group}.path: {path} is not an array file, expected one of {', '.join(_SUFFIXES)}.")
     return [path]
 
 
@@ -147,15 +150,17 @@ def _labels(
     if labels_path is not None:
         file = Path(labels_path).expanduser()
         if not file.is_file():
-            raise DataError(f"data.labels_path: no file at {file}, expected a .npy file with one label per image.")
-        with _open(file, labels_key, _LABEL_KEYS, what="labels", setting="data.labels_key") as table:
+            raise DataError(
+                f"evaluation_data.labels_path: no file at {file}, expected a .npy file with one label per image."
+            )
+        with _open(file, labels_key, _LABEL_KEYS, what="labels", setting="evaluation_data.labels_key") as table:
             rows = table.read(table.shape[0] if table.shape else 0)
         return check_labels(rows, place=str(file), images=sum(counts))[chosen]
     collected = []
     for part, count in zip(parts, counts, strict=True):
         if part.suffix == ".npy":
-            raise DataError(f"{part}: a .npy file holds one array, so labels need data.labels_path=FILE.npy beside it.")
-        with _open(part, labels_key, _LABEL_KEYS, what="labels", setting="data.labels_key") as table:
+            raise DataError(f"{part}: a .npy file holds one array, so labels need evaluation_data.labels_path=FILE.")
+        with _open(part, labels_key, _LABEL_KEYS, what="labels", setting="evaluation_data.labels_key") as table:
             rows = table.read(table.shape[0] if table.shape else 0)
             collected.append(check_labels(rows, place=f"{part} [{table.name}]", images=count))
     return np.concatenate(collected)[chosen]
@@ -204,10 +209,12 @@ def _take(table: _Table, rows: np.ndarray) -> np.ndarray:
     return taken
 
 
-def _check_images(table: _Table, layout: str) -> None:
+def _check_images(table: _Table, layout: str, group: str) -> None:
     floating = np.issubdtype(table.dtype, np.floating)
     if table.dtype != np.uint8 and not floating:
-        raise DataError(f"{table.name}: images must be uint8 in 0..255 or floats in 0..1, got {table.dtype}; convert them.")
+        raise DataError(
+            f"{table.name}: images must be uint8 in 0..255 or floats in 0..1, got {table.dtype}; convert them."
+        )
     if len(table.shape) not in (3, 4):
         raise DataError(
             f"{table.name}: images must be [N, height, width, channels] uint8 or [N, channels, height, width] float, "
@@ -218,7 +225,7 @@ def _check_images(table: _Table, layout: str) -> None:
     if channels not in (1, 3):
         raise DataError(
             f"{table.name}: expected 1 or 3 channels in layout {resolved}, got {channels} (shape {list(table.shape)}); "
-            f"set data.layout={'NCHW' if resolved == 'NHWC' else 'NHWC'} if the channels lie on the other axis."
+            f"set {group}.layout={'NCHW' if resolved == 'NHWC' else 'NHWC'} if the channels lie on the other axis."
         )
 
 
@@ -239,8 +246,8 @@ def _as_nhwc(images: np.ndarray, table: _Table, layout: str) -> np.ndarray:
     # Written so that NaN fails too.
     if not (images.min() >= 0 and images.max() <= 1):
         raise DataError(
-            f"{table.name}: float images must lie in 0..1, got {images.min():.4g} to {images.max():.4g}; divide by 255, "
-            "or undo the normalisation (the model's own is applied here)."
+            f"{table.name}: float images must lie in 0..1, got {images.min():.4g} to {images.max():.4g}; divide by "
+            "255, or undo the normalisation (the model's own is applied here)."
         )
     return images
 

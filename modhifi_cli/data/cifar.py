@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from modhifi_cli.data.sources import ArrayImages, choose, sha256_of_samples
+from modhifi_cli.data.sources import ArrayImages, choose, settings_group, sha256_of_samples
 from modhifi_cli.errors import ConfigError, DataError, nearest
 from modhifi_cli.records import Preprocess
 
@@ -43,11 +43,12 @@ def load(
         DataError: If the files are missing or damaged and were not to be, or could not be, downloaded, or fewer images
             are there than asked for.
     """
+    group = settings_group(labelled=labelled)
     if name not in _SETS:
-        raise ConfigError(f"data.name: unknown set '{name}', {nearest(name, _SETS)}")
+        raise ConfigError(f"{group}.name: unknown set '{name}', {nearest(name, _SETS)}")
     if split not in _SPLITS:
-        raise ConfigError(f"data.split: unknown split '{split}', {nearest(split, _SPLITS)}")
-    whole = _read(name, Path(path).expanduser(), train=split == "train", download=download)
+        raise ConfigError(f"{group}.split: unknown split '{split}', {nearest(split, _SPLITS)}")
+    whole = _read(name, Path(path).expanduser(), train=split == "train", download=download, group=group)
     chosen = choose(len(whole.data), num_samples, seed=seed, place=f"{name} ({split})")
     images = np.ascontiguousarray(whole.data[chosen])
     labels = np.asarray(whole.targets, dtype=np.int64)[chosen] if labelled else None
@@ -63,18 +64,19 @@ def load(
     return ArrayImages(images=images, labels=labels, preprocess=preprocess, protocol=protocol)
 
 
-def _read(name: str, folder: Path, *, train: bool, download: bool) -> Any:
+def _read(name: str, folder: Path, *, train: bool, download: bool, group: str) -> Any:
     import torchvision
 
     try:
         return getattr(torchvision.datasets, _SETS[name])(str(folder), train=train, download=download)
-    # torchvision checks hashes and raises RuntimeError; the download adds URLError and OSError, a bad file unpickling's.
+    # torchvision checks hashes and raises RuntimeError; a download adds URLError and OSError, a bad file unpickling's.
     except Exception as error:
         hint = (
-            "torchvision could not download them; copy them there" if download
-            else "set data.download=true to fetch them, or give the folder that holds them"
+            "torchvision could not download them; copy them there"
+            if download
+            else f"set {group}.download=true to fetch them, or give the folder that holds them"
         )
         raise DataError(
-            f"data.path: the files of {name} are missing or damaged under {folder} ({type(error).__name__}: "
+            f"{group}.path: the files of {name} are missing or damaged under {folder} ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'no message'}); {hint}."
         ) from error

@@ -7,7 +7,7 @@ them, drawn once for all, are held out: `scripts/train_embedded.py` never sees t
 import numpy as np
 import torch
 
-from modhifi_cli.data.sources import ArrayImages, choose, sha256_of_samples
+from modhifi_cli.data.sources import ArrayImages, choose, settings_group, sha256_of_samples
 from modhifi_cli.errors import ConfigError, nearest
 from modhifi_cli.records import Preprocess
 
@@ -30,7 +30,7 @@ def load(
     Args:
         preprocess: What the model wants; the digits are resized to it.
         labelled: Whether labels are given.
-        split: ``"train"`` (1,347) or ``"test"`` (450); None is the test digits with labels and else the training digits.
+        split: ``"train"`` (1,347) or ``"test"`` (450); None is the latter with labels and else the former.
         path: Must be None; the digits lie inside scikit-learn.
         num_samples: How many to draw; None takes all.
         seed: Of the draw.
@@ -39,15 +39,16 @@ def load(
         ConfigError: If `split` is unknown or a path is given.
         DataError: If fewer images are there than asked for.
     """
+    group = settings_group(labelled=labelled)
     if path is not None:
         raise ConfigError(
-            f"data.path: the digits come inside scikit-learn and have no path, got {path}; leave it out, or choose "
-            "data=folder or data=arrays for your own images."
+            f"{group}.path: the digits come inside scikit-learn and have no path, got {path}; leave it out, or choose "
+            f"{group}=folder or {group}=arrays for your own images."
         )
     if split is None:
         split = "test" if labelled else "train"
     if split not in _SPLITS:
-        raise ConfigError(f"data.split: unknown split '{split}', {nearest(split, _SPLITS)}")
+        raise ConfigError(f"{group}.split: unknown split '{split}', {nearest(split, _SPLITS)}")
     images, labels = read(split)
     chosen = choose(len(images), num_samples, seed=seed, place=f"digits ({split})")
     images = images[chosen]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from modhifi_cli.data.sources import ArrayImages, FileImages, choose, decode, sha256_of_samples
+from modhifi_cli.data.sources import ArrayImages, FileImages, choose, decode, settings_group, sha256_of_samples
 from modhifi_cli.errors import ConfigError, DataError, nearest
 from modhifi_cli.records import ImageSource, Preprocess
 
@@ -46,8 +46,8 @@ def load(
         labelled: Whether to read labels. Without it the labels file is not opened.
         num_samples: How many to draw; None takes all. Images that are skipped are replaced by the next of the draw.
         seed: Of the draw.
-        skip_corrupt: Whether images that cannot be decoded are left out and counted in the protocol; otherwise the first
-            one is an error.
+        skip_corrupt: Whether images that cannot be decoded are left out and counted in the protocol; otherwise the
+            first one is an error.
         class_order: Of class folders. ``"sorted"``: by name. ``"imagenet"``: by WordNet id among ImageNet's 1,000
             classes, for folders that hold only some of them. ``"auto"``: by name, except that some but not all of the
             1,000 WordNet ids are refused, because the right index is then not clear.
@@ -62,10 +62,11 @@ def load(
         DataError: If the folder is missing or has no images, an image cannot be decoded, a label is missing or no class
             index, or fewer images are there than asked for.
     """
+    group = settings_group(labelled=labelled)
     if class_order not in _ORDERS:
-        raise ConfigError(f"data.class_order: unknown order '{class_order}', {nearest(class_order, _ORDERS)}")
+        raise ConfigError(f"{group}.class_order: unknown order '{class_order}', {nearest(class_order, _ORDERS)}")
     root = Path(path).expanduser()
-    files = _find(root)
+    files = _find(root, group)
     labels = _labels(root, files, class_order, labels_path) if labelled else None
     drawn = choose(len(files), num_samples, seed=seed, place=path)
     wanted = len(drawn)
@@ -80,7 +81,7 @@ def load(
         if not len(drawn) or (num_samples is not None and len(drawn) < num_samples):
             raise DataError(
                 f"{path}: only {len(drawn)} images can be decoded ({len(skipped)} cannot, {skipped[0]} the first), "
-                f"{wanted} were asked for; set data.num_samples={max(1, len(drawn))} or repair them."
+                f"{wanted} were asked for; set {group}.num_samples={max(1, len(drawn))} or repair them."
             )
     names = [files[index] for index in drawn]
     protocol = {
@@ -99,10 +100,10 @@ def load(
     return FileImages(root, names, chosen_labels, preprocess, protocol)
 
 
-def _find(root: Path) -> list[str]:
+def _find(root: Path, group: str) -> list[str]:
     """Image files below the folder by their names relative to it, sorted; hidden ones are left out."""
     if not root.is_dir():
-        raise DataError(f"data.path: no folder at {root}, expected a folder with images.")
+        raise DataError(f"{group}.path: no folder at {root}, expected a folder with images.")
     files = []
     for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -114,8 +115,8 @@ def _find(root: Path) -> list[str]:
         ]
     if not files:
         raise DataError(
-            f"data.path: {root} has no images at any depth (looked for {', '.join(_SUFFIXES[:5])} …); give the folder "
-            "that holds them, or use data=arrays for array files."
+            f"{group}.path: {root} has no images at any depth (looked for {', '.join(_SUFFIXES[:5])} …); give the "
+            f"folder that holds them, or use {group}=arrays for array files."
         )
     return sorted(files)
 
@@ -128,7 +129,7 @@ def _labels(root: Path, files: Sequence[str], class_order: str, labels_path: str
     for name, folder in zip(files, folders, strict=True):
         if folder is None:
             raise DataError(
-                f"{root}: {name} lies in no class folder and there is no {_LABELS_FILE}, so its label is not known; put "
+                f"{root}: {name} lies in no class folder and there is no {_LABELS_FILE}, so its label is unknown; put "
                 "images into one folder per class, or set evaluation_data.labels_path=FILE.json."
             )
     classes = {name: index for index, name in enumerate(_ordered(root, sorted({f for f in folders if f}), class_order))}
@@ -164,7 +165,10 @@ def _labels_from_json(file: Path, files: Sequence[str]) -> np.ndarray:
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: the labels cannot be read ({type(error).__name__}: {error}); expected JSON.") from error
+        raise DataError(
+            f"{file}: the labels cannot be read ({type(error).__name__}: {error}); write JSON "
+            "{file: class_index}."
+        ) from error
     labels = []
     for name in files:
         entry = content.get(name) if isinstance(content, Mapping) else None

@@ -1,7 +1,7 @@
 """Images as the network wants them: pixels in memory or files decoded on the way, behind one `ImageSource` interface.
 
-Pixels are kept as ``[images, height, width, channels]`` uint8 (or float32 on the 0..1 scale, where that is what the user
-has) and become float32 ``[batch, channels, height, width]`` only batch by batch.
+Pixels are kept as ``[images, height, width, channels]`` uint8 (or float32 on the 0..1 scale, where that is what the
+user has) and become float32 ``[batch, channels, height, width]`` only batch by batch.
 """
 
 import hashlib
@@ -89,6 +89,11 @@ class FileImages:
                 yield normalise(np.stack(pixels), self.preprocess), labels
 
 
+def settings_group(*, labelled: bool) -> str:
+    """The settings that a source was asked for by, for messages: labels are read for evaluation alone."""
+    return "evaluation_data" if labelled else "data"
+
+
 def choose(available: int, num_samples: int | None, *, seed: int, place: str) -> np.ndarray:
     """Which samples to take: a seeded draw without replacement, or all of them in their own order.
 
@@ -140,7 +145,7 @@ def decode(file: Path, preprocess: Preprocess) -> np.ndarray:
     except Exception as error:
         raise DataError(
             f"{file}: the image cannot be decoded ({type(error).__name__}: {error}); remove or repair it, or skip "
-            "such images and have them counted with data.skip_corrupt=true."
+            "such images and have them counted with skip_corrupt=true."
         ) from error
 
 
@@ -208,7 +213,7 @@ def _to_size(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
         image = image.crop((left, top, left + width, top + height))
     elif (image.height, image.width) != (height, width):
         image = image.resize((width, height), resample)
-    pixels = np.asarray(image)
+    pixels = np.array(image)  # A copy: Pillow's own buffer is read-only.
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
@@ -224,7 +229,9 @@ def _resize_floats(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
     if tuple(images.shape[2:]) != tuple(target):
         smooth = preprocess.interpolation != "nearest"
         options = {"align_corners": False, "antialias": True} if smooth else {}
-        images = F.interpolate(images, size=target, mode=preprocess.interpolation, **options).clamp_(0, 1)
+        # Pillow takes the pixel under the middle of each new one; torch's plain "nearest" the one under its corner.
+        mode = preprocess.interpolation if smooth else "nearest-exact"
+        images = F.interpolate(images, size=target, mode=mode, **options).clamp_(0, 1)
     top, left = round((images.shape[2] - height) / 2), round((images.shape[3] - width) / 2)
     # Negative padding crops; positive padding is the black border of a crop larger than the image.
     below, right = height - images.shape[2] + top, width - images.shape[3] + left

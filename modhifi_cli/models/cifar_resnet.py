@@ -147,8 +147,8 @@ def load(
         weights: A file, or ``"random"``. No library publishes weights for these networks, so there is no default.
         seed: Of random weights.
         num_classes: Number of logits; None means 10.
-        preprocess: Fields of the preprocessing to replace. Ours is x/255 with ImageNet's mean and std at 32 × 32, as the
-            widely used weights of these networks were trained.
+        preprocess: Fields of the preprocessing to replace. Ours is x/255 with ImageNet's mean and std at 32 × 32, as
+            the widely used weights of these networks were trained.
 
     Raises:
         ConfigError: If the name is unknown or ``weights=default`` was asked for.

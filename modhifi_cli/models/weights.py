@@ -48,6 +48,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         DataError: If the file is missing, unreadable, holds other objects than tensors, or holds no tensors.
     """
     file = Path(path).expanduser()
+    form = "safetensors" if file.suffix == ".safetensors" else "a torch checkpoint"
     if not file.is_file():
         raise DataError(
             f"model.weights: no file at {file}; give the path of a .safetensors file or a torch checkpoint, "
@@ -68,8 +69,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     # safetensors and torch raise many types of their own on damaged bytes (SafetensorError, EOFError, KeyError …).
     except Exception as error:
         raise DataError(
-            f"model.weights: {file} cannot be read as {'safetensors' if file.suffix == '.safetensors' else 'a torch checkpoint'} "
-            f"({type(error).__name__}: {_first_line(error)}); copy the file again."
+            f"model.weights: {file} cannot be read as {form} ({type(error).__name__}: "
+            f"{_first_line(error)}); copy the file again."
         ) from error
     tensors = _unwrap(content)
     if not tensors:
@@ -115,12 +116,12 @@ def fit_weights_(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     """
     wanted = model.state_dict()
     tensors = _without_prefixes(tensors, wanted)
-    ignored = tuple(ignored)
+    may_be_left_over = tuple(ignored)
     missing = [name for name in wanted if name not in tensors and not f".{name}".endswith(_MAY_BE_MISSING)]
     unexpected = [
         name
         for name in tensors
-        if name not in wanted and not name.endswith("num_batches_tracked") and not (ignored and name.startswith(ignored))
+        if name not in wanted and not name.endswith("num_batches_tracked") and not name.startswith(may_be_left_over)
     ]
     misshapen = [
         f"{name} is {_describe(tensor)} instead of {_describe(wanted[name])}"

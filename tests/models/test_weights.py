@@ -1,0 +1,140 @@
+"""Reading weights: nests and prefixes are undone, and what does not fit is told by name."""
+
+import re
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from modhifi_cli.errors import DataError
+from modhifi_cli.models.weights import fit_weights_, load_weights_, read_weights, seeded_initialisation
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+def filled(value: float = 0.5) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.full_like(tensor, value) if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in network().state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tensors: tensors,
+        lambda tensors: {"state_dict": tensors, "epoch": 3},
+        lambda tensors: {"model": {"state_dict": tensors}, "best_acc": 0.9},
+        lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
+        lambda tensors: {"model_state_dict": {f"_orig_mod.module.{name}": t for name, t in tensors.items()}},
+    ],
+    ids=["plain", "state_dict", "model_state_dict", "module_prefix", "two_prefixes_in_a_nest"],
+)
+def test_nests_and_prefixes_are_undone(tmp_path, wrap):
+    torch.save(wrap(filled()), tmp_path / "weights.pt")
+    model = network()
+    load_weights_(model, tmp_path / "weights.pt")
+    assert all((p == 0.5).all() for p in model.parameters())
+
+
+def test_a_prefix_that_belongs_to_the_network_stays():
+    model = nn.Module()
+    model.model = nn.Linear(2, 2)
+    fit_weights_(model, {"model.weight": torch.ones(2, 2), "model.bias": torch.ones(2)}, source="here")
+    assert (model.model.weight == 1).all()
+
+
+def test_half_precision_becomes_the_networks_own_dtype():
+    model = network()
+    fit_weights_(model, {n: t.half() if t.is_floating_point() else t for n, t in filled().items()}, source="here")
+    assert model[0].weight.dtype == torch.float32
+
+
+def test_safetensors_are_read_and_named_by_their_hash(tmp_path):
+    safetensors.torch.save_file(filled(), tmp_path / "weights.safetensors")
+    account = load_weights_(network(), tmp_path / "weights.safetensors")
+    assert re.search(r"weights\.safetensors \(sha256 [0-9a-f]{12}\)$", account)
+
+
+def test_batch_counters_and_option_a_maps_may_be_missing():
+    from modhifi_cli.models import cifar_resnet
+
+    model = cifar_resnet.build(depth=8)
+    tensors = {
+        name: torch.ones_like(tensor)
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(("num_batches_tracked", "shortcut.source"))
+    }
+    before = model.layer2[0].shortcut.source.clone()
+    fit_weights_(model, tensors, source="here")
+    assert torch.equal(model.layer2[0].shortcut.source, before)
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(DataError, match="no file at .*nowhere.pt; give the path"):
+        read_weights(tmp_path / "nowhere.pt")
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_damaged_bytes_are_told(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK\x03\x04 these are not weights")
+    with pytest.raises(DataError, match=f"{name} (cannot be read as|is damaged or holds)"):
+        read_weights(tmp_path / name)
+
+
+def test_a_pickled_module_is_refused(tmp_path):
+    torch.save(network(), tmp_path / "whole.pt")
+    with pytest.raises(DataError, match="only tensors are read from it; save model.state_dict"):
+        read_weights(tmp_path / "whole.pt")
+
+
+def test_a_file_without_tensors_is_told(tmp_path):
+    torch.save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "log.pt")
+    with pytest.raises(DataError, match="holds no tensors by name"):
+        read_weights(tmp_path / "log.pt")
+
+
+def test_weights_of_another_network_are_told_by_the_first_three_names():
+    tensors = {f"encoder.{index}.weight": torch.ones(2) for index in range(5)}
+    with pytest.raises(
+        DataError,
+        match=r"here does not fit Sequential: missing 0\.weight, 0\.bias, 1\.weight and 5 more; "
+        r"unexpected encoder\.0\.weight, encoder\.1\.weight, encoder\.2\.weight and 2 more; choose the model",
+    ):
+        fit_weights_(network(), tensors, source="here")
+
+
+def test_another_shape_is_told():
+    tensors = filled() | {"3.weight": torch.ones(10, 4)}
+    with pytest.raises(DataError, match=r"of another shape: 3\.weight is 10×4 instead of 2×4.*set model\.num_classes"):
+        fit_weights_(network(), tensors, source="here")
+
+
+def test_quantised_weights_are_not_taken_for_floats():
+    tensors = filled() | {"0.weight": torch.ones(4, 3, 3, 3, dtype=torch.int8)}
+    with pytest.raises(DataError, match=r"0\.weight is 4×3×3×3 int8 instead of 4×3×3×3"):
+        fit_weights_(network(), tensors, source="here")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_told_by_layer_and_nothing_is_copied(value):
+    model = network()
+    before = model[0].weight.clone()
+    tensors = filled()
+    tensors["3.bias"][1] = value
+    with pytest.raises(DataError, match=r"3\.bias in here holds NaN or infinite values"):
+        fit_weights_(model, tensors, source="here")
+    assert torch.equal(model[0].weight, before)
+
+
+def test_seeded_initialisation_is_repeatable_and_leaves_the_global_generator_alone():
+    state = torch.random.get_rng_state()
+    weights = []
+    for seed in (0, 0, 1):
+        with seeded_initialisation(seed):
+            weights.append(nn.Linear(3, 3).weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(torch.random.get_rng_state(), state)
