@@ -314,7 +314,7 @@ def slug(overrides: Iterable[str], *, limit: int = 80) -> str:
     import hashlib
 
     texts = sorted(overrides)
-    readable = "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") for text in texts) or "default"
+    readable = "_".join(re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-._") for text in texts) or "default"
     exact = "_".join(text.replace("=", "-", 1) for text in texts) or "default"
     if readable == exact and len(readable) <= limit:
         return readable

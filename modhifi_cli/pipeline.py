@@ -710,8 +710,9 @@ def _portable(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _new_folder(verb: str, model: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
     now = time.time()
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + f"-{int(now % 1 * 1e6):06d}"
-    ignored = ("console", "output_dir=", "resume=", "run=", "hydra", "evaluation", "export", "runtime")
-    name = config.slug(word for word in facts["overrides"] if not word.startswith(ignored))
+    ignored = ("model=", "console", "output_dir=", "resume=", "run=", "hydra", "evaluation", "export", "runtime")
+    # The time already makes the name unique: paths and what does not change the network would only make it long.
+    name = config.slug(word for word in facts["overrides"] if not word.startswith(ignored) and "/" not in word)
     return Path(settings["output_dir"]) / verb / config.slug([model]) / f"{stamp}_{name}"
 
 
