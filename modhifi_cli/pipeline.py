@@ -88,8 +88,9 @@ def _prune(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
             _save(place, loaded, model)
             exported = _export(place, settings, model, loaded.preprocess)
         with _timed(seconds, "evaluate"):
+            beside = {"dense": dense} if settings["measure_dense"] else {}
             measurements = _measure(
-                settings, {"dense": dense, "pruned": model}, calibration, evaluation, loaded.preprocess, device, console
+                settings, {**beside, "pruned": model}, calibration, evaluation, loaded.preprocess, device, console
             )
         _write_outcome(place, settings, loaded, summary, edits, measurements, exported, seconds, command, calibration)
     except KeyboardInterrupt:
@@ -311,7 +312,7 @@ def _evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Co
         for key in ("data", "evaluation_data"):
             settings.setdefault(key, before.get(key))
         loaded = artifacts.load_saved(saved)
-        if settings["dense"]:
+        if settings["measure_dense"]:
             models["dense"] = config.build(before["model"]).model
         models["pruned"] = loaded.model
     models = {name: model.to(device=device, dtype=_dtype(settings)) for name, model in models.items()}
