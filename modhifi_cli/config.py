@@ -81,7 +81,7 @@ def header(path: Path) -> tuple[str, list[str]]:
         if not line.startswith("#"):
             break
         text = line[1:].strip()
-        if text.startswith("modhifi "):
+        if re.match(r"(\w+=\S+ )*modhifi ", text):
             commands.append(text)
         elif not text.startswith("@package"):
             description.append(text)

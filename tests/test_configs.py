@@ -55,7 +55,7 @@ def test_every_verb_composes(verb):
 
 @pytest.mark.parametrize(("file", "command"), COMMANDS, ids=lambda value: value)
 def test_the_command_in_a_header_composes(file, command):
-    words = shlex.split(re.split(r"\s{3,}", command)[0])
+    words = shlex.split(re.split(r"\s{3,}", command[command.index("modhifi ") :])[0])
     verb, overrides = words[1], [word for word in words[2:] if not word.startswith("-")]
     if verb == "list":
         return
