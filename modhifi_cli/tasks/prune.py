@@ -345,7 +345,7 @@ def _edit_group_(
     producers = [_filters(run, slot, alive) for slot in group.producers]
     generator = torch.Generator().manual_seed(run.seed + 1_000_003 * iteration + 7_919 * len(ahead))
     scores = run.scoring(consumers, [filters for filters in producers if filters is not None], generator=generator)
-    kept = run.selection(scores, consumers, keep=keep)
+    kept = run.selection(scores, consumers, keep=keep).cpu()
     repairs = [_repair(run, consumer, kept, bool(statistics)) for consumer in consumers]
     orders = [run.layout.input_order(slot, alive) for slot in weighted]
 
