@@ -1,8 +1,7 @@
 # Makes the virtual environment of the project and installs the project into it; sourced by the other scripts.
-# It is made once and reused until pyproject.toml or the Python version changes.
+# It is made once; when pyproject.toml changes, what is missing is added to it.
 #   MODHIFI_VENV   where it is (.venv at the top of the project)
 #   PYTHON         which Python makes it (the first of 3.11 or newer that is found)
-#   EXTRAS         what to install beside the project itself, such as [test]
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${MODHIFI_VENV:-$PWD/.venv}"
@@ -21,13 +20,13 @@ if [ -z "$python" ]; then
     exit 1
 fi
 
-stamp="$({ "$python" --version; echo "$PWD ${EXTRAS:-}"; cat pyproject.toml; } | cksum)"
+stamp="$({ echo "$PWD"; cat pyproject.toml; } | cksum)"
 if [ ! -f "$venv/modhifi.stamp" ] || [ "$(cat "$venv/modhifi.stamp")" != "$stamp" ]; then
-    echo "making the environment in $venv (downloads PyTorch; minutes)"
-    if ! "$python" -m venv --clear "$venv"; then
+    echo "installing into $venv (downloads PyTorch the first time; minutes)"
+    if ! suits "$venv/bin/python" && ! "$python" -m venv --clear "$venv"; then
         echo "error: $python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv." >&2
         exit 1
     fi
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${EXTRAS:-}"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[test]"
     echo "$stamp" >"$venv/modhifi.stamp"
 fi

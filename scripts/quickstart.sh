@@ -4,7 +4,7 @@
 #   bash scripts/quickstart.sh
 #   bash scripts/quickstart.sh sparsity=0.6 compensation=none
 set -euo pipefail
-EXTRAS="" source "$(dirname "$0")/environment.sh"
+source "$(dirname "$0")/environment.sh"
 
 "$venv/bin/modhifi" prune "$@"
 echo

@@ -5,7 +5,7 @@
 #   bash scripts/test.sh -m real
 #   bash scripts/test.sh tests/test_cli.py -k sparsity
 set -euo pipefail
-EXTRAS="[test]" source "$(dirname "$0")/environment.sh"
+source "$(dirname "$0")/environment.sh"
 
 # One process per core with one thread each: tiny matrices are slower on many threads.
 export OMP_NUM_THREADS=1
