@@ -6,6 +6,7 @@ the share counts (parameters, FLOPs, components).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from modhifi_cli.errors import ConfigError
 
@@ -20,10 +21,19 @@ class Uniform:
         floor: Smallest share of a group that may remain, in (0, 1].
     """
 
+    needs_curves: ClassVar[bool] = False
+
     floor: float = 0.05
 
     def __call__(
-        self, sizes: Sequence[int], present: Sequence[int], removed_share: RemovedShare, *, sparsity: float, step: int
+        self,
+        sizes: Sequence[int],
+        present: Sequence[int],
+        removed_share: RemovedShare,
+        *,
+        sparsity: float,
+        step: int,
+        curves: Sequence[Sequence[float]] | None = None,
     ) -> list[int]:
         """Widths of all groups.
 
@@ -33,6 +43,7 @@ class Uniform:
             removed_share: Widths → share removed of the dense network, 0 … 1, rising as widths fall.
             sparsity: Wanted share, in [0, 1).
             step: Widths are multiples of it, or the present width where that is smaller or unchanged.
+            curves: Unused.
 
         Returns:
             Components that each group keeps.
@@ -42,47 +53,152 @@ class Uniform:
         """
         if sparsity <= removed_share(present):
             return list(present)
-        smallest = [self._width(size, now, 0.0, step) for size, now in zip(sizes, present, strict=True)]
-        reachable = removed_share(smallest)
-        if reachable < sparsity:
-            raise ConfigError(
-                f"sparsity={sparsity:g} cannot be reached: the groups that may be pruned give at most {reachable:.3f}; "
-                "lower sparsity, exclude fewer modules, lower round_to or allocation.floor."
-            )
+        smallest = [_width(size, now, 0.0, step, self.floor) for size, now in zip(sizes, present, strict=True)]
+        _refuse_unreachable(removed_share(smallest), sparsity)
         low, high = 0.0, 1.0
         for _ in range(40):
             share = (low + high) / 2
-            widths = [self._width(size, now, share, step) for size, now in zip(sizes, present, strict=True)]
+            widths = [_width(size, now, share, step, self.floor) for size, now in zip(sizes, present, strict=True)]
             low, high = (share, high) if removed_share(widths) >= sparsity else (low, share)
-        widths = [self._width(size, now, low, step) for size, now in zip(sizes, present, strict=True)]
-        return self._refine(sizes, present, widths, smallest, removed_share, sparsity, step)
+        widths = [_width(size, now, low, step, self.floor) for size, now in zip(sizes, present, strict=True)]
+        return _refine(sizes, present, widths, smallest, removed_share, sparsity, step)
 
-    def _width(self, size: int, present: int, share: float, step: int) -> int:
-        lowest = max(1, -(-int(size * self.floor) // step) * step) if size * self.floor >= 1 else min(step, size)
-        width = max(round(size * share / step) * step, lowest)
-        return min(width, present)
 
-    def _refine(
+@dataclass(frozen=True)
+class Global:
+    """Uneven widths: the summed relative error of all groups as small as the budget allows (method.md M11).
+
+    Starting from the present widths, again and again the group that pays the least error for what it saves gives up
+    components. A group looks several steps ahead, so that a steep step before a flat stretch does not stop it; what a
+    step saves is asked anew each time, since the cost of a layer is a product of two widths.
+
+    Attributes:
+        floor: Smallest share of a group that may remain, in (0, 1].
+        strides: In about how many moves a group would lose everything; more are finer and slower.
+    """
+
+    needs_curves: ClassVar[bool] = True
+
+    floor: float = 0.1
+    strides: int = 64
+
+    def __call__(
         self,
         sizes: Sequence[int],
         present: Sequence[int],
-        widths: list[int],
-        smallest: Sequence[int],
         removed_share: RemovedShare,
+        *,
         sparsity: float,
         step: int,
+        curves: Sequence[Sequence[float]] | None = None,
     ) -> list[int]:
-        """Widen single groups by one step while that brings the share nearer to the wanted one."""
-        best = abs(removed_share(widths) - sparsity)
-        order = sorted(range(len(sizes)), key=lambda g: widths[g] / sizes[g])
-        for group in order:
-            for change in (step, -step):
-                width = min(widths[group] + change, present[group])
-                if width < smallest[group] or width == widths[group]:
-                    continue
-                trial = [*widths[:group], width, *widths[group + 1 :]]
-                miss = abs(removed_share(trial) - sparsity)
-                if miss < best - 1e-12:
-                    widths, best = trial, miss
-                    break
-        return widths
+        """Widths of all groups.
+
+        Args:
+            sizes: Components of each group in the dense network.
+            present: Components of each group now; no width exceeds it.
+            removed_share: Widths → share removed of the dense network, 0 … 1, rising as widths fall.
+            sparsity: Wanted share, in [0, 1).
+            step: Widths are multiples of it, or the present width where that is smaller or unchanged.
+            curves: For each group its relative error after the removal of 0, 1, 2, … of the present components.
+
+        Returns:
+            Components that each group keeps.
+
+        Raises:
+            ConfigError: If even the smallest widths do not remove the wanted share.
+        """
+        if curves is None:
+            raise ValueError("a global allocation needs the error curve of every group.")
+        if sparsity <= removed_share(present):
+            return list(present)
+        smallest = [_width(size, now, 0.0, step, self.floor) for size, now in zip(sizes, present, strict=True)]
+        _refuse_unreachable(removed_share(smallest), sparsity)
+        ladders = [
+            _ladder(now, low, step, max(1, round(size / step / self.strides)))
+            for size, now, low in zip(sizes, present, smallest, strict=True)
+        ]
+        rungs, widths = [0] * len(sizes), list(present)
+        share = removed_share(widths)
+        while share < sparsity:
+            move = self._cheapest(ladders, rungs, widths, present, curves, removed_share, share)
+            if move is None:
+                break
+            group, rung = move
+            rungs[group], widths[group] = rung, ladders[group][rung]
+            share = removed_share(widths)
+        return _refine(sizes, present, widths, smallest, removed_share, sparsity, step)
+
+    def _cheapest(
+        self,
+        ladders: Sequence[Sequence[int]],
+        rungs: Sequence[int],
+        widths: Sequence[int],
+        present: Sequence[int],
+        curves: Sequence[Sequence[float]],
+        removed_share: RemovedShare,
+        share: float,
+    ) -> tuple[int, int] | None:
+        """The group whose error rises least for what the network saves, and how far down its ladder it goes."""
+        best: tuple[float, int, int] | None = None
+        for group, ladder in enumerate(ladders):
+            here = rungs[group]
+            if here + 1 >= len(ladder):
+                continue
+            error = curves[group][present[group] - widths[group]]
+            ahead = range(here + 1, min(here + 5, len(ladder)))
+            slopes = [(curves[group][present[group] - ladder[r]] - error) / (widths[group] - ladder[r]) for r in ahead]
+            slope, rung = min((max(slope, 0.0), r) for slope, r in zip(slopes, ahead, strict=True))
+            one_down = [*widths[:group], ladder[here + 1], *widths[group + 1 :]]
+            saved = (removed_share(one_down) - share) / (widths[group] - ladder[here + 1])
+            if saved > 0 and (best is None or slope / saved < best[0]):
+                best = (slope / saved, group, rung)
+        if best is None:
+            return None
+        return best[1], best[2]
+
+
+def _ladder(present: int, smallest: int, step: int, stride: int) -> list[int]:
+    """Widths a group can be reduced to, from the present one down: multiples of `step`, about `stride` steps apart."""
+    top = present // step * step
+    lower = range(top if top < present else top - step * stride, smallest - 1, -step * stride)
+    return list(dict.fromkeys([present, *(max(width, smallest) for width in lower), smallest]))
+
+
+def _refuse_unreachable(reachable: float, sparsity: float) -> None:
+    if reachable < sparsity:
+        raise ConfigError(
+            f"sparsity={sparsity:g} cannot be reached: the groups that may be pruned give at most {reachable:.3f}; "
+            "lower sparsity, exclude fewer modules, lower round_to or allocation.floor."
+        )
+
+
+def _width(size: int, present: int, share: float, step: int, floor: float) -> int:
+    lowest = max(1, -(-int(size * floor) // step) * step) if size * floor >= 1 else min(step, size)
+    width = max(round(size * share / step) * step, lowest)
+    return min(width, present)
+
+
+def _refine(
+    sizes: Sequence[int],
+    present: Sequence[int],
+    widths: list[int],
+    smallest: Sequence[int],
+    removed_share: RemovedShare,
+    sparsity: float,
+    step: int,
+) -> list[int]:
+    """Move single groups by one step while that brings the share nearer to the wanted one."""
+    best = abs(removed_share(widths) - sparsity)
+    order = sorted(range(len(sizes)), key=lambda g: widths[g] / sizes[g])
+    for group in order:
+        for change in (step, -step):
+            width = min(widths[group] + change, present[group])
+            if width < smallest[group] or width == widths[group]:
+                continue
+            trial = [*widths[:group], width, *widths[group + 1 :]]
+            miss = abs(removed_share(trial) - sparsity)
+            if miss < best - 1e-12:
+                widths, best = trial, miss
+                break
+    return widths
