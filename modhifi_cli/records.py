@@ -49,6 +49,7 @@ class Consumer:
             are always kept.
         centred: Whether the constant part of the output can be restored (a BatchNorm follows, or there is a bias), so
             that centred moments S − μμᵀ are the right ones.
+        held_out: Moments of the rows among them on which a ridge is chosen, same feature order, or None.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Consumer:
     components: int
     in_group: int
     centred: bool
+    held_out: Statistics | None = None
 
 
 @dataclass(frozen=True)

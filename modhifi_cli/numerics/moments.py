@@ -349,6 +349,24 @@ def second_moment(statistics: Statistics, *, centred: bool) -> Tensor:
     return torch.addr(statistics.second_moment, statistics.mean, statistics.mean, alpha=-1)
 
 
+def merge(one: Statistics, other: Statistics) -> Statistics:
+    """The moments of both sets of rows together.
+
+    Args:
+        one: Moments of a layer's rows.
+        other: Moments of other rows of the same layer, same features.
+
+    Returns:
+        In the form of samples where both are and there are still no more rows than features, else as S.
+    """
+    rows = one.rows + other.rows
+    mean = (one.mean * one.rows + other.mean * other.rows) / rows
+    if one.samples is not None and other.samples is not None and rows <= one.features:
+        return Statistics(rows, mean, samples=torch.cat([one.samples, other.samples]))
+    moment = second_moment(one, centred=False) * (one.rows / rows)
+    return Statistics(rows, mean, moment.add_(second_moment(other, centred=False), alpha=other.rows / rows))
+
+
 def reorder(statistics: Statistics, features: Tensor) -> Statistics:
     """The moments of chosen features, in the order given (a permutation, or a selection).
 

@@ -5,7 +5,7 @@ import torch
 
 from modhifi_cli.errors import NumericsError, UnsupportedModelError
 from modhifi_cli.numerics import moments as module
-from modhifi_cli.numerics.moments import ConvMoments, RowMoments, reorder, second_moment
+from modhifi_cli.numerics.moments import ConvMoments, RowMoments, merge, reorder, second_moment
 from tests import reference
 
 # float32 products against float64: a few units in the last place of sums of a few hundred terms of size one.
@@ -163,3 +163,17 @@ def test_no_rows_is_an_error_that_names_the_layer():
 def test_other_padding_modes_are_refused():
     with pytest.raises(UnsupportedModelError, match=r"stem: convolutions are known with padding_mode='zeros', got 're"):
         ConvMoments(3, 3, 1, 1, padding_mode="reflect", name="stem")
+
+
+@pytest.mark.parametrize("rows", [(3, 4), (3, 30), (40, 30)])
+def test_merged_moments_are_those_of_all_rows(rows):
+    torch.manual_seed(0)
+    parts = [torch.randn(count, 8) for count in rows]
+    accumulators = [RowMoments(8) for _ in range(3)]
+    for accumulator, part in zip(accumulators, [*parts, torch.cat(parts)], strict=True):
+        accumulator.update(part)
+    one, other, both = (accumulator.result() for accumulator in accumulators)
+    merged = merge(one, other)
+    assert merged.rows == both.rows
+    assert torch.allclose(merged.mean, both.mean)
+    assert torch.allclose(second_moment(merged, centred=True), second_moment(both, centred=True), atol=1e-6)
