@@ -555,7 +555,9 @@ def summarise_sweep(folder: Path, style: str) -> int:
     console = open_console(style)
     changing = [key for key in keys if len({row[key] for row in rows}) > 1] or keys[-1:]
     wanted = ["removed_params", "removed_flops", "dense_top1", "pruned_top1", "pruned_agreement"]
-    shown = ["job", *changing, "status", *(column for column in wanted if any(column in row for row in rows))]
+    present = [column for column in wanted if column in columns]
+    present = present or [column for column in columns if column.startswith(("dense_", "pruned_"))][:6]
+    shown = ["job", *changing, "status", *present]
     console.table(f"sweep of {len(rows)} jobs", [{key: row.get(key, "") for key in shown} for row in rows])
     failed = [row for row in rows if not row["status"].startswith("finished")]
     for row in failed:
