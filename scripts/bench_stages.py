@@ -101,6 +101,7 @@ def measure(model_name: str, images: int, batch: int, positions: int, sparsity: 
     from modhifi_cli.numerics.scoring import Singleton
     from modhifi_cli.numerics.selection import Union
     from modhifi_cli.records import Edit
+    from modhifi_cli.tasks.gathering import Gathering
     from modhifi_cli.tasks import prune as task
 
     if model_name.endswith("_cifar"):
@@ -141,7 +142,7 @@ def measure(model_name: str, images: int, batch: int, positions: int, sparsity: 
             allocation=Uniform(),
             schedule=functools.partial(geometric, iterations=1),
             batch_size=batch,
-            gathering=task.Gathering(positions_per_image=positions or None, carry_gigabytes=carry),
+            gathering=Gathering(positions_per_image=positions or None, carry_gigabytes=carry),
         ):
             if isinstance(event, Edit):
                 solving += event.facts.get("seconds", {}).get("solving", 0.0)

@@ -26,6 +26,7 @@ class NoCompensation:
     """Leave the kept weights as they are: plain slicing."""
 
     needs_statistics: ClassVar[bool] = False
+    wants_held_out: ClassVar[bool] = False
 
     def __call__(self, consumer: Consumer, kept: Tensor) -> Tensor:
         """The sliced weight, ``[outputs, kept features]`` float64, for kept components ``[kept]`` int64."""
@@ -48,6 +49,7 @@ class PerKernel:
     ridge: float = 1e-4
     towards: str = "weights"
     needs_statistics: ClassVar[bool] = True
+    wants_held_out: ClassVar[bool] = False
 
     def __post_init__(self):
         if not (math.isfinite(self.ridge) and self.ridge >= 0):

@@ -5,6 +5,7 @@ Equal scores are ordered by component index, so that the same votes always keep 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Union:
     The last p rarely fits exactly; its newcomers are ordered by how many voters hold them in their top p, then by
     summed score, then by index.
     """
+
+    needs_statistics: ClassVar[bool] = False
 
     def __call__(self, scores: Scores, consumers: Sequence[Consumer] = (), *, keep: int) -> Tensor:
         """Kept components.
@@ -48,6 +51,8 @@ class TopK:
 
     Top-k by singleton fidelity is the best subset where contributions are uncorrelated.
     """
+
+    needs_statistics: ClassVar[bool] = False
 
     def __call__(self, scores: Scores, consumers: Sequence[Consumer] = (), *, keep: int) -> Tensor:
         """Kept components.

@@ -23,27 +23,13 @@ from modhifi_cli.graph.surgery import apply_edit_, slice_module_
 from modhifi_cli.numerics.batchnorm import output_moments
 from modhifi_cli.numerics.compensation import restored_constant
 from modhifi_cli.numerics.fidelity import layer_fidelity
-from modhifi_cli.numerics.moments import ConvMoments, RowMoments, reorder
+from modhifi_cli.numerics.moments import reorder
 from modhifi_cli.records import Consumer, Edit, ImageSource, ModuleEdit, Progress, Statistics
 from modhifi_cli.tasks.activations import Activations, set_statistics_
+from modhifi_cli.tasks.gathering import Gathered, Gathering, LayerMoments
 
 TARGETS = ("params", "flops", "components")
 NEAR = 0.01  # a target counts as reached within one percentage point
-
-
-@dataclass(frozen=True)
-class Gathering:
-    """How statistics are gathered.
-
-    Attributes:
-        positions_per_image: Output positions drawn per image and convolution (rows of the statistics), or None for
-            all of them. Fewer are cheaper and no longer exact.
-        carry_gigabytes: Largest activation, over all images, that is carried from cut to cut instead of recomputed,
-            in 10⁹ bytes; ``"auto"`` takes a sixth of the memory that is free now.
-    """
-
-    positions_per_image: int | None = None
-    carry_gigabytes: float | str = "auto"
 
 
 @dataclass(frozen=True)
@@ -211,10 +197,20 @@ def prune_(
     shares = schedule(sparsity)
     sizes = [group.components for group in groups]
 
-    def widths(share: float, present: Sequence[int]) -> list[int]:
-        return allocation(sizes, present, lambda keep: costs.removed_share(keep, target), sparsity=share, step=round_to)
+    def widths(share: float, present: Sequence[int], curves: list[list[float]]) -> list[int]:
+        return allocation(
+            sizes,
+            present,
+            lambda keep: costs.removed_share(keep, target),
+            sparsity=share,
+            step=round_to,
+            curves=curves or None,
+        )
 
-    final = widths(shares[-1], sizes)
+    curves: list[list[float]] = []
+    if allocation.needs_curves:
+        yield from _error_curves(run, groups, curves)
+    final = widths(shares[-1], sizes, curves)
     yield Plan(_planned(groups, final), refused, {name: costs.removed_share(final, name) for name in TARGETS})
 
     waiting = list(done)
@@ -222,7 +218,10 @@ def prune_(
     total = len(groups) * len(shares)
     for iteration, share in enumerate(shares):
         run.activations.restart()
-        keep = widths(share, [run.layout.alive(group).numel() for group in groups])
+        if allocation.needs_curves and iteration:
+            curves = []
+            yield from _error_curves(run, groups, curves)
+        keep = widths(share, [run.layout.alive(group).numel() for group in groups], curves)
         for number, group in enumerate(groups):
             yield Progress("groups", group.name, iteration * len(groups) + number, total)
             if keep[number] == run.layout.alive(group).numel():
@@ -336,17 +335,17 @@ def _edit_group_(
     started = time.perf_counter()
     group = ahead[0]
     alive = run.layout.alive(group)
-    weighted = tuple(slot for slot in group.consumers if has_weight(run.model.get_submodule(slot.module)))
-    statistics: dict[str, Statistics] = {}
-    if run.scoring.needs_statistics or run.compensation.needs_statistics:
-        yield from _gather(run, ahead, weighted, statistics)
-    gathered = time.perf_counter()
-    consumers = [_consumer(run, slot, alive, statistics) for slot in weighted]
+    weighted = _weighted(run, group)
+    gathered: dict[str, Gathered] = {}
+    if any(step.needs_statistics for step in (run.scoring, run.selection, run.compensation)):
+        yield from _gather(run, ahead, weighted, gathered)
+    gathered_at = time.perf_counter()
+    consumers = [_consumer(run, slot, alive, gathered) for slot in weighted]
     producers = [_filters(run, slot, alive) for slot in group.producers]
     generator = torch.Generator().manual_seed(run.seed + 1_000_003 * iteration + 7_919 * len(ahead))
     scores = run.scoring(consumers, [filters for filters in producers if filters is not None], generator=generator)
     kept = run.selection(scores, consumers, keep=keep).cpu()
-    repairs = [_repair(run, consumer, kept, bool(statistics)) for consumer in consumers]
+    repairs = [_repair(run, consumer, kept, bool(gathered)) for consumer in consumers]
     orders = [run.layout.input_order(slot, alive) for slot in weighted]
 
     kept_outputs, kept_inputs = run.layout.keep_(group, kept)
@@ -378,7 +377,7 @@ def _edit_group_(
             ),
             kept=kept,
             removed=removed.nonzero().flatten(),
-            facts=_facts(run, consumers, repairs, scores, alive.numel(), kept.numel(), gathered - started, gathered),
+            facts=_facts(run, consumers, repairs, scores, alive.numel(), kept.numel(), started, gathered_at),
         )
     )
     run.refreshed = []
@@ -391,7 +390,7 @@ def _facts(
     scores: Any,
     components: int,
     kept: int,
-    gathering_seconds: float,
+    started: float,
     gathered: float,
 ) -> dict[str, Any]:
     return {
@@ -400,48 +399,62 @@ def _facts(
         "dead_outputs": int(scores.dead_outputs),
         "fidelity": {c.name: r.fidelity for c, r in zip(consumers, repairs, strict=True) if r.fidelity is not None},
         "rows": {consumer.name: consumer.statistics.rows for consumer in consumers},
-        "seconds": {"gathering": gathering_seconds, "solving": time.perf_counter() - gathered},
+        "seconds": {"gathering": gathered - started, "solving": time.perf_counter() - gathered},
         "stale_batchnorms": list(run.stale),
     }
 
 
 def _gather(
-    run: _Run, ahead: Sequence[ComponentGroup], slots: Sequence[Slot], statistics: dict[str, Statistics]
+    run: _Run, ahead: Sequence[ComponentGroup], slots: Sequence[Slot], gathered: dict[str, Gathered]
 ) -> Iterator[Progress]:
     visits = run.segments.trace.visits
     start = _carry_to(run.segments, ahead)
     if start is not None:
         yield from run.activations.advance(start, stale=run.stale, item=ahead[0].name)
         _forget_refreshed_(run, before=visits[start].leave)
-    moments = {slot.module: _moments(run, slot.module) for slot in slots}
-    looks = {name: _look(accumulator) for name, accumulator in moments.items()}
+    yield from _look(run, slots, gathered, ahead[0].name)
+
+
+def _look(run: _Run, slots: Sequence[Slot], gathered: dict[str, Gathered], item: str) -> Iterator[Progress]:
+    """Gather the moments of the given consumers' inputs in one walk from where the activations stand."""
+    visits = run.segments.trace.visits
+    moments = {
+        slot.module: LayerMoments(
+            slot.module,
+            run.model.get_submodule(slot.module),
+            positions_per_image=run.gathering.positions_per_image,
+            seed=run.seed,
+            hold_out=run.compensation.wants_held_out,
+        )
+        for slot in slots
+    }
     last = max(visits[slot.module].enter for slot in slots)
-    yield from run.activations.walk(looks, stale=run.stale, item=ahead[0].name)
+    looks = {name: accumulator.update for name, accumulator in moments.items()}
+    yield from run.activations.walk(looks, stale=run.stale, item=item)
     _forget_refreshed_(run, before=last)
-    statistics.update({name: accumulator.result() for name, accumulator in moments.items()})
+    gathered.update({name: accumulator.result() for name, accumulator in moments.items()})
 
 
-def _moments(run: _Run, name: str) -> ConvMoments | RowMoments:
-    module = run.model.get_submodule(name)
-    if isinstance(module, nn.Linear):
-        return RowMoments(module.in_features, name=name)
-    return ConvMoments(
-        module.in_channels,
-        kernel_size=module.kernel_size,
-        stride=module.stride,
-        padding=module.padding,
-        dilation=module.dilation,
-        padding_mode=module.padding_mode,
-        name=name,
-        positions_per_image=run.gathering.positions_per_image,
-        generator=torch.Generator().manual_seed(run.seed),
-    )
+def _weighted(run: _Run, group: ComponentGroup) -> tuple[Slot, ...]:
+    """The group's consumers that have weights, each once."""
+    return tuple(slot for slot in group.consumers if has_weight(run.model.get_submodule(slot.module)))
 
 
-def _look(moments: ConvMoments | RowMoments) -> Callable[[Tensor], None]:
-    if isinstance(moments, ConvMoments):
-        return moments.update
-    return lambda inputs: moments.update(inputs.flatten(0, -2))
+def _error_curves(
+    run: _Run, groups: Sequence[ComponentGroup], curves: list[list[float]]
+) -> Iterator[Progress]:
+    """Relative error of every group after 0, 1, 2, … removals, from one walk over the network as it stands (M10)."""
+    from modhifi_cli.numerics.selection import elimination
+
+    gathered: dict[str, Gathered] = {}
+    slots = {slot.module: slot for group in groups for slot in _weighted(run, group)}
+    yield from _look(run, tuple(slots.values()), gathered, "error curves")
+    for number, group in enumerate(groups):
+        yield Progress("error curves", group.name, number, len(groups))
+        alive = run.layout.alive(group)
+        consumers = [_consumer(run, slot, alive, gathered) for slot in _weighted(run, group)]
+        curves.append(elimination(consumers, keep=1).errors.tolist())
+    yield Progress("error curves", "done", len(groups), len(groups))
 
 
 def _taps(module: nn.Module) -> int:
@@ -453,21 +466,20 @@ def _features(channels: Tensor, taps: int) -> Tensor:
     return (channels[:, None] * taps + torch.arange(taps)).flatten()
 
 
-def _consumer(run: _Run, slot: Slot, alive: Tensor, statistics: Mapping[str, Statistics]) -> Consumer:
+def _consumer(run: _Run, slot: Slot, alive: Tensor, gathered: Mapping[str, Gathered]) -> Consumer:
     module = run.model.get_submodule(slot.module)
     features = _features(run.layout.input_order(slot, alive), _taps(module))
     weight = module.weight.detach().flatten(1).to(torch.float64)
-    if slot.module in statistics:
-        gathered = reorder(statistics[slot.module], features)
-    else:
-        gathered = Statistics(0, torch.zeros(features.numel(), dtype=torch.float64))
+    mine = gathered.get(slot.module)
+    nothing = Statistics(0, torch.zeros(features.numel(), dtype=torch.float64))
     return Consumer(
         name=slot.module,
         weight=weight[:, features.to(weight.device)],
-        statistics=gathered,
+        statistics=nothing if mine is None else reorder(mine.statistics, features),
         components=features.numel() // (_taps(module) * slot.entries),
         in_group=alive.numel(),
         centred=_norm_behind(run, slot.module) is not None or module.bias is not None,
+        held_out=None if mine is None or mine.held_out is None else reorder(mine.held_out, features),
     )
 
 

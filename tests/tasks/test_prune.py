@@ -16,7 +16,8 @@ from modhifi_cli.numerics.schedule import geometric
 from modhifi_cli.numerics.scoring import Magnitude, Random, Singleton
 from modhifi_cli.numerics.selection import Union
 from modhifi_cli.records import Edit
-from modhifi_cli.tasks.prune import Gathering, Plan, Summary, prune_
+from modhifi_cli.tasks.gathering import Gathering
+from modhifi_cli.tasks.prune import Plan, Summary, prune_
 from tests.graph import networks
 
 

@@ -1,0 +1,108 @@
+"""Moments of the inputs of consumer layers, gathered while activations flow by: from modules to `Statistics`."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.numerics.moments import ConvMoments, RowMoments, merge
+from modhifi_cli.records import Statistics
+
+_HELD_OUT_EVERY = 5  # one image in five chooses the ridge
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """How statistics are gathered.
+
+    Attributes:
+        positions_per_image: Output positions drawn per image and convolution (rows of the statistics), or None for
+            all of them. Fewer are cheaper and no longer exact.
+        carry_gigabytes: Largest activation, over all images, that is carried from cut to cut instead of recomputed,
+            in 10⁹ bytes; ``"auto"`` takes a sixth of the memory that is free now.
+    """
+
+    positions_per_image: int | None = None
+    carry_gigabytes: float | str = "auto"
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Moments of one layer's input rows.
+
+    Attributes:
+        statistics: Over all images.
+        held_out: Over every fifth image alone, or None where nobody asked for it or there are fewer than five.
+    """
+
+    statistics: Statistics
+    held_out: Statistics | None
+
+
+class LayerMoments:
+    """Accumulates the moments of one conv or linear layer's input rows.
+
+    Args:
+        name: Module name, for messages.
+        module: `nn.Conv2d` without groups, or `nn.Linear`.
+        positions_per_image: As in `Gathering`.
+        seed: For the drawn positions.
+        hold_out: Whether every fifth image is also kept apart.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, *, positions_per_image: int | None, seed: int, hold_out: bool
+    ) -> None:
+        def accumulator() -> ConvMoments | RowMoments:
+            if isinstance(module, nn.Linear):
+                return RowMoments(module.in_features, name=name)
+            return ConvMoments(
+                module.in_channels,
+                kernel_size=module.kernel_size,
+                stride=module.stride,
+                padding=module.padding,
+                dilation=module.dilation,
+                name=name,
+                padding_mode=module.padding_mode if max(module.kernel_size) > 1 else "zeros",
+                positions_per_image=positions_per_image,
+                generator=torch.Generator().manual_seed(seed),
+            )
+
+        self._linear = isinstance(module, nn.Linear)
+        self._fitted = accumulator()
+        self._held_out = accumulator() if hold_out else None
+        self._images = 0
+        self._held_images = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add one batch: maps ``[batch, channels, height, width]``, or features ``[batch, …, features]``.
+
+        Raises:
+            NumericsError: If a value is not finite.
+        """
+        if self._held_out is None:
+            self._add(self._fitted, inputs)
+            return
+        # By the number of the image, so that the split into batches does not matter.
+        numbers = torch.arange(self._images, self._images + len(inputs), device=inputs.device)
+        held = numbers % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        self._images += len(inputs)
+        self._held_images += int(held.sum())
+        self._add(self._fitted, inputs[~held])
+        if bool(held.any()):
+            self._add(self._held_out, inputs[held])
+
+    def result(self) -> Gathered:
+        """Moments of everything so far.
+
+        Raises:
+            NumericsError: If there was no row.
+        """
+        fitted = self._fitted.result()
+        if self._held_out is None or not self._held_images:
+            return Gathered(fitted, None)
+        held_out = self._held_out.result()
+        return Gathered(merge(fitted, held_out), held_out)
+
+    def _add(self, moments: ConvMoments | RowMoments, inputs: Tensor) -> None:
+        moments.update(inputs.flatten(0, -2) if self._linear else inputs)
