@@ -128,7 +128,9 @@ def load_verification(run: Path) -> tuple[Tensor, Tensor]:
     try:
         return stored["inputs"], stored["logits"]
     except KeyError as error:
-        raise DataError(f"{run}/verification.safetensors: damaged, {error} is missing; restore the run folder.") from error
+        raise DataError(
+            f"{run}/verification.safetensors: damaged, {error} is missing; restore the run folder."
+        ) from error
 
 
 def answer(run: str, path: str) -> None:
@@ -406,7 +408,8 @@ def _plain(value: Any) -> Any:
 
 def _to_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     # clone: safetensors refuses tensors that share memory (tied weights, slices of one storage).
-    return tensors_to_bytes({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, metadata)
+    apart = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    return tensors_to_bytes(apart, metadata)
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:

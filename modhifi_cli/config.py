@@ -107,7 +107,7 @@ def verb_help(verb: str) -> str:
         lines.append(f"  {group}={default}".ljust(26) + "  " + ", ".join(known.get(group, ())))
     lines += [
         "",
-        f"modhifi {verb} --cfg job [key=value ...]  shows every key that would be used;  modhifi list  explains the choices;",
+        f"modhifi {verb} --cfg job [key=value ...]  shows every key that would be used;  modhifi list  the choices;",
         "-m runs every combination of values given with commas; + before a key adds one that the YAML does not have.",
     ]
     return "\n".join(lines)
@@ -125,7 +125,8 @@ def main_help() -> str:
     for verb in verbs():
         lines.append(f"  {verb:<10}" + header(config_directory() / f"{verb}.yaml")[0])
     lines.append(f"  {'list':<10}Show the choices of every config group, or of one: modhifi list group=model")
-    lines += ["", "Start with:  modhifi prune", "Then:        modhifi prune model=resnet50 data=folder data.path=IMAGES"]
+    lines += ["", "Start with:  modhifi prune"]
+    lines.append("Then:        modhifi prune model=resnet50 data=folder data.path=IMAGES")
     return "\n".join(lines)
 
 
@@ -339,17 +340,22 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
     if isinstance(absent, MissingConfigException) and absent.missing_cfg_file:
         group, _, choice = str(absent.missing_cfg_file).rpartition("/")
         known = groups().get(group, ())
-        return ConfigError(f"{group}={choice}: there is no such choice; {nearest(choice, known) if known else 'it is empty.'}")
+        hint = nearest(choice, known) if known else "the group is empty."
+        return ConfigError(f"{group}={choice}: there is no such choice; {hint}")
     unknown = re.search(r"Could not override '([^']+)'|Could not append to config.*?'([^']+)'", text)
     if unknown:
         key = (unknown.group(1) or unknown.group(2)).split("@")[0]
         group, _, leaf = key.partition(".")
         if leaf == "path" and group in ("data", "evaluation_data"):
-            return ConfigError(f"{key}: choose the kind of source too, e.g. {group}=folder {key}=FOLDER, or {group}=arrays.")
+            return ConfigError(
+                f"{key}: choose the kind of source too, e.g. {group}=folder {key}=FOLDER, or {group}=arrays."
+            )
         near = nearest(key, _known_keys(verb, overrides))
         return ConfigError(f"modhifi {verb} has no key '{key}': {near} (modhifi {verb} --help)")
     if isinstance(error, HydraException) and "Ambiguous value" in text:
-        return ConfigError(f"{_first_line(error)}: a value with commas is a sweep and needs -m, or brackets for a list.")
+        return ConfigError(
+            f"{_first_line(error)}: a value with commas is a sweep and needs -m, or brackets for a list."
+        )
     return ConfigError(f"modhifi {verb}: {_first_line(error)}")
 
 

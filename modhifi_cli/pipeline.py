@@ -504,7 +504,8 @@ def run_sweep_job(composed: Any, facts: Mapping[str, Any]) -> None:
     finally:
         artifacts.write_json(path, record)
         style = composed.console.style
-        open_console(style).note(f"job {record['number']} {record['status']}: {record['folder']} {record['message']}".rstrip())
+        told = f"job {record['number']} {record['status']}: {record['folder']} {record['message']}"
+        open_console(style).note(told.rstrip())
 
 
 def begin_sweep(folder: Path) -> None:
@@ -574,8 +575,8 @@ def _sources(settings: Mapping[str, Any]) -> tuple[LoadedModel, ImageSource, Ima
     if settings["data"] is None:
         name = settings["model"].get("name", "this model")
         raise ConfigError(
-            f"{name} brings no images of its own: give unlabelled calibration images with data=folder data.path=FOLDER, "
-            "data=arrays data.path=FILE, data=cifar10 or data=cifar100."
+            f"{name} brings no images of its own: give unlabelled calibration images with data=folder "
+            "data.path=FOLDER, data=arrays data.path=FILE, data=cifar10 or data=cifar100."
         )
     loaded = config.build(settings["model"])
     calibration = _source(settings, "data", loaded.preprocess, labelled=False)
