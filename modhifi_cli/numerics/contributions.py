@@ -71,19 +71,62 @@ def contribution_moments(consumer: Consumer) -> ContributionMoments:
     Raises:
         NumericsError: If a weight is not finite.
     """
+    weight = finite_weight(consumer)
+    blocks = weight.view(len(weight), consumer.components, -1)
+    cross = output_moment(consumer, weight).view_as(blocks)
+    r = (cross * blocks).sum(2)
+    return ContributionMoments(consumer.name, r, contribution_energies(consumer), r.sum(1).clamp_min_(0))
+
+
+def contribution_energies(consumer: Consumer) -> Tensor:
+    """d_{ci} = (Q_c)_ii = E[a_{ci}²] (M2) alone: from the diagonal blocks of S, without the product W S.
+
+    Args:
+        consumer: The layer; all components of its input, not only the group's.
+
+    Returns:
+        ``[outputs, components]`` float64 ≥ 0, output units², centred where the consumer is.
+
+    Raises:
+        NumericsError: If a weight is not finite.
+    """
+    weight = finite_weight(consumer)
+    by_component = weight.view(len(weight), consumer.components, -1).transpose(0, 1)
+    energies = weight.new_empty(len(weight), consumer.components)
+    for part, diagonal in _diagonal_blocks(consumer):
+        energies[:, part] = (torch.bmm(by_component[part], diagonal) * by_component[part]).sum(2).T
+    return energies.clamp_min_(0)
+
+
+def finite_weight(consumer: Consumer) -> Tensor:
+    """The consumer's weight, ``[outputs, features]`` float64.
+
+    Raises:
+        NumericsError: If a weight is not finite.
+    """
     weight = consumer.weight.double()
     if not torch.isfinite(weight).all():
         raise NumericsError(
             f"{consumer.name}: every weight must be finite, got NaN or infinity; load other weights (model.weights=)."
         )
-    blocks = weight.view(len(weight), consumer.components, -1)
-    cross = output_moment(consumer, weight).view_as(blocks)
-    r = (cross * blocks).sum(2)
-    d = torch.empty_like(r)
-    by_component = blocks.transpose(0, 1)
-    for part, diagonal in _diagonal_blocks(consumer):
-        d[:, part] = (torch.bmm(by_component[part], diagonal) * by_component[part]).sum(2).T
-    return ContributionMoments(consumer.name, r, d.clamp_min_(0), r.sum(1).clamp_min_(0))
+    return weight
+
+
+def output_energy(consumer: Consumer) -> float:
+    """Energy of the layer's whole output, Σ_c E[y_c²] > 0, output units², centred where the consumer is.
+
+    Raises:
+        NumericsError: If there is none, or a weight is not finite.
+    """
+    weight = finite_weight(consumer)
+    energy = float((output_moment(consumer, weight) * weight).sum())
+    if not energy > 0:
+        raise NumericsError(
+            f"{consumer.name}: at least one output must have energy on the calibration data, got {len(weight)} dead "
+            f"outputs; check the weights and the calibration images, or leave the layer alone with "
+            f"exclude=[{consumer.name}]."
+        )
+    return energy
 
 
 def output_moment(consumer: Consumer, weight: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ one row for each voter (an output of a consumer, or one for a whole criterion). 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from modhifi_cli.numerics.contributions import ContributionMoments, contribution_moments
+from modhifi_cli.numerics.contributions import ContributionMoments, contribution_energies, contribution_moments
 from modhifi_cli.numerics.fidelity import saliency, singleton_fidelity
 from modhifi_cli.records import Consumer
 
@@ -64,6 +64,48 @@ class Saliency:
 
 
 @dataclass(frozen=True)
+class Energy:
+    """Energy of a component's contributions, as in Wanda: E[x_i²] ‖W_{:,i}‖² (M7), the diagonal of Σ_c Q_c.
+
+    A component of several features sums E[(w_{ci}ᵀ x_i)²] over the outputs, which is the same for one feature. Raw
+    moments: a constant input counts as much as a varying one.
+    """
+
+    needs_statistics: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        consumers: Sequence[Consumer],
+        producers: Sequence[Tensor] = (),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Scores:
+        """One row of energies for each consumer, output units²."""
+        return _energy_votes(consumers, centred=False)
+
+
+@dataclass(frozen=True)
+class Fluctuation:
+    """Energy of what varies in a component's contributions, as in FLAP: Var[x_i] ‖W_{:,i}‖².
+
+    A component of several features sums Var[w_{ci}ᵀ x_i] over the outputs, which is the same for one feature. Made for
+    layers whose constant part is restored in a bias or BatchNorm.
+    """
+
+    needs_statistics: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        consumers: Sequence[Consumer],
+        producers: Sequence[Tensor] = (),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Scores:
+        """One row of variances for each consumer, output units²."""
+        return _energy_votes(consumers, centred=True)
+
+
+@dataclass(frozen=True)
 class Magnitude:
     """Norm of all the weights that produce a component, over all producers: the baseline without data.
 
@@ -103,3 +145,10 @@ def _output_votes(consumers: Sequence[Consumer], score: Callable[[ContributionMo
         votes.append(score(moments)[moments.alive, : consumer.in_group])
         dead += len(moments.e) - len(votes[-1])
     return Scores(tuple(votes), dead)
+
+
+def _energy_votes(consumers: Sequence[Consumer], *, centred: bool) -> Scores:
+    energies = [contribution_energies(replace(consumer, centred=centred)) for consumer in consumers]
+    return Scores(
+        tuple(part.sum(0)[None, : consumer.in_group] for part, consumer in zip(energies, consumers, strict=True))
+    )

@@ -1,10 +1,12 @@
 """Scores as selection sees them: voters, the group's components only, dead outputs, baselines."""
 
+import pytest
 import torch
 
 from modhifi_cli.numerics.contributions import contribution_moments
 from modhifi_cli.numerics.fidelity import singleton_fidelity
-from modhifi_cli.numerics.scoring import Magnitude, Random, Saliency, Singleton
+from modhifi_cli.numerics.scoring import Energy, Fluctuation, Magnitude, Random, Saliency, Singleton
+from tests import reference
 from tests.numerics import helpers
 
 
@@ -43,3 +45,22 @@ def test_each_score_says_whether_it_needs_statistics():
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize("per", [1, 3])
+def test_energy_and_fluctuation_are_the_power_and_variance_of_contributions(per):
+    consumer, data = helpers.make(per=per, in_group=4)
+    raw = reference.contributions(data, consumer.weight, 6, centred=False)[:, :, :4]
+    varying = reference.contributions(data, consumer.weight, 6, centred=True)[:, :, :4]
+    for score, parts in ((Energy(), raw), (Fluctuation(), varying)):
+        votes = score([consumer, consumer], []).votes
+        assert [tuple(rows.shape) for rows in votes] == [(1, 4), (1, 4)]
+        torch.testing.assert_close(votes[0][0], parts.square().mean(1).sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_energy_of_one_feature_is_its_power_times_the_weight_norm():
+    consumer, data = helpers.make()
+    norms = consumer.weight.square().sum(0)
+    power, variance = data.square().mean(0), data.var(0, correction=0)
+    torch.testing.assert_close(Energy()([consumer]).votes[0][0], power * norms, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Fluctuation()([consumer]).votes[0][0], variance * norms, rtol=1e-5, atol=1e-5)
