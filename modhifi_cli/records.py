@@ -59,6 +59,7 @@ class Consumer:
     in_group: int
     centred: bool
     held_out: Statistics | None = None
+    held_out: Statistics | None = None
 
 
 @dataclass(frozen=True)

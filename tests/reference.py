@@ -90,3 +90,64 @@ def union(votes: list[Tensor], keep: int) -> list[int]:
         if len(kept) == keep:
             break
     return sorted(kept)
+
+
+def joint_weight(rows: Tensor, weight: Tensor, features, *, ridge: float, centred: bool) -> Tensor:
+    """Weight on the kept features: min E|y − W' x_C|² + λ · mean energy · |W' − W_C|², by stacking rows for lstsq."""
+    data = rows.double() - rows.double().mean(0) if centred else rows.double()
+    chosen = data[:, features]
+    strength = ridge * float(chosen.square().mean())
+    anchor = torch.eye(len(features), dtype=torch.float64) * (strength * len(data)) ** 0.5
+    matrix = torch.cat([chosen, anchor])
+    target = torch.cat([data @ weight.T, anchor @ weight[:, features].T])
+    return least_squares(matrix, target).T
+
+
+def joint_share(rows: Tensor, weight: Tensor, features, *, centred: bool) -> float:
+    """Share of the output energy that the best linear map of the features rebuilds."""
+    data = rows.double() - rows.double().mean(0) if centred else rows.double()
+    target = data @ weight.T
+    fitted = data[:, features] @ least_squares(data[:, features], target)
+    return float(1 - (target - fitted).square().sum() / target.square().sum())
+
+
+def held_out_ridge(rows: Tensor, held: Tensor, weight: Tensor, features, grid, *, centred: bool) -> float:
+    """The ridge whose weight, fitted on `rows`, has the least error on `held`, constant included where centred."""
+    losses = {}
+    for ridge in grid:
+        fitted = joint_weight(rows, weight, features, ridge=ridge, centred=centred)
+        lost = rows.double() @ weight.T - rows.double()[:, features] @ fitted.T
+        error = held.double() @ weight.T - held.double()[:, features] @ fitted.T
+        losses[ridge] = float((error - lost.mean(0) if centred else error).square().mean())
+    return min(losses, key=losses.get)
+
+
+def backward_elimination(cases, keep: int, ridge: float) -> tuple[list[int], list[float]]:
+    """Greedy removal by solving every candidate set anew.
+
+    Each case is (rows, weight, components, in_group, centred). The error of a set is the ridge loss, with a ridge on
+    the change of every weight (removed ones too), as a share of the output energy, summed over the cases.
+    """
+
+    def error(removed: list[int]) -> float:
+        total = 0.0
+        for rows, weight, components, _, centred in cases:
+            data = rows.double() - rows.double().mean(0) if centred else rows.double()
+            per = data.shape[1] // components
+            features = [f for f in range(data.shape[1]) if f // per not in removed]
+            target = data @ weight.T
+            strength = ridge * float(data.square().mean())
+            anchor = torch.eye(data.shape[1], dtype=torch.float64) * (strength * len(data)) ** 0.5
+            matrix = torch.cat([data, anchor])
+            whole = matrix @ weight.T
+            fitted = matrix[:, features] @ least_squares(matrix[:, features], whole)
+            total += float((whole - fitted).square().sum() / target.square().sum())
+        return total
+
+    order, errors = [], [0.0]
+    for _ in range(cases[0][3] - keep):
+        costs = {i: error([*order, i]) for i in range(cases[0][3]) if i not in order}
+        cheapest = min(costs, key=costs.get)
+        order.append(cheapest)
+        errors.append(costs[cheapest])
+    return order, errors

@@ -5,6 +5,7 @@ features. What the change does to a constant is `restored_constant`, for the bia
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,11 +15,14 @@ from torch import Tensor
 from modhifi_cli.errors import ConfigError, NumericsError
 from modhifi_cli.numerics.contributions import SimilarityBlocks, contribution_moments
 from modhifi_cli.numerics.linalg import feature_index, solve_positive, solve_scaled
+from modhifi_cli.numerics.regression import Regression, kept_weight, regressions
 from modhifi_cli.records import Consumer
 
 # From this many kept components on, with one feature each, iterations shared by all outputs beat one factorisation per
 # output (scripts/bench_numerics.py): 2 to 3 times at 768, more above.
 _ITERATIVE_FROM = 768
+# The joint ridge where no rows were held out to choose it on: in our trials 1e-2 was best or near it (method.md, 4).
+_RIDGE_UNMEASURED = 1e-2
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class PerKernel:
     towards: str = "weights"
     needs_statistics: ClassVar[bool] = True
     wants_held_out: ClassVar[bool] = False
+    wants_held_out: ClassVar[bool] = False
 
     def __post_init__(self):
         if not (math.isfinite(self.ridge) and self.ridge >= 0):
@@ -75,11 +80,7 @@ class PerKernel:
         """
         features = _kept_features(consumer, kept)
         weight = consumer.weight.double()[:, features]
-        if self.ridge == 0 and consumer.statistics.rows < len(features):
-            raise NumericsError(
-                f"{consumer.name}: an exact solve needs at least {len(features)} calibration rows, got "
-                f"{consumer.statistics.rows}. Raise data.num_samples or set compensation.ridge above 0."
-            )
+        _refuse_few_rows(consumer, len(features), self.ridge)
         kept = kept.to(weight.device)
         moments = contribution_moments(consumer)
         alive = moments.alive.nonzero().flatten()
@@ -108,6 +109,99 @@ class PerKernel:
         return scales
 
 
+@dataclass(frozen=True)
+class JointSolution:
+    """A jointly compensated weight and the ridge it was solved with.
+
+    Attributes:
+        weight: ``[outputs, kept features]`` float64.
+        ridge: λ, times the mean diagonal of S[C,C].
+    """
+
+    weight: Tensor
+    ridge: float
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Free change of all kept weights, joint least squares (M8): W'_C = W_C + W_R S[R,C] (S[C,C] + λ m I)⁻¹.
+
+    m is the mean diagonal of S[C,C]; moments are centred where the consumer is. The ridge pulls towards the
+    uncompensated weights: λ → ∞ is plain slicing, and no λ is worse than slicing on its own rows. With fewer rows than
+    kept features the system is solved among the rows, of size rows × rows.
+
+    Attributes:
+        ridge: λ ≥ 0, 0 for an exact solve. ``"auto"``: fit on the rows that were not held out, for each λ of the grid;
+            take the one with the least error on the held-out rows, constant restored from the fit rows; then solve on
+            all rows. 0.01 where nothing was held out.
+        grid: The ridges that ``"auto"`` tries.
+
+    Raises:
+        ConfigError: For a ridge that is neither ``"auto"`` nor at least 0, or a grid without positive numbers.
+    """
+
+    ridge: float | str = "auto"
+    grid: Sequence[float] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
+    needs_statistics: ClassVar[bool] = True
+
+    def __post_init__(self):
+        number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool)
+        if self.ridge != "auto" and not (number and math.isfinite(self.ridge) and self.ridge >= 0):
+            raise ConfigError(
+                f"compensation.ridge must be 'auto' or a number of at least 0, got '{self.ridge}': leave it at auto."
+            )
+        if not len(self.grid) or not all(math.isfinite(ridge) and ridge > 0 for ridge in self.grid):
+            raise ConfigError(
+                f"compensation.grid must hold at least one ridge, all above 0, got {list(self.grid)}: leave it out for "
+                f"the default."
+            )
+
+    @property
+    def wants_held_out(self) -> bool:
+        """Whether some of the rows should be set aside to choose the ridge on."""
+        return self.ridge == "auto"
+
+    def __call__(self, consumer: Consumer, kept: Tensor) -> Tensor:
+        """The weight of `solve`, ``[outputs, kept features]`` float64."""
+        return self.solve(consumer, kept).weight
+
+    def solve(self, consumer: Consumer, kept: Tensor) -> JointSolution:
+        """The compensated weight on the kept features, and the ridge that was used.
+
+        Args:
+            consumer: The layer before the edit.
+            kept: Kept components of its whole input, ``[kept]`` int64 sorted.
+
+        Returns:
+            Weight and ridge. Dead inputs and outputs keep their sliced weight.
+
+        Raises:
+            NumericsError: If a weight is not finite; or without a ridge, if there are fewer rows than kept features.
+        """
+        weight = kept_weight(consumer, kept)
+        _refuse_few_rows(consumer, weight.shape[1], self.ridge)
+        chosen = self.ridge
+        if chosen == "auto" and consumer.held_out is not None:
+            every, held_out = regressions(consumer, kept, consumer.held_out)
+            chosen = self._chosen(every, held_out, centred=consumer.centred)
+        else:
+            every = regressions(consumer, kept)[0]
+            chosen = _RIDGE_UNMEASURED if chosen == "auto" else chosen
+        if consumer.centred:
+            every = every.about(every.inputs, every.targets)
+        return JointSolution(weight + every.widened(every.solve(chosen)), float(chosen))
+
+    def _chosen(self, every: Regression, held_out: Regression, *, centred: bool) -> float:
+        if not 0 < held_out.rows < every.rows:
+            raise ValueError(f"held-out rows must be some of the {every.rows} rows, got {held_out.rows}.")
+        fit = every.without(held_out)
+        if centred:
+            # The held-out rows are looked at about the fit rows' mean: a constant that does not carry over is an error.
+            held_out, fit = held_out.about(fit.inputs, fit.targets), fit.about(fit.inputs, fit.targets)
+        # Equal losses take the larger ridge, the smaller change.
+        return min(sorted(self.grid, reverse=True), key=lambda ridge: held_out.loss(fit.solve(ridge)))
+
+
 def restored_constant(consumer: Consumer, kept: Tensor, weight: Tensor) -> Tensor:
     """What the edit takes from each output's mean: W μ − W' μ_C.
 
@@ -122,6 +216,14 @@ def restored_constant(consumer: Consumer, kept: Tensor, weight: Tensor) -> Tenso
     """
     mean = consumer.statistics.mean
     return consumer.weight.to(mean) @ mean - weight.to(mean) @ mean[_kept_features(consumer, kept)]
+
+
+def _refuse_few_rows(consumer: Consumer, features: int, ridge: float | str) -> None:
+    if ridge == 0 and consumer.statistics.rows < features:
+        raise NumericsError(
+            f"{consumer.name}: an exact solve needs at least {features} calibration rows, got "
+            f"{consumer.statistics.rows}. Raise data.num_samples or set compensation.ridge above 0."
+        )
 
 
 def _kept_features(consumer: Consumer, kept: Tensor) -> Tensor:

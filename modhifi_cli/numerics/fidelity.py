@@ -1,15 +1,16 @@
-"""How much of a layer's output a set of its input components carries: subset, singleton and layer fidelity.
+"""How much of a layer's output a set of its input components carries: subset, singleton, layer and joint fidelity.
 
-All three are shares of output energy, 1 for everything. Subset and singleton fidelity let every contribution be
-rescaled; layer fidelity takes the weight as it is, which makes it the number to report.
+All are shares of output energy, 1 for everything. Subset and singleton fidelity let every contribution be rescaled,
+joint fidelity lets the kept weights change freely, layer fidelity takes the weight as it is, which makes it the number
+to report.
 """
 
 import torch
 from torch import Tensor
 
-from modhifi_cli.errors import NumericsError
-from modhifi_cli.numerics.contributions import ContributionMoments, output_moment
+from modhifi_cli.numerics.contributions import ContributionMoments, output_energy, output_moment
 from modhifi_cli.numerics.linalg import feature_index, solve_positive
+from modhifi_cli.numerics.regression import kept_weight, regressions
 from modhifi_cli.records import Consumer
 
 
@@ -90,14 +91,32 @@ def layer_fidelity(consumer: Consumer, kept: Tensor, weight: Tensor | None = Non
         change[:, features] = 0
     else:
         change[:, features] -= weight.to(change)
-    energy = float((output_moment(consumer, original) * original).sum())
-    if not energy > 0:
-        raise NumericsError(
-            f"{consumer.name}: at least one output must have energy on the calibration data, got {len(original)} dead "
-            f"outputs; check the weights and the calibration images, or leave the layer alone with "
-            f"exclude=[{consumer.name}]."
-        )
+    energy = output_energy(consumer)
     return 1 - max(float((output_moment(consumer, change) * change).sum()), 0.0) / energy
+
+
+def joint_fidelity(consumer: Consumer, kept: Tensor) -> float:
+    """Joint subset fidelity: the share of output energy that a linear map of the kept features can rebuild at best.
+
+    The layer fidelity of the exact joint least squares (M8 at λ = 0), so it says what a kept set is worth whichever
+    rule chose it and however it is then repaired. On the calibration rows it is never below the fidelity of any
+    weight on the same features, and never falls when a component is added.
+
+    Args:
+        consumer: The layer before the edit.
+        kept: Kept components of its whole input, ``[kept]`` int64 sorted; may be empty.
+
+    Returns:
+        In [0, 1], unitless. 1 where there are no more rows than kept features: few rows claim too much.
+
+    Raises:
+        NumericsError: If the layer's output has no energy at all.
+    """
+    every = regressions(consumer, kept)[0]
+    if consumer.centred:
+        every = every.about(every.inputs, every.targets)
+    weight = kept_weight(consumer, kept) + every.widened(every.solve(0.0))
+    return min(max(layer_fidelity(consumer, kept, weight), 0.0), 1.0)
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

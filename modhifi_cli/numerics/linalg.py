@@ -96,6 +96,25 @@ def solve_positive(matrices: Tensor, targets: Tensor) -> Tensor:
     return solved
 
 
+def solve_shared(matrix: Tensor, targets: Tensor) -> Tensor:
+    """Solve A x = t for many t that share one positive semi-definite A: Cholesky where it holds, else pseudo-inverse.
+
+    Args:
+        matrix: A, ``[n, n]`` float64.
+        targets: ``[batch, n]`` float64.
+
+    Returns:
+        ``[batch, n]``; the least-norm least-squares solutions of a singular system.
+    """
+    if not len(matrix):
+        return targets.clone()
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    pivots = factor.diagonal().square()
+    if failed == 0 and pivots.amin() > _PIVOT_TOLERANCE * len(matrix) * matrix.diagonal().amax():
+        return torch.cholesky_solve(targets.T, factor).T
+    return _pseudo_solve(matrix, targets.T).T
+
+
 def solve_scaled(matrix: Tensor, scales: Tensor, ridge: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Solve (S ∘ s_c s_cᵀ + λ_c I) x_c = t_c for many c that share one S, without a factorisation for each.
 
@@ -192,7 +211,7 @@ def _pseudo_solve(matrix: Tensor, target: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     floor = values[-1].clamp_min(0) * matrix.shape[-1] * 1e-14
     inverse = torch.where(values > floor, 1 / values, torch.zeros_like(values))
-    return vectors @ (inverse * (vectors.T @ target))
+    return vectors @ (inverse.view(-1, *[1] * (target.ndim - 1)) * (vectors.T @ target))
 
 
 def _block(features: int) -> int:

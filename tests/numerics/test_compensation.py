@@ -1,4 +1,6 @@
-"""Compensation laws: least squares on explicit contributions, never worse than slicing, duplicates, dead outputs."""
+"""Compensation laws: least squares on explicit rows, never worse than slicing, duplicates, dead outputs."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 from modhifi_cli.errors import ConfigError, NumericsError
 from modhifi_cli.numerics import compensation as module
 from modhifi_cli.numerics import contributions, linalg
-from modhifi_cli.numerics.compensation import NoCompensation, PerKernel, restored_constant
+from modhifi_cli.numerics.compensation import Joint, NoCompensation, PerKernel, restored_constant
 from modhifi_cli.numerics.fidelity import layer_fidelity
 from modhifi_cli.numerics.linalg import feature_index
 from tests import reference
@@ -147,3 +149,145 @@ def test_a_dead_layer_is_an_error_that_names_it():
     consumer = helpers.of(torch.randn(9, 3), torch.zeros(2, 3), 3, name="fc1")
     with pytest.raises(NumericsError, match=r"fc1: at least one output must have energy"):
         PerKernel()(consumer, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["centred", "raw"])
+@pytest.mark.parametrize("ridge", [1e-4, 1e-2, 0.3])
+@pytest.mark.parametrize("per", [1, 3])
+@pytest.mark.parametrize("rows", [80, 5, 3], ids=["second_moment", "samples", "samples_in_a_basis"])
+def test_joint_weights_are_ridge_least_squares_on_the_rows(centred, ridge, per, rows):
+    consumer, data = helpers.make(per=per, rows=rows, centred=centred)
+    features = feature_index(KEPT, per).tolist()
+    expected = reference.joint_weight(data, consumer.weight, features, ridge=ridge, centred=centred)
+    # Moments come from float32 products, and a small ridge magnifies their rounding.
+    tolerance = 2e-5 if ridge > 1e-3 else 2e-3
+    solution = Joint(ridge=ridge).solve(consumer, KEPT)
+    torch.testing.assert_close(solution.weight, expected, rtol=tolerance, atol=tolerance)
+    assert solution.ridge == ridge
+    assert torch.equal(Joint(ridge=ridge)(consumer, KEPT), solution.weight)
+
+
+@pytest.mark.parametrize("rows", [80, 5, 3])
+@pytest.mark.parametrize("ridge", [1e-8, 1e-4, 1e-2, 1.0, 100.0])
+def test_joint_compensation_is_never_worse_than_slicing(rows, ridge):
+    for seed in range(3):
+        consumer, _ = helpers.make(rows=rows, seed=seed)
+        compensated = Joint(ridge=ridge)(consumer, KEPT)
+        assert layer_fidelity(consumer, KEPT, compensated) >= layer_fidelity(consumer, KEPT) - 1e-9
+
+
+@pytest.mark.parametrize("rows", [80, 5])
+def test_an_endless_ridge_is_plain_slicing(rows):
+    consumer, _ = helpers.make(per=3, rows=rows)
+    torch.testing.assert_close(Joint(ridge=1e12)(consumer, KEPT), NoCompensation()(consumer, KEPT))
+
+
+def test_exact_joint_equals_exact_per_kernel_for_one_feature_and_is_not_worse_for_several():
+    for seed in range(4):
+        consumer, _ = helpers.make(seed=seed)
+        joint, scales = Joint(ridge=0)(consumer, KEPT), PerKernel(ridge=0)(consumer, KEPT)
+        torch.testing.assert_close(joint, scales, rtol=1e-7, atol=1e-7)
+        wide, _ = helpers.make(per=3, seed=seed)
+        joint, scales = Joint(ridge=0)(wide, KEPT), PerKernel(ridge=0)(wide, KEPT)
+        assert layer_fidelity(wide, KEPT, joint) > layer_fidelity(wide, KEPT, scales)
+
+
+def test_joint_keeps_what_does_not_change():
+    consumer, data = helpers.make(per=3)
+    assert torch.equal(Joint()(consumer, torch.arange(6)), consumer.weight)
+    weight = consumer.weight.clone()
+    weight[1] = 0
+    dead = helpers.of(data, weight, 6)
+    assert Joint(ridge=1e-3)(dead, KEPT)[1].eq(0).all()
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-6])
+def test_duplicate_channels_do_not_break_the_joint_solve(ridge):
+    data = torch.randn(60, 5, generator=torch.Generator().manual_seed(3))
+    data = torch.cat([data, data[:, :1], data[:, 1:2]], 1)
+    weight = torch.randn(3, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    consumer = helpers.of(data, weight, 7)
+    kept = torch.tensor([0, 2, 3, 4, 5, 6])
+    compensated = Joint(ridge=ridge)(consumer, kept)
+    assert torch.isfinite(compensated).all()
+    assert layer_fidelity(consumer, kept, compensated) == pytest.approx(1, abs=1e-5)
+
+
+def with_held_out(*, rows, held, per, centred, seed=0):
+    """A consumer whose last `held` rows are held out, the fit rows and the held-out rows."""
+    consumer, data = helpers.make(per=per, rows=rows, centred=centred, seed=seed)
+    consumer = helpers.of(data.float(), consumer.weight, 6, centred=centred)
+    statistics = helpers.of(data[-held:].float(), consumer.weight, 6).statistics
+    return replace(consumer, held_out=statistics), data[:-held].float(), data[-held:].float()
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["centred", "raw"])
+@pytest.mark.parametrize(
+    ("rows", "held", "per"),
+    [(90, 30, 1), (40, 5, 1), (40, 12, 3), (16, 4, 3), (10, 3, 3)],
+    ids=["both_moments", "held_samples", "few", "all_samples", "samples_in_a_basis"],
+)
+def test_auto_takes_the_ridge_that_is_best_on_held_out_rows_and_solves_on_all(centred, rows, held, per):
+    joint = Joint()
+    features = feature_index(KEPT, per).tolist()
+    for seed in range(3):
+        consumer, fit, out = with_held_out(rows=rows, held=held, per=per, centred=centred, seed=seed)
+        solution = joint.solve(consumer, KEPT)
+        assert solution.ridge == reference.held_out_ridge(
+            fit, out, consumer.weight, features, joint.grid, centred=centred
+        )
+        every = Joint(ridge=solution.ridge)(consumer, KEPT)
+        torch.testing.assert_close(solution.weight, every, rtol=1e-9, atol=1e-9)
+
+
+def test_auto_takes_a_larger_ridge_from_fewer_rows():
+    few, many = [], []
+    for seed in range(6):
+        few.append(Joint().solve(with_held_out(rows=20, held=6, per=3, centred=True, seed=seed)[0], KEPT).ridge)
+        many.append(Joint().solve(with_held_out(rows=900, held=90, per=3, centred=True, seed=seed)[0], KEPT).ridge)
+    assert sum(few) > sum(many)
+
+
+def test_auto_without_held_out_rows_is_a_fixed_ridge():
+    consumer, _ = helpers.make()
+    assert consumer.held_out is None
+    assert Joint().solve(consumer, KEPT).ridge == 1e-2
+
+
+def test_only_the_automatic_ridge_wants_held_out_rows():
+    assert Joint().wants_held_out and Joint().needs_statistics
+    assert not Joint(ridge=1e-3).wants_held_out
+    assert not PerKernel().wants_held_out and not NoCompensation().wants_held_out
+
+
+def test_held_out_rows_that_are_not_a_part_are_a_defect():
+    consumer, _ = helpers.make()
+    with pytest.raises(ValueError, match="held-out rows must be some of the 80 rows, got 80"):
+        Joint()(replace(consumer, held_out=consumer.statistics), KEPT)
+
+
+def test_too_few_rows_for_an_exact_joint_solve_says_how_many_are_needed():
+    consumer, _ = helpers.make(per=3, rows=5, name="layer4.1.conv2")
+    message = r"layer4\.1\.conv2: an exact solve needs at least 12 calibration rows, got 5\. Raise data\.num_samples"
+    with pytest.raises(NumericsError, match=message):
+        Joint(ridge=0)(consumer, KEPT)
+
+
+@pytest.mark.parametrize("ridge", [-1.0, float("nan"), "best", True])
+def test_a_bad_joint_ridge_is_refused(ridge):
+    with pytest.raises(ConfigError, match=r"compensation\.ridge must be 'auto' or a number of at least 0, got"):
+        Joint(ridge=ridge)
+
+
+@pytest.mark.parametrize("grid", [(), (0.0, 1.0), (float("inf"),)])
+def test_a_bad_ridge_grid_is_refused(grid):
+    with pytest.raises(ConfigError, match=r"compensation\.grid must hold at least one ridge, all above 0, got"):
+        Joint(grid=grid)
+
+
+def test_joint_refuses_weights_that_are_not_finite():
+    consumer, _ = helpers.make(name="fc1")
+    weight = consumer.weight.clone()
+    weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"fc1: every weight must be finite"):
+        Joint()(replace(consumer, weight=weight), KEPT)

@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from modhifi_cli.errors import NumericsError
+from modhifi_cli.numerics.compensation import PerKernel
 from modhifi_cli.numerics.contributions import contribution_moments, similarity
-from modhifi_cli.numerics.fidelity import layer_fidelity, saliency, singleton_fidelity, subset_fidelity
+from modhifi_cli.numerics.fidelity import (
+    joint_fidelity,
+    layer_fidelity,
+    saliency,
+    singleton_fidelity,
+    subset_fidelity,
+)
+from modhifi_cli.numerics.linalg import feature_index
 from tests import reference
 from tests.numerics import helpers
 
@@ -91,3 +99,26 @@ def test_a_layer_whose_outputs_are_all_dead_is_an_error_that_names_it(centred):
             score(moments)
     with pytest.raises(NumericsError, match=r"fc1: at least one output must have energy"):
         layer_fidelity(consumer, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(("rows", "per"), [(80, 1), (80, 3), (9, 3), (7, 2)])
+def test_joint_fidelity_is_what_the_best_linear_map_of_the_kept_features_rebuilds(centred, rows, per):
+    for kept in ([0, 2, 3, 5], [1], [0, 1, 2, 3, 4, 5], []):
+        consumer, data = helpers.make(per=per, rows=rows, centred=centred)
+        features = feature_index(torch.tensor(kept, dtype=torch.int64), per).tolist()
+        expected = reference.joint_share(data, consumer.weight, features, centred=centred) if kept else 0.0
+        got = joint_fidelity(consumer, torch.tensor(kept, dtype=torch.int64))
+        assert got == pytest.approx(expected, abs=2e-5)
+
+
+def test_joint_fidelity_never_falls_when_a_component_is_added_and_bounds_every_repair():
+    consumer, _ = helpers.make(per=2)
+    before = 0.0
+    for count in range(1, 7):
+        kept = torch.arange(count)
+        joint = joint_fidelity(consumer, kept)
+        assert joint >= before - 1e-9
+        assert joint >= layer_fidelity(consumer, kept, PerKernel()(consumer, kept)) - 1e-9
+        before = joint
+    assert before == pytest.approx(1)

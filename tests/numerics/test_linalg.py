@@ -11,6 +11,7 @@ from modhifi_cli.numerics.linalg import (
     partial_cholesky,
     solve_positive,
     solve_scaled,
+    solve_shared,
 )
 from tests import reference
 
@@ -81,3 +82,12 @@ def test_a_partial_cholesky_factor_stays_below_the_matrix(rank):
     left = matrix - factor @ factor.T
     torch.testing.assert_close(left.diagonal(), rest, rtol=0, atol=1e-12)
     assert torch.linalg.eigvalsh(left).min() > -1e-12
+
+
+@pytest.mark.parametrize("rank", [6, 4], ids=["definite", "singular"])
+def test_a_shared_solve_is_least_norm_least_squares_for_every_target(rank):
+    generator = torch.Generator().manual_seed(1)
+    half = torch.randn(rank, 6, generator=generator, dtype=torch.float64)
+    targets = torch.randn(5, rank, generator=generator, dtype=torch.float64) @ half
+    expected = torch.stack([reference.least_squares(half.T @ half, target) for target in targets])
+    torch.testing.assert_close(solve_shared(half.T @ half, targets), expected, rtol=1e-7, atol=1e-7)
