@@ -1,8 +1,9 @@
-"""Selection: from votes to the kept components of a group, deterministic. Named in configs/selection.
+"""Selection: from votes or moments to the kept components of a group, deterministic. Named in configs/selection.
 
 Equal scores are ordered by component index, so that the same votes always keep the same set.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from modhifi_cli.errors import ConfigError
+from modhifi_cli.numerics.elimination import Elimination, elimination
 from modhifi_cli.numerics.scoring import Scores
 from modhifi_cli.records import Consumer
 
@@ -71,6 +74,54 @@ class TopK:
             size = votes.abs().sum()
             total = total + votes.sum(0) / (size if size > 0 else 1)
         return _first(keep, -total)
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Backward elimination (M10): always remove the component whose loss the rest can make up for best.
+
+    The loss is the summed relative error over all consumers of the group. Scores are not looked at.
+
+    Attributes:
+        block: Components removed before the rest is compared anew; ``"auto"``: one up to 2,048 components.
+        ridge: λ > 0, times the mean diagonal of S.
+
+    Raises:
+        ConfigError: For a block below 1 or a ridge that is not above 0.
+    """
+
+    block: int | str = "auto"
+    ridge: float = 1e-4
+    needs_statistics: ClassVar[bool] = True
+
+    def __post_init__(self):
+        number = isinstance(self.block, int) and not isinstance(self.block, bool)
+        if self.block != "auto" and not (number and self.block >= 1):
+            raise ConfigError(
+                f"selection.block must be 'auto' or a whole number of at least 1, got '{self.block}': leave it at auto."
+            )
+        if not (math.isfinite(self.ridge) and self.ridge > 0):
+            raise ConfigError(f"selection.ridge must be a number above 0, got {self.ridge}: set it to 1e-4.")
+
+    def __call__(self, scores: Scores | None, consumers: Sequence[Consumer], *, keep: int) -> Tensor:
+        """Kept components.
+
+        Args:
+            scores: Unused.
+            consumers: Of the group.
+            keep: How many to keep, 1 … in_group.
+
+        Returns:
+            ``[keep]`` int64 sorted.
+
+        Raises:
+            NumericsError: If a consumer's output has no energy, a weight is not finite, or the ridge is too small.
+        """
+        return self.eliminate(consumers, keep=keep).kept(keep)
+
+    def eliminate(self, consumers: Sequence[Consumer], *, keep: int = 1) -> Elimination:
+        """The whole order of removal and its error curve, for widths that are chosen later (M11)."""
+        return elimination(consumers, keep=keep, block=self.block, ridge=self.ridge)
 
 
 def _checked(scores: Scores, keep: int) -> Tensor:
