@@ -8,14 +8,16 @@ against one plain forward, then the seconds that scores and compensation take on
 
 import sys
 import time
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from modhifi_cli.numerics.batchnorm import BatchNormMoments
-from modhifi_cli.numerics.compensation import PerKernel
+from modhifi_cli.numerics.compensation import Joint, PerKernel
 from modhifi_cli.numerics.contributions import contribution_moments
+from modhifi_cli.numerics.elimination import elimination
 from modhifi_cli.numerics.fidelity import layer_fidelity
 from modhifi_cli.numerics.moments import ConvMoments
 from modhifi_cli.records import Consumer, Statistics
@@ -77,7 +79,7 @@ def bench_other_moments() -> None:
 
 
 def bench_solvers() -> None:
-    """Scores and compensation of wide layers; half of the components kept, then nine in ten."""
+    """Scores, compensation and backward elimination of wide layers; half of the components kept, then nine in ten."""
     for components, taps, outputs in [(512, 9, 512), (2048, 1, 512), (1024, 1, 256)]:
         features = components * taps
         rows = torch.relu(torch.randn(features + 500, 64) @ torch.randn(64, features) / 8 + torch.randn(features))
@@ -86,6 +88,17 @@ def bench_solvers() -> None:
         statistics = Statistics(len(rows), rows.double().mean(0), moment)
         consumer = Consumer("layer", weight, statistics, components, components, centred=True)
         scores = milliseconds(lambda: contribution_moments(consumer), 1) / 1e3
+        held_out = Statistics(len(rows) // 5, statistics.mean, moment)
+        start = time.perf_counter()
+        kept = elimination([consumer], keep=components // 2).kept(components // 2)
+        greedy = time.perf_counter() - start
+        for name, joint in [("fixed ridge", Joint(ridge=1e-2)), ("ridge chosen", Joint())]:
+            start = time.perf_counter()
+            joint(replace(consumer, held_out=held_out), kept)
+            print(
+                f"{components} components × {taps} taps, {outputs} outputs, half kept: elimination {greedy:.2f} s, "
+                f"joint compensation ({name}) {time.perf_counter() - start:.2f} s"
+            )
         for share in (0.5, 0.9):
             kept = torch.randperm(components)[: int(share * components)].sort().values
             start = time.perf_counter()

@@ -20,7 +20,7 @@ from modhifi_cli.records import Consumer
 
 # Removed features whose update is put off until it is one product.
 _PANEL = 96
-# Removed features are cut out of the matrices once they are this share of them: a copy costs less than dragging them on.
+# Removed features are cut out once they are this share of the matrices: a copy costs less than dragging them on.
 _COMPACT = 0.15
 # Rows instead of H above this many features: H of 25,088 features would take 5 GB.
 _WIDEST_INVERSE = 8192
@@ -61,8 +61,8 @@ def elimination(
 ) -> Elimination:
     """Remove a group's components one after the other, always the one that costs all consumers together least.
 
-    The cost of component j with features J in one consumer is tr(W_J (H_JJ)⁻¹ W_Jᵀ) / E‖y‖², H = (S_alive + λ m I)⁻¹ with
-    m the mean diagonal of S, centred where the consumer is; the costs of the consumers are added. Components of a
+    The cost of component j with features J in one consumer is tr(W_J (H_JJ)⁻¹ W_Jᵀ) / E‖y‖², H = (S_alive + λ m I)⁻¹
+    with m the mean diagonal of S, centred where the consumer is; the costs of the consumers are added. Components of a
     consumer behind the group's (`in_group`) always stay and help to make up.
 
     A consumer with fewer rows than features and more than 8,192 features never gets an H: it is worked on through its
@@ -168,8 +168,8 @@ class _State:
         return factor
 
     def _start_from_rows(self, consumer: Consumer, weight: Tensor, ridge: float) -> None:
-        # H = (I − Xᵀ P) / c with P = (c I + X Xᵀ)⁻¹ X. Removing features changes P just as it changes W, so P is carried
-        # along below the weights.
+        # H = (I − Xᵀ P) / c with P = (c I + X Xᵀ)⁻¹ X. Removing features changes P just as it changes W, so P is
+        # carried along below the weights.
         statistics = consumer.statistics
         generator = torch.Generator().manual_seed(0)
         rows = statistics.samples.double()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.numerics.elimination import Elimination, elimination
+from modhifi_cli.numerics.fidelity import joint_fidelity
 from modhifi_cli.numerics.scoring import Scores
 from modhifi_cli.records import Consumer
 
@@ -80,11 +81,14 @@ class TopK:
 class Greedy:
     """Backward elimination (M10): always remove the component whose loss the rest can make up for best.
 
-    The loss is the summed relative error over all consumers of the group. Scores are not looked at.
+    The loss is the summed relative error over all consumers of the group. Going backwards is blind to what is best for
+    very few, so the scores' top-k is looked at too.
 
     Attributes:
         block: Components removed before the rest is compared anew; ``"auto"``: one up to 2,048 components.
         ridge: λ > 0, times the mean diagonal of S.
+        against_scores: Take the scores' top-k instead where its joint fidelity, summed over the consumers, is higher.
+            So the set is never worse than top-k in the fidelity that is recorded.
 
     Raises:
         ConfigError: For a block below 1 or a ridge that is not above 0.
@@ -92,6 +96,7 @@ class Greedy:
 
     block: int | str = "auto"
     ridge: float = 1e-4
+    against_scores: bool = True
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -107,7 +112,7 @@ class Greedy:
         """Kept components.
 
         Args:
-            scores: Unused.
+            scores: Votes on the group's components, or None for elimination alone.
             consumers: Of the group.
             keep: How many to keep, 1 … in_group.
 
@@ -117,11 +122,23 @@ class Greedy:
         Raises:
             NumericsError: If a consumer's output has no energy, a weight is not finite, or the ridge is too small.
         """
-        return self.eliminate(consumers, keep=keep).kept(keep)
+        kept = self.eliminate(consumers, keep=keep).kept(keep)
+        if scores is None or not self.against_scores:
+            return kept
+        rival = TopK()(scores, consumers, keep=keep).to(kept.device)
+        if torch.equal(rival, kept):
+            return kept
+        return rival if _joint(consumers, rival) > _joint(consumers, kept) else kept
 
     def eliminate(self, consumers: Sequence[Consumer], *, keep: int = 1) -> Elimination:
         """The whole order of removal and its error curve, for widths that are chosen later (M11)."""
         return elimination(consumers, keep=keep, block=self.block, ridge=self.ridge)
+
+
+def _joint(consumers: Sequence[Consumer], kept: Tensor) -> float:
+    behind = (torch.arange(consumer.in_group, consumer.components, device=kept.device) for consumer in consumers)
+    whole = (torch.cat([kept, rest]) for rest in behind)
+    return sum(joint_fidelity(consumer, chosen) for consumer, chosen in zip(consumers, whole, strict=True))
 
 
 def _checked(scores: Scores, keep: int) -> Tensor:
