@@ -21,11 +21,13 @@ from modhifi_cli.graph.law import lawful
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_, slice_module_
 from modhifi_cli.numerics.batchnorm import output_moments
-from modhifi_cli.numerics.compensation import restored_constant
-from modhifi_cli.numerics.fidelity import layer_fidelity
+from modhifi_cli.numerics.compensation import Joint, restored_constant
+from modhifi_cli.numerics.elimination import elimination
+from modhifi_cli.numerics.fidelity import joint_fidelity, layer_fidelity
 from modhifi_cli.numerics.moments import reorder
 from modhifi_cli.records import Consumer, Edit, ImageSource, ModuleEdit, Progress, Statistics
 from modhifi_cli.tasks.activations import Activations, set_statistics_
+from modhifi_cli.tasks.classifier import DenseLogits, find_classifier, refit_classifier_
 from modhifi_cli.tasks.gathering import Gathered, Gathering, LayerMoments
 
 TARGETS = ("params", "flops", "components")
@@ -51,11 +53,14 @@ class Plan:
         groups: Every group with its width at the end of the schedule.
         refused: What is left alone, and why.
         predicted: Share that the widths remove: ``{"params": …, "flops": …, "components": …}``, 0 … 1.
+        predicted_error: Group → relative error of its consumers, summed over them, that its width costs on the dense
+            network with the best subset and joint weights; empty unless error curves were asked for.
     """
 
     groups: tuple[PlannedGroup, ...]
     refused: tuple[Refusal, ...]
     predicted: Mapping[str, float]
+    predicted_error: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ def prune_(
     allocation: Callable,
     schedule: Callable[[float], Sequence[float]],
     batchnorm: str = "reestimate",
+    classifier: str = "keep",
     exclude: Sequence[str] = (),
     round_to: int = 1,
     batch_size: int = 64,
@@ -145,6 +151,8 @@ def prune_(
         schedule: Wanted share → share after each pass.
         batchnorm: ``"reestimate"`` running statistics on the calibration images, or keep the ``"stored"`` ones
             (shifted by what the repair of the consumers says).
+        classifier: ``"keep"`` the last layer as the groups' edits leave it, or ``"refit"`` it in closed form to the dense
+            network's logits on the calibration images.
         exclude: Names of modules to leave alone.
         round_to: Widths are multiples of it.
         batch_size: Images a forward.
@@ -159,7 +167,7 @@ def prune_(
         NumericsError: If weights or activations are not finite, or a solve is ill-posed.
         UnsupportedModelError: If nothing in the network can be pruned.
     """
-    _check_settings(sparsity, target, batchnorm, round_to, batch_size)
+    _check_settings(sparsity, target, batchnorm, classifier, round_to, batch_size)
     device = torch.device(device)
     gathering = gathering or Gathering()
     _check_weights(model)
@@ -207,11 +215,20 @@ def prune_(
             curves=curves or None,
         )
 
+    aims: DenseLogits | None = None
+    if classifier == "refit":
+        aims = DenseLogits(find_classifier(model, example))
+        yield from aims.gather(run.activations)
     curves: list[list[float]] = []
     if allocation.needs_curves:
         yield from _error_curves(run, groups, curves)
     final = widths(shares[-1], sizes, curves)
-    yield Plan(_planned(groups, final), refused, {name: costs.removed_share(final, name) for name in TARGETS})
+    yield Plan(
+        _planned(groups, final),
+        refused,
+        {name: costs.removed_share(final, name) for name in TARGETS},
+        {g.name: c[g.components - k] for g, c, k in zip(groups, curves, final, strict=True)} if curves else {},
+    )
 
     waiting = list(done)
     edits = 0
@@ -233,26 +250,35 @@ def prune_(
             edit: list[Edit] = []
             yield from _edit_group_(run, groups[number:], iteration, keep[number], edit)
             yield edit[0]
-    if waiting and waiting[0].name == "batchnorm" and len(waiting) == 1:
-        apply_edit_(model, waiting.pop())
-    elif waiting:
-        raise DataError(f"the saved run holds {len(waiting)} edits more than these settings make; it is another run's.")
-    elif run.stale:
-        left = list(run.stale)
-        yield from run.activations.refresh(left, item="batchnorm")
+    if run.stale and waiting and waiting[0].name == "batchnorm":
+        apply_edit_(model, waiting.pop(0))
+    elif run.stale and not waiting:
+        yield from run.activations.refresh(list(run.stale), item="batchnorm")
         _forget_refreshed_(run)
         yield Edit("batchnorm", len(shares) - 1, _tensor_edits(run, run.refreshed), torch.arange(0), torch.arange(0))
+    if aims is not None and waiting and waiting[0].name == "classifier":
+        apply_edit_(model, waiting.pop(0))
+    elif aims is not None and not waiting and edits:
+        last: list[Edit] = []
+        yield from refit_classifier_(model, run.activations, aims, last)
+        yield last[0]
+    if waiting:
+        raise DataError(f"the saved run holds {len(waiting)} edits more than these settings make; it is another run's.")
     yield Progress("groups", "done", total, total)
     yield _summary(model, example, costs, groups, run.layout, sparsity, target, round_to)
 
 
-def _check_settings(sparsity: float, target: str, batchnorm: str, round_to: int, batch_size: int) -> None:
+def _check_settings(
+    sparsity: float, target: str, batchnorm: str, classifier: str, round_to: int, batch_size: int
+) -> None:
     if not 0 <= sparsity < 1:
         raise ConfigError(f"sparsity is the share that is removed and must lie in [0, 1), got {sparsity:g}.")
     if target not in TARGETS:
         raise ConfigError(f"target must be one of {', '.join(TARGETS)}, got '{target}'.")
     if batchnorm not in ("reestimate", "stored"):
         raise ConfigError(f"batchnorm must be 'reestimate' or 'stored', got '{batchnorm}'.")
+    if classifier not in ("keep", "refit"):
+        raise ConfigError(f"classifier must be 'keep' or 'refit', got '{classifier}'.")
     if round_to < 1 or batch_size < 1:
         raise ConfigError(f"round_to and batch_size must be at least 1, got {round_to} and {batch_size}.")
 
@@ -397,7 +423,10 @@ def _facts(
         "components": components,
         "kept": kept,
         "dead_outputs": int(scores.dead_outputs),
-        "fidelity": {c.name: r.fidelity for c, r in zip(consumers, repairs, strict=True) if r.fidelity is not None},
+        **{
+            key: {c.name: getattr(r, key) for c, r in zip(consumers, repairs, strict=True) if getattr(r, key) is not None}
+            for key in ("fidelity", "subset_fidelity", "ridge")
+        },
         "rows": {consumer.name: consumer.statistics.rows for consumer in consumers},
         "seconds": {"gathering": gathered - started, "solving": time.perf_counter() - gathered},
         "stale_batchnorms": list(run.stale),
@@ -444,8 +473,6 @@ def _error_curves(
     run: _Run, groups: Sequence[ComponentGroup], curves: list[list[float]]
 ) -> Iterator[Progress]:
     """Relative error of every group after 0, 1, 2, … removals, from one walk over the network as it stands (M10)."""
-    from modhifi_cli.numerics.selection import elimination
-
     gathered: dict[str, Gathered] = {}
     slots = {slot.module: slot for group in groups for slot in _weighted(run, group)}
     yield from _look(run, tuple(slots.values()), gathered, "error curves")
@@ -505,17 +532,25 @@ def _norm_behind(run: _Run, name: str) -> str | None:
 class _Repair:
     weight: Tensor  # [outputs, kept features], component-major
     constant: Tensor | None  # [outputs] what the repaired layer lacks of the dense output's mean; None: leave it
-    fidelity: float | None  # None: nothing was measured
+    fidelity: float | None  # of this weight; None: nothing was measured
+    subset_fidelity: float | None  # of the best weight on the same components
+    ridge: float | None  # of a joint solve
 
 
 def _repair(run: _Run, consumer: Consumer, kept: Tensor, measured: bool) -> _Repair:
     all_kept = torch.cat([kept, torch.arange(consumer.in_group, consumer.components)])
-    weight = run.compensation(consumer, all_kept)
+    ridge = None
+    if isinstance(run.compensation, Joint):
+        solution = run.compensation.solve(consumer, all_kept)
+        weight, ridge = solution.weight, solution.ridge
+    else:
+        weight = run.compensation(consumer, all_kept)
     if not measured:
-        return _Repair(weight, None, None)
+        return _Repair(weight, None, None, None, None)
     restores = run.compensation.needs_statistics and consumer.centred  # plain slicing restores nothing
     constant = restored_constant(consumer, all_kept, weight) if restores else None
-    return _Repair(weight, constant, layer_fidelity(consumer, all_kept, weight))
+    best = joint_fidelity(consumer, all_kept)
+    return _Repair(weight, constant, layer_fidelity(consumer, all_kept, weight), best, ridge)
 
 
 def _apply_repair_(
