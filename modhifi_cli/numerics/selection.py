@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.numerics.elimination import Elimination, elimination
+from modhifi_cli.numerics.exchange import exchange
 from modhifi_cli.numerics.fidelity import joint_fidelity
 from modhifi_cli.numerics.scoring import Scores
 from modhifi_cli.records import Consumer
@@ -89,14 +90,16 @@ class Greedy:
         ridge: λ > 0, times the mean diagonal of S.
         against_scores: Take the scores' top-k instead where its joint fidelity, summed over the consumers, is higher.
             So the set is never worse than top-k in the fidelity that is recorded.
+        swaps: Rounds of local search after that, 0 for none (`exchange`).
 
     Raises:
-        ConfigError: For a block below 1 or a ridge that is not above 0.
+        ConfigError: For a block below 1, a ridge that is not above 0 or a negative number of swaps.
     """
 
     block: int | str = "auto"
     ridge: float = 1e-4
     against_scores: bool = True
+    swaps: int = 0
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -107,6 +110,8 @@ class Greedy:
             )
         if not (math.isfinite(self.ridge) and self.ridge > 0):
             raise ConfigError(f"selection.ridge must be a number above 0, got {self.ridge}: set it to 1e-4.")
+        if not isinstance(self.swaps, int) or isinstance(self.swaps, bool) or self.swaps < 0:
+            raise ConfigError(f"selection.swaps must be a whole number of at least 0, got {self.swaps}: set it to 0.")
 
     def __call__(self, scores: Scores | None, consumers: Sequence[Consumer], *, keep: int) -> Tensor:
         """Kept components.
@@ -123,12 +128,11 @@ class Greedy:
             NumericsError: If a consumer's output has no energy, a weight is not finite, or the ridge is too small.
         """
         kept = self.eliminate(consumers, keep=keep).kept(keep)
-        if scores is None or not self.against_scores:
-            return kept
-        rival = TopK()(scores, consumers, keep=keep).to(kept.device)
-        if torch.equal(rival, kept):
-            return kept
-        return rival if _joint(consumers, rival) > _joint(consumers, kept) else kept
+        if scores is not None and self.against_scores:
+            rival = TopK()(scores, consumers, keep=keep).to(kept.device)
+            if not torch.equal(rival, kept) and _joint(consumers, rival) > _joint(consumers, kept):
+                kept = rival
+        return exchange(consumers, kept, rounds=self.swaps, ridge=self.ridge).kept if self.swaps else kept
 
     def eliminate(self, consumers: Sequence[Consumer], *, keep: int = 1) -> Elimination:
         """The whole order of removal and its error curve, for widths that are chosen later (M11)."""
