@@ -27,6 +27,10 @@ _GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
     ),
     "export": ("model", "example", "path"),
     "schedule": ("sparsity",),
+    "outside": (
+        "model", "calibration", "sparsity", "target", "batchnorm", "exclude", "round_to", "batch_size", "device",
+        "done",
+    ),
 }  # fmt: skip
 
 # Keys that hold one number or name, with what they must be. Keys of a `_target_` are the business of its function.
@@ -46,6 +50,15 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "console.style": ("rich, plain or json", lambda v: v in ("rich", "plain", "json")),
     "target.name": ("params, flops or components", lambda v: v in ("params", "flops", "components")),
     "schedule.iterations": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
+    "methods": ("a list of presets, such as [paper,magnitude_batchnorm]", lambda v: _is_names(v) and len(v) > 0),
+    "budgets": (
+        "a list of shares with 0 <= budget < 1, such as [0.2,0.4]",
+        lambda v: isinstance(v, list) and len(v) > 0 and all(_is_number(share) and 0 <= share < 1 for share in v),
+    ),
+    "seeds": (
+        "a list of whole numbers from 0, such as [0,1,2]",
+        lambda v: isinstance(v, list) and len(v) > 0 and all(_is_int(seed) and seed >= 0 for seed in v),
+    ),
     "output_dir": ("a folder", lambda v: isinstance(v, str) and v != ""),
     "run": ("a run folder, or null", lambda v: v is None or isinstance(v, str)),
     "resume": ("the folder of an interrupted run, or null", lambda v: v is None or isinstance(v, str)),
@@ -95,15 +108,14 @@ def verb_help(verb: str) -> str:
     lines = [f"modhifi {verb} [key=value ...]", "", description, ""]
     if commands:
         lines += ["Examples:", *(f"  {command}" for command in commands), ""]
-    own, chosen = _read_verb(path)
-    base_own, base_chosen = _read_verb(config_directory() / "base.yaml")
-    if own | base_own:
+    own, chosen = _inherited(verb)
+    if own:
         lines.append("Keys (default, meaning):")
-        lines += [f"  {key}={value}".ljust(26) + f"  {meaning}" for key, (value, meaning) in (own | base_own).items()]
+        lines += [f"  {key}={value}".ljust(26) + f"  {meaning}" for key, (value, meaning) in own.items()]
         lines.append("")
     known = groups()
     lines.append("Groups (default; choices; the keys of a choice are set as group.key=value):")
-    for group, default in (chosen | base_chosen).items():
+    for group, default in chosen.items():
         lines.append(f"  {group}={default}".ljust(26) + "  " + ", ".join(known.get(group, ())))
     lines += [
         "",
@@ -408,7 +420,7 @@ def _read_verb(path: Path) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
     chosen: dict[str, str] = {}
     section = ""
     for line in path.read_text(encoding="utf-8").splitlines():
-        entry = re.match(r"  - (\w+): (.+)$", line)
+        entry = re.match(r"  - (?:override )?(\w+): (.+)$", line)
         key = re.match(r"(\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$", line)
         nested = re.match(r"  (\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$", line)
         if section == "defaults" and entry:
@@ -422,11 +434,21 @@ def _read_verb(path: Path) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
     return own, chosen
 
 
+def _inherited(verb: str) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """As `_read_verb`, with what the YAMLs add that a verb's defaults name (``- base``); the verb's own come first."""
+    path = config_directory() / f"{verb}.yaml"
+    own, chosen = _read_verb(path)
+    for parent in re.findall(r"^  - (\w+)$", path.read_text(encoding="utf-8"), re.M):
+        if parent != "_self_":
+            theirs, their_choices = _inherited(parent)
+            own, chosen = own | {k: v for k, v in theirs.items() if k not in own}, their_choices | chosen
+    return own, chosen
+
+
 @functools.cache
 def _top_level_keys(verb: str) -> frozenset[str]:
-    own, chosen = _read_verb(config_directory() / f"{verb}.yaml")
-    base_own, base_chosen = _read_verb(config_directory() / "base.yaml")
-    return frozenset(key.split(".")[0] for key in [*own, *chosen, *base_own, *base_chosen])
+    own, chosen = _inherited(verb)
+    return frozenset(key.split(".")[0] for key in [*own, *chosen])
 
 
 def _known_keys(verb: str, overrides: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli import artifacts, config, reports
+from modhifi_cli import artifacts, config, plots, reports
 from modhifi_cli.console import Console, open_console
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError, NumericsError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Preprocess, Progress
@@ -83,7 +83,7 @@ def _prune(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
     try:
         with _timed(seconds, "prune"):
             model = loaded.model.to(device=device, dtype=_dtype(settings))
-            summary, edits = _edit_(model, settings, calibration, device, done, place, dense_hash, console)
+            summary, edits, predicted = _edit_(model, settings, calibration, device, done, place, dense_hash, console)
         with _timed(seconds, "save"):
             _save(place, loaded, model)
             exported = _export(place, settings, model, loaded.preprocess)
@@ -92,7 +92,9 @@ def _prune(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
             measurements = _measure(
                 settings, {**beside, "pruned": model}, calibration, evaluation, loaded.preprocess, device, console
             )
-        _write_outcome(place, settings, loaded, summary, edits, measurements, exported, seconds, command, calibration)
+        _write_outcome(
+            place, settings, loaded, summary, edits, predicted, measurements, exported, seconds, command, calibration
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_resume(place, facts)) from None
     except ModHiFiError as error:
@@ -114,11 +116,56 @@ def _edit_(
     place: artifacts.RunDirectory,
     dense_hash: str,
     console: Console,
-) -> tuple[Any, list[Edit]]:
-    """Run the task; every edit is on disk before the next group starts."""
-    from modhifi_cli.tasks.prune import Plan, Summary, prune_
+) -> tuple[Any, list[Edit], dict[str, float]]:
+    """Run the task; every edit is on disk before the next group starts. Summary, edits, and the errors it predicted."""
+    from modhifi_cli.tasks.prune import Plan, Summary
 
-    events = prune_(
+    events = _events(model, settings, calibration, device, done)
+    edits, summary, warned = list(done), None, set()
+    predicted: dict[str, float] = {}
+    if done:
+        console.note(f"{len(done)} edits of the interrupted run are applied again from its folder")
+    for event in events:
+        if isinstance(event, Plan):
+            predicted = dict(getattr(event, "predicted_error", None) or {})
+            _show_plan(console, event)
+        elif isinstance(event, Progress):
+            console.progress(event)
+        elif isinstance(event, Edit):
+            place.save_edit(event, dense_hash)
+            edits.append(event)
+            place.log(f"edit {event.name}: kept {event.kept.numel()}, removed {event.removed.numel()}")
+        elif isinstance(event, Summary):
+            summary = event
+        for text in getattr(event, "warnings", ()):
+            if text not in warned:
+                warned.add(text)
+                place.log(f"warning: {text}")
+                console.warning(text)
+    assert summary is not None, "the task ended without a summary"
+    return summary, edits, predicted
+
+
+def _events(
+    model: nn.Module, settings: Mapping[str, Any], calibration: ImageSource, device: torch.device, done: Sequence[Edit]
+) -> Iterator[Any]:
+    """The run of our method, or of an outside one where the settings name it; both tell the same kinds of records."""
+    from modhifi_cli.tasks.prune import prune_
+
+    if settings.get("outside"):
+        return config.build(settings["outside"])(
+            model,
+            calibration=calibration,
+            sparsity=float(settings["sparsity"]),
+            target=settings["target"]["name"],
+            batchnorm=settings["batchnorm"],
+            exclude=tuple(settings["exclude"]),
+            round_to=settings["round_to"],
+            batch_size=settings["runtime"]["batch_size"],
+            device=device,
+            done=done,
+        )
+    return prune_(
         model,
         calibration=calibration,
         sparsity=float(settings["sparsity"]),
@@ -137,27 +184,6 @@ def _edit_(
         gathering=config.build(settings["statistics"]),
         done=done,
     )
-    edits, summary, warned = list(done), None, set()
-    if done:
-        console.note(f"{len(done)} edits of the interrupted run are applied again from its folder")
-    for event in events:
-        if isinstance(event, Plan):
-            _show_plan(console, event)
-        elif isinstance(event, Progress):
-            console.progress(event)
-        elif isinstance(event, Edit):
-            place.save_edit(event, dense_hash)
-            edits.append(event)
-            place.log(f"edit {event.name}: kept {event.kept.numel()}, removed {event.removed.numel()}")
-        elif isinstance(event, Summary):
-            summary = event
-        for text in getattr(event, "warnings", ()):
-            if text not in warned:
-                warned.add(text)
-                place.log(f"warning: {text}")
-                console.warning(text)
-    assert summary is not None, "the task ended without a summary"
-    return summary, edits
 
 
 def _show_plan(console: Console, plan: Any) -> None:
@@ -183,6 +209,7 @@ def _write_outcome(
     loaded: LoadedModel,
     summary: Any,
     edits: Sequence[Edit],
+    predicted: Mapping[str, float],
     measurements: Sequence[Measurement],
     exported: Sequence[Any],
     seconds: Mapping[str, float],
@@ -209,6 +236,7 @@ def _write_outcome(
             "achieved": achieved,
             "measurements": artifacts.measurements_to_json(measurements),
             "groups": groups,
+            "predicted_error": dict(predicted),
             "exports": [{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
             "calibration": dict(calibration.protocol),
             "warnings": warnings,
@@ -216,22 +244,44 @@ def _write_outcome(
         },
     )
     asked = {key: settings[key] for key in ("sparsity", "batchnorm", "round_to", "exclude")} | {"target": target}
-    for name in ("scoring", "selection", "compensation", "allocation", "schedule"):
+    steps = ("scoring", "selection", "compensation", "allocation", "schedule")
+    for name in ("outside",) if settings.get("outside") else steps:
         node = settings[name]
         own = ", ".join(f"{key} {value}" for key, value in node.items() if not key.startswith("_"))
         asked[name] = str(node["_target_"]).rpartition(".")[2] + (f" ({own})" if own else "")
+    figures = _write_figure(place.path, "groups", _group_figure(loaded.name, edits, predicted))
     text = reports.markdown_report(
         title=f"{loaded.name}, sparsity {settings['sparsity']:g} of {target}",
         asked=asked,
         achieved=achieved,
         measurements=measurements,
         groups=[_group_line(group) for group in groups],
+        figures={"Relative error of each group": figures} if figures else {},
         warnings=warnings,
         exports=exported,
         repeat=command,
     )
     artifacts.write_text(place.path / "report.md", text)
     place.log("finished")
+
+
+def _group_figure(model: str, edits: Sequence[Edit], predicted: Mapping[str, float]) -> dict[str, bytes]:
+    """Predicted and measured relative error per group (of its last pass), summed over its consumers like M10's."""
+    measured = {}
+    for edit in edits:
+        fidelity = edit.facts.get("fidelity")
+        if edit.removed.numel() and fidelity:
+            measured[edit.name] = sum(1 - value for value in fidelity.values() if value is not None)
+    return plots.group_errors(
+        [*predicted, *measured], predicted=predicted, measured=measured, title=f"{model}: error of each group"
+    )
+
+
+def _write_figure(folder: Path, stem: str, kinds: Mapping[str, bytes]) -> str | None:
+    """Write ``stem.png``, ``stem.svg``; the name of the one that a page shows, or None where there is no figure."""
+    for kind, content in kinds.items():
+        artifacts.write_bytes(folder / f"{stem}.{kind}", content)
+    return f"{stem}.svg" if "svg" in kinds else None
 
 
 def _group_line(group: Mapping[str, Any]) -> dict[str, Any]:

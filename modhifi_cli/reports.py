@@ -120,6 +120,7 @@ def markdown_report(
     achieved: Mapping[str, float],
     measurements: Sequence[Measurement],
     groups: Sequence[Mapping[str, Any]] = (),
+    figures: Mapping[str, str] = {},
     warnings: Sequence[str] = (),
     exports: Sequence[Any] = (),
     repeat: str = "",
@@ -133,6 +134,7 @@ def markdown_report(
         achieved: Removed share by target (``params``, ``flops``, ``components``), 0 … 1.
         measurements: Of the reference and the edited network.
         groups: One mapping per group of coupled components; the keys of all are the columns, in order of appearance.
+        figures: File beside the page by caption.
         warnings: Sentences.
         exports: `modhifi_cli.exports.ExportReport` records.
         repeat: The command that does it again.
@@ -156,6 +158,8 @@ def markdown_report(
         columns = tuple(dict.fromkeys(key for group in groups for key in group))
         rows = [tuple(_text(group.get(key, "")) for key in columns) for group in groups]
         sections.append("## Groups\n\n" + _markdown_table(columns, rows))
+    if figures:
+        sections.append("\n\n".join(f"![{_cell(caption)}]({file})" for caption, file in figures.items()))
     if exports:
         rows = [
             (

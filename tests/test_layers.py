@@ -22,6 +22,7 @@ LAYERS = {
     "config": 5,
     "exports": 5,
     "reports": 5,
+    "plots": 5,
     "pipeline": 6,
     "cli": 6,
     "__main__": 6,

@@ -1,0 +1,187 @@
+"""Figures as bytes: frontiers of a comparison, and the errors of a run's groups. Plain numbers in, PNG and SVG out.
+
+Nothing is shown and nothing is written here; matplotlib is imported when a figure is drawn, without a display. Colours
+are those of Okabe and Ito, which colour-blind readers tell apart; markers and names at the curves say the same again.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LINES = ("-", "--", ":")
+_GREY = "#555555"
+_MOST_BARS = 120  # groups of one figure: more cannot be read, the table has them all
+
+
+@dataclass(frozen=True)
+class Point:
+    """Mean over seeds of one method at one budget, with the standard deviation where there are several seeds.
+
+    Attributes:
+        x: On the horizontal axis, in its unit.
+        y: On the vertical axis, in its unit.
+        x_spread: Standard deviation of x, 0 with one seed.
+        y_spread: Standard deviation of y, 0 with one seed.
+    """
+
+    x: float
+    y: float
+    x_spread: float = 0.0
+    y_spread: float = 0.0
+
+
+def frontier(
+    curves: Mapping[str, Sequence[Point]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    dense: float | None,
+    dense_label: str = "dense",
+) -> dict[str, bytes]:
+    """Quality against cost, one curve per method, named at its end; the dense network is a horizontal line.
+
+    Args:
+        curves: Points by method. Points that are not finite are left out, and so are methods without any.
+        title: Headline.
+        x_label: Name and unit of the horizontal axis.
+        y_label: Name and unit of the vertical axis.
+        dense: Height of the dense network's line, or None for none.
+        dense_label: What the line is called.
+
+    Returns:
+        ``{"png": bytes, "svg": bytes}``; empty where there is no point to draw.
+    """
+    drawn = {
+        name: sorted((point for point in points if isfinite(point.x) and isfinite(point.y)), key=lambda point: point.x)
+        for name, points in curves.items()
+    }
+    drawn = {name: points for name, points in drawn.items() if points}
+    if not drawn:
+        return {}
+    figure, axes = _figure(8.0, 4.8)
+    for number, (name, points) in enumerate(drawn.items()):
+        axes.errorbar(
+            [point.x for point in points],
+            [point.y for point in points],
+            xerr=[point.x_spread for point in points],
+            yerr=[point.y_spread for point in points],
+            color=_COLOURS[number % len(_COLOURS)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            linestyle=_LINES[number // len(_COLOURS) % len(_LINES)],
+            markersize=5,
+            linewidth=1.4,
+            elinewidth=1.0,
+            capsize=2.5,
+        )
+    if dense is not None:
+        axes.axhline(dense, color=_GREY, linewidth=1.0, linestyle=(0, (6, 3)), zorder=0)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    figure.canvas.draw()
+    ends = [(points[-1], name, _COLOURS[number % len(_COLOURS)]) for number, (name, points) in enumerate(drawn.items())]
+    _name_curves(axes, ends, dense, dense_label)
+    return _rendered(figure)
+
+
+def group_errors(
+    groups: Sequence[str], *, predicted: Mapping[str, float], measured: Mapping[str, float], title: str
+) -> dict[str, bytes]:
+    """Relative error of each group of coupled components: predicted before the cut, measured after it.
+
+    Args:
+        groups: Names in forward order.
+        predicted: Group → predicted relative error of its consumers' outputs, 0 and above; may lack groups or be empty.
+        measured: The same, measured.
+        title: Headline.
+
+    Returns:
+        ``{"png": bytes, "svg": bytes}``; empty where there is no number to draw. At most 120 groups are drawn.
+    """
+    predicted = {name: value for name, value in predicted.items() if value is not None and isfinite(value)}
+    measured = {name: value for name, value in measured.items() if value is not None and isfinite(value)}
+    names = [name for name in dict.fromkeys(groups) if name in predicted or name in measured][:_MOST_BARS]
+    if not names:
+        return {}
+    figure, axes = _figure(8.0, 1.3 + 0.28 * len(names))
+    series = [("predicted before the cut", predicted, "#56B4E9"), ("measured after it", measured, "#0072B2")]
+    series = [entry for entry in series if any(name in entry[1] for name in names)]
+    height = 0.8 / len(series)
+    for number, (label, values, colour) in enumerate(series):
+        places = [row + (number - (len(series) - 1) / 2) * height for row in range(len(names))]
+        axes.barh(places, [values.get(name, 0.0) for name in names], height, label=label, color=colour)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set_xlabel("relative error of the outputs that read the group, summed over its readers (share of their energy)")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, ncols=2)
+    return _rendered(figure)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of its own, outside of pyplot: no display, no state that other figures share."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _name_curves(
+    axes: Any, ends: Sequence[tuple[Point, str, str]], dense: float | None, dense_label: str
+) -> None:
+    """Write each curve's name right of the axes at the height of its end, pushed apart where names would touch."""
+    line = 11.0 * axes.figure.dpi / 72  # pixels of one line of text
+    to_pixels, to_data = axes.transData, axes.transData.inverted()
+    labels = [(float(to_pixels.transform((point.x, point.y))[1]), name, colour) for point, name, colour in ends]
+    if dense is not None:
+        labels.append((float(to_pixels.transform((0, dense))[1]), dense_label, _GREY))
+    labels.sort()
+    heights = [height for height, _, _ in labels]
+    # A few sweeps of pushing neighbours apart by half of what they lack settle a dozen names.
+    for _ in range(200):
+        for below in range(len(heights) - 1):
+            lacking = line - (heights[below + 1] - heights[below])
+            if lacking > 0.01:
+                heights[below] -= lacking / 2
+                heights[below + 1] += lacking / 2
+    for (anchor, name, colour), height in zip(labels, heights, strict=True):
+        axes.annotate(
+            name,
+            xy=(1.0, float(to_data.transform((0, anchor))[1])),
+            xycoords=("axes fraction", "data"),
+            xytext=(1.03, float(to_data.transform((0, height))[1])),
+            textcoords=("axes fraction", "data"),
+            color=colour,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
+        )
+
+
+def _rendered(figure: Any) -> dict[str, bytes]:
+    import matplotlib
+
+    found = {}
+    # Neither the time nor random identifiers: the same numbers give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "modhifi", "svg.fonttype": "none"}):
+        for kind, metadata in (("png", None), ("svg", {"Date": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, bbox_inches="tight", metadata=metadata)
+            found[kind] = buffer.getvalue()
+    return found
