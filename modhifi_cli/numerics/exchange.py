@@ -38,7 +38,8 @@ def exchange(consumers: Sequence[Consumer], kept: Tensor, *, rounds: int, ridge:
     """Swap kept and removed components of a group while it pays.
 
     A round adds the m removed components that each alone would lower the error most, then removes m of all by backward
-    elimination. m starts at an eighth of the smaller set and is halved when a round does not pay, until 1 does not.
+    elimination. m starts at an eighth of the smaller set and is halved when a round does not pay; single ones are then
+    tried from the most promising down, until none pays.
 
     Args:
         consumers: Of one group.
@@ -55,11 +56,11 @@ def exchange(consumers: Sequence[Consumer], kept: Tensor, *, rounds: int, ridge:
     components = consumers[0].in_group
     error, gains = _look(consumers, kept, ridge)
     errors = [error]
-    count = -(-min(len(kept), components - len(kept)) // 8)
+    count, skip = -(-min(len(kept), components - len(kept)) // 8), 0
     for _ in range(rounds):
-        if count == 0:
+        if count + skip > components - len(kept) or count == 0:
             break
-        added = gains.argsort(descending=True, stable=True)[:count]
+        added = gains.argsort(descending=True, stable=True)[skip : skip + count]
         pool = torch.cat([kept, added]).sort().values
         narrowed = [_narrowed(consumer, pool, ridge) for consumer in consumers]
         trial = pool[elimination(narrowed, keep=len(kept), ridge=ridge).kept(len(kept))]
@@ -67,8 +68,11 @@ def exchange(consumers: Sequence[Consumer], kept: Tensor, *, rounds: int, ridge:
         if error < errors[-1] * (1 - 1e-9):
             kept, gains = trial, fresh
             errors.append(error)
-        else:
+            skip = 0
+        elif count > 1:
             count //= 2
+        else:
+            skip += 1
     return Exchange(kept, tuple(errors))
 
 
