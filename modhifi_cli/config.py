@@ -39,6 +39,7 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "round_to": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
     "tolerance": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "batchnorm": ("reestimate or stored", lambda v: v in ("reestimate", "stored")),
+    "classifier": ("keep or refit", lambda v: v in ("keep", "refit")),
     "exclude": ("a list of module names, such as [layer4,fc]", lambda v: _is_names(v)),
     "runtime.device": (
         "cpu, cuda or cuda:N", lambda v: isinstance(v, str) and re.fullmatch(r"cpu|cuda(:\d+)?", v) is not None,

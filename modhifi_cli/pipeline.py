@@ -176,6 +176,7 @@ def _events(
         allocation=config.build(settings["allocation"]),
         schedule=config.build(settings["schedule"]),
         batchnorm=settings["batchnorm"],
+        classifier=settings["classifier"],
         exclude=tuple(settings["exclude"]),
         round_to=settings["round_to"],
         batch_size=settings["runtime"]["batch_size"],
@@ -243,7 +244,7 @@ def _write_outcome(
             "seconds": dict(seconds),
         },
     )
-    asked = {key: settings[key] for key in ("sparsity", "batchnorm", "round_to", "exclude")} | {"target": target}
+    asked = {key: settings[key] for key in ("sparsity", "batchnorm", "classifier", "round_to", "exclude")} | {"target": target}
     steps = ("scoring", "selection", "compensation", "allocation", "schedule")
     for name in ("outside",) if settings.get("outside") else steps:
         node = settings[name]

@@ -86,6 +86,12 @@ class Activations:
             end = max(visits[name].enter for name in stale) + 1
             yield from self._go({}, self._between(stale, end), end, item, advance=None)
 
+    def outputs(self, name: str, look: Look, *, item: str = "") -> Iterator[Progress]:
+        """Show a look the output of one module over all images, batch after batch."""
+        for batch, done, total in self._batches(self._carried):
+            look(self.segments.run(batch, start=self._cut, until=name))
+            yield Progress("images", item, done, total)
+
     def _between(self, stale: Sequence[str], end: int) -> list[str]:
         visits = self.segments.trace.visits
         return sorted((n for n in stale if visits[n].enter < end), key=lambda n: visits[n].enter)

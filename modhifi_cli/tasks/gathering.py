@@ -11,6 +11,11 @@ from modhifi_cli.records import Statistics
 _HELD_OUT_EVERY = 5  # one image in five chooses the ridge
 
 
+def held_out_images(numbers: Tensor) -> Tensor:
+    """Which images are held out of a fit, by their number in the calibration set: ``[images]`` bool."""
+    return numbers % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+
+
 @dataclass(frozen=True)
 class Gathering:
     """How statistics are gathered.
@@ -85,7 +90,7 @@ class LayerMoments:
             return
         # By the number of the image, so that the split into batches does not matter.
         numbers = torch.arange(self._images, self._images + len(inputs), device=inputs.device)
-        held = numbers % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        held = held_out_images(numbers)
         self._images += len(inputs)
         self._held_images += int(held.sum())
         self._add(self._fitted, inputs[~held])

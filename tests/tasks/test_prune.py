@@ -291,3 +291,29 @@ def test_no_images_is_an_error():
     model, _ = setting("option_a")
     with pytest.raises(DataError, match="holds no image"):
         run(model, Images(torch.randn(0, 3, 16, 16)))
+
+
+@pytest.mark.parametrize("name", ["option_a", "flattened"])
+def test_a_refitted_classifier_comes_nearer_to_the_dense_logits_and_resumes(name):
+    model, images = setting(name, count=64)
+    dense = copy.deepcopy(model)
+    plain = copy.deepcopy(model)
+    run(plain, images)
+    edits, _ = run(model, images, classifier="refit")
+    assert edits[-1].name == "classifier" and edits[-1].facts["error_after"] <= edits[-1].facts["error_before"]
+    wanted = dense(images.images)
+
+    def distance(other):
+        return float((other(images.images) - wanted).square().sum().detach())
+
+    assert distance(model) <= distance(plain)
+    for stop in (len(edits) - 1, len(edits)):
+        again = copy.deepcopy(dense)
+        run(again, images, classifier="refit", done=edits[:stop])
+        assert weights_hash(again) == weights_hash(model)
+
+
+def test_a_network_without_a_linear_classifier_cannot_be_refitted():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(UnsupportedModelError, match="classifier=refit: the logits of Sequential do not come straight"):
+        run(model.eval(), Images(torch.randn(8, 3, 16, 16)), classifier="refit")
