@@ -27,7 +27,7 @@ _WIDEST_INVERSE = 8192
 # Above these, rows and outputs of such wide layers are mixed down by a seeded random projection, which keeps their
 # second moments right in expectation (a cost to about 6 % each).
 _MOST_ROWS, _MOST_OUTPUTS = 1024, 512
-# Components up to which "auto" removes one at a time.
+# Features of the widest consumer up to which "auto" removes one component at a time.
 _ONE_AT_A_TIME = 2048
 
 
@@ -72,7 +72,7 @@ def elimination(
         consumers: Of one group, so with the same `in_group`.
         keep: Where to stop, 1 … in_group.
         block: How many of the cheapest are removed together before the rest is compared anew; ``"auto"``: one up to
-            2,048 components, above it proportionally more.
+            2,048 features, above it proportionally more (3 of 512 components of 9 features).
         ridge: λ > 0. It also stands in for what few rows cannot tell apart.
 
     Returns:
@@ -84,7 +84,8 @@ def elimination(
     components = consumers[0].in_group
     if not 1 <= keep <= components:
         raise ValueError(f"keep must lie in 1 … {components}, got {keep}.")
-    block = -(-components // _ONE_AT_A_TIME) if block == "auto" else block
+    if block == "auto":
+        block = -(-max(consumer.weight.shape[1] for consumer in consumers) // _ONE_AT_A_TIME)
     states = [_State(consumer, ridge, block) for consumer in consumers]
     alive = torch.ones(components, dtype=torch.bool, device=consumers[0].weight.device)
     order: list[int] = []

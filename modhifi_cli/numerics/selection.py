@@ -86,7 +86,7 @@ class Greedy:
     very few, so the scores' top-k is looked at too.
 
     Attributes:
-        block: Components removed before the rest is compared anew; ``"auto"``: one up to 2,048 components.
+        block: Components removed before the rest is compared anew; ``"auto"``: one up to 2,048 features.
         ridge: λ > 0, times the mean diagonal of S.
         against_scores: Take the scores' top-k instead where its joint fidelity, summed over the consumers, is higher.
             So the set is never worse than top-k in the fidelity that is recorded.

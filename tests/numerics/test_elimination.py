@@ -186,3 +186,10 @@ def test_a_bad_block_is_refused(block):
 def test_a_bad_ridge_is_refused(ridge):
     with pytest.raises(ConfigError, match=r"selection\.ridge must be a number above 0, got"):
         Greedy(ridge=ridge)
+
+
+def test_the_automatic_block_grows_with_the_features_of_the_widest_consumer(monkeypatch):
+    consumer, _ = helpers.make(components=9, per=2)
+    assert torch.equal(elimination([consumer]).order, elimination([consumer], block=1).order)
+    monkeypatch.setattr(module, "_ONE_AT_A_TIME", 6)
+    assert torch.equal(elimination([consumer]).order, elimination([consumer], block=3).order)
