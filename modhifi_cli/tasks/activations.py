@@ -86,6 +86,15 @@ class Activations:
             end = max(visits[name].enter for name in stale) + 1
             yield from self._go({}, self._between(stale, end), end, item, advance=None)
 
+    def first_images(self, count: int) -> Tensor:
+        """The first calibration images, ``[at most count, channels, height, width]`` on the device."""
+        found: list[Tensor] = []
+        for batch in self._image_batches():
+            found.append(batch)
+            if sum(map(len, found)) >= count:
+                break
+        return torch.cat(found)[:count]
+
     def outputs(self, name: str, look: Look, *, item: str = "") -> Iterator[Progress]:
         """Show a look the output of one module over all images, batch after batch."""
         for batch, done, total in self._batches(self._carried):

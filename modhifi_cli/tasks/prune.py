@@ -20,6 +20,7 @@ from modhifi_cli.graph.dependency import find_groups
 from modhifi_cli.graph.law import lawful
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_, slice_module_
+from modhifi_cli.numerics.allocation import Uniform
 from modhifi_cli.numerics.batchnorm import output_moments
 from modhifi_cli.numerics.compensation import Joint, restored_constant
 from modhifi_cli.numerics.elimination import elimination
@@ -28,6 +29,7 @@ from modhifi_cli.numerics.moments import reorder
 from modhifi_cli.records import Consumer, Edit, ImageSource, ModuleEdit, Progress, Statistics
 from modhifi_cli.tasks.activations import Activations, set_statistics_
 from modhifi_cli.tasks.classifier import DenseLogits, find_classifier, refit_classifier_
+from modhifi_cli.tasks.impact import IMPACT_IMAGES, Impact
 from modhifi_cli.tasks.gathering import Gathered, Gathering, LayerMoments
 
 TARGETS = ("params", "flops", "components")
@@ -221,7 +223,8 @@ def prune_(
         yield from aims.gather(run.activations)
     curves: list[list[float]] = []
     if allocation.needs_curves:
-        yield from _error_curves(run, groups, curves)
+        trial = Uniform()(sizes, sizes, lambda keep: costs.removed_share(keep, target), sparsity=shares[0], step=1)
+        yield from _error_curves(run, groups, trial, curves)
     final = widths(shares[-1], sizes, curves)
     yield Plan(
         _planned(groups, final),
@@ -237,7 +240,9 @@ def prune_(
         run.activations.restart()
         if allocation.needs_curves and iteration:
             curves = []
-            yield from _error_curves(run, groups, curves)
+            now = [run.layout.alive(group).numel() for group in groups]
+            trial = Uniform()(sizes, now, lambda keep: costs.removed_share(keep, target), sparsity=share, step=1)
+            yield from _error_curves(run, groups, trial, curves)
         keep = widths(share, [run.layout.alive(group).numel() for group in groups], curves)
         for number, group in enumerate(groups):
             yield Progress("groups", group.name, iteration * len(groups) + number, total)
@@ -470,18 +475,67 @@ def _weighted(run: _Run, group: ComponentGroup) -> tuple[Slot, ...]:
 
 
 def _error_curves(
-    run: _Run, groups: Sequence[ComponentGroup], curves: list[list[float]]
+    run: _Run, groups: Sequence[ComponentGroup], trial: Sequence[int], curves: list[list[float]]
 ) -> Iterator[Progress]:
-    """Relative error of every group after 0, 1, 2, … removals, from one walk over the network as it stands (M10)."""
+    """What it costs every group to lose 0, 1, 2, … components, from one walk over the network as it stands.
+
+    The shape of a curve is the group's own relative error under elimination (M10). Its scale is measured: the group
+    alone is cut to its trial width with joint weights, and the change of the logits on some calibration images is
+    set against that error. Errors of different depths then add up to one quantity, the relative error of the logits.
+    """
     gathered: dict[str, Gathered] = {}
     slots = {slot.module: slot for group in groups for slot in _weighted(run, group)}
     yield from _look(run, tuple(slots.values()), gathered, "error curves")
-    for number, group in enumerate(groups):
+    impact = Impact(run.model, run.activations.first_images(IMPACT_IMAGES))
+    for number, (group, width) in enumerate(zip(groups, trial, strict=True)):
         yield Progress("error curves", group.name, number, len(groups))
         alive = run.layout.alive(group)
-        consumers = [_consumer(run, slot, alive, gathered) for slot in _weighted(run, group)]
-        curves.append(elimination(consumers, keep=1).errors.tolist())
+        weighted = _weighted(run, group)
+        consumers = [_consumer(run, slot, alive, gathered) for slot in weighted]
+        path = elimination(consumers, keep=1)
+        width = min(max(width, 1), alive.numel() - 1) if alive.numel() > 1 else 1
+        kept = path.kept(width).cpu()
+        with impact.edited():
+            _hollow_(run, group, weighted, consumers, alive, kept)
+            moved = impact.measure()
+        local = float(path.errors[alive.numel() - width])
+        scale = moved / local if local > 0 else 1.0
+        curves.append([scale * error for error in path.errors.tolist()])
     yield Progress("error curves", "done", len(groups), len(groups))
+
+
+def _hollow_(
+    run: _Run,
+    group: ComponentGroup,
+    weighted: Sequence[Slot],
+    consumers: Sequence[Consumer],
+    alive: Tensor,
+    kept: Tensor,
+) -> None:
+    """Make the network behave as if a group were cut and repaired, without changing a shape (for a trial)."""
+    removed = torch.ones(alive.numel(), dtype=torch.bool)
+    removed[kept] = False
+    joint = Joint(ridge=1e-3)
+    for slot, consumer in zip(weighted, consumers, strict=True):
+        module = run.model.get_submodule(slot.module)
+        all_kept = torch.cat([kept, torch.arange(consumer.in_group, consumer.components)])
+        solved = joint(consumer, all_kept)
+        width = consumer.weight.shape[1] // consumer.components
+        wide = torch.zeros_like(consumer.weight)
+        wide[:, _features(all_kept, width).to(wide.device)] = solved
+        order = _features(torch.argsort(run.layout.input_order(slot, alive)), _taps(module))
+        with torch.no_grad():
+            module.weight.copy_(wide[:, order.to(wide.device)].view_as(module.weight))
+        if consumer.centred:
+            constant = restored_constant(consumer, all_kept, solved)
+            norm = _norm_behind(run, slot.module)
+            behind = module.bias.data if norm is None else run.model.get_submodule(norm).running_mean
+            behind.add_(constant.to(behind), alpha=1 if norm is None else -1)
+    for slot in group.consumers:
+        module = run.model.get_submodule(slot.module)
+        if not has_weight(module):
+            gone = run.layout.inputs(slot, alive[removed]).flatten().to(module.source.device)
+            module.source[torch.isin(module.source, gone)] = -1
 
 
 def _taps(module: nn.Module) -> int:

@@ -1,0 +1,62 @@
+"""The measured side of an uneven allocation: trial edits leave no trace, and scales come from the logits."""
+
+import copy
+
+import torch
+
+from modhifi_cli.graph.surgery import weights_hash
+from modhifi_cli.numerics.allocation import Global
+from modhifi_cli.numerics.compensation import Joint
+from modhifi_cli.numerics.selection import Greedy
+from modhifi_cli.tasks.impact import Impact
+from tests.tasks.test_prune import run, setting
+
+
+def test_a_trial_edit_is_undone_also_after_an_exception():
+    model, images = setting("option_a")
+    before = weights_hash(model)
+    impact = Impact(model, images.images)
+    assert impact.measure() == 0
+    try:
+        with impact.edited():
+            model.conv1.weight.data.zero_()
+            moved = impact.measure()
+            raise ValueError
+    except ValueError:
+        pass
+    assert moved > 0.01 and weights_hash(model) == before
+
+
+def test_the_measure_is_the_squared_change_over_the_variance():
+    model, images = setting("flattened")
+    logits = model(images.images).detach().double()
+    impact = Impact(model, images.images)
+    with impact.edited(), torch.no_grad():
+        model.head.bias += 1.0
+        moved = impact.measure()
+    expected = logits.numel() / float((logits - logits.mean(0)).square().sum())
+    assert abs(moved - expected) < 1e-4 * expected
+
+
+def test_predicted_errors_say_what_a_lone_cut_does_to_the_logits():
+    """The plan's number for a group is the change of the logits when that group alone is cut to the planned width."""
+    model, images = setting("flattened", count=128)
+    dense = copy.deepcopy(model)
+    settings = {"selection": Greedy(against_scores=False), "compensation": Joint(ridge=1e-3), "batchnorm": "stored"}
+    edits, events = run(model, images, sparsity=0.3, allocation=Global(), exclude=["conv"], **settings)
+    predicted = next(event for event in events if hasattr(event, "predicted_error")).predicted_error
+    assert set(predicted) == {"hidden"} and [edit.name for edit in edits] == ["hidden"]
+    logits = dense(images.images).detach()
+    moved = float((model(images.images).detach() - logits).square().sum() / (logits - logits.mean(0)).square().sum())
+    assert 0.5 * moved < predicted["hidden"] < 2 * moved
+
+
+def test_an_uneven_run_resumes_to_the_same_weights_and_meets_its_budget():
+    model, images = setting("option_a", count=40)
+    dense = copy.deepcopy(model)
+    settings = {"selection": Greedy(), "compensation": Joint(), "allocation": Global(), "classifier": "refit"}
+    edits, events = run(model, images, iterations=2, **settings)
+    again = copy.deepcopy(dense)
+    run(again, images, iterations=2, done=edits[: len(edits) // 2], **settings)
+    assert weights_hash(again) == weights_hash(model)
+    assert abs(events[-1].achieved["params"] - 0.4) < 0.1
