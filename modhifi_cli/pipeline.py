@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli import artifacts, config, plots, reports
+from modhifi_cli import artifacts, comparison, config, plots, reports
 from modhifi_cli.console import Console, open_console
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError, NumericsError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Preprocess, Progress
@@ -58,7 +58,13 @@ def run(verb: str, settings: Mapping[str, Any], facts: Mapping[str, Any], *, fol
 # ------------------------------------------------------------------------------------------------------------- prune
 
 
-def _prune(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
+def _prune(
+    settings: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    console: Console,
+    folder: Path | None,
+    shared: comparison.Shared | None = None,
+) -> Path:
     from modhifi_cli.graph.surgery import weights_hash
 
     command = _command("prune", facts["overrides"])
@@ -69,7 +75,7 @@ def _prune(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
     device = _device(settings)
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
-        loaded, calibration, evaluation = _sources(settings)
+        loaded, calibration, evaluation = _sources(settings) if shared is None else shared.sources(settings)
         dense = copy.deepcopy(loaded.model).to(device=device, dtype=_dtype(settings))
         dense_hash = weights_hash(loaded.model)
     if place is None:
@@ -90,7 +96,7 @@ def _prune(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
         with _timed(seconds, "evaluate"):
             beside = {"dense": dense} if settings["measure_dense"] else {}
             measurements = _measure(
-                settings, {**beside, "pruned": model}, calibration, evaluation, loaded.preprocess, device, console
+                settings, {**beside, "pruned": model}, calibration, evaluation, loaded.preprocess, device, console, shared
             )
         _write_outcome(
             place, settings, loaded, summary, edits, predicted, measurements, exported, seconds, command, calibration
@@ -619,6 +625,32 @@ def summarise_sweep(folder: Path, style: str) -> int:
     return len(failed)
 
 
+# --------------------------------------------------------------------------------------------------------- comparison
+
+
+def _compare(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
+    def shared(kept: Path) -> comparison.Shared:
+        return comparison.Shared(
+            settings,
+            load=_sources,
+            source=_source,
+            measure=_measure,
+            device=_device(settings),
+            dtype=_dtype(settings),
+            kept=kept,
+        )
+
+    return comparison.compare(
+        settings,
+        facts["overrides"],
+        console,
+        shared=shared,
+        prune=_prune,
+        portable=_portable,
+        command=_command("compare", facts["overrides"]),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ shared pieces
 
 
@@ -667,11 +699,13 @@ def _measure(
     preprocess: Preprocess,
     device: torch.device,
     console: Console,
+    shared: comparison.Shared | None = None,
 ) -> tuple[Measurement, ...]:
-    found: list[Measurement] = []
-    for node in settings["evaluation"].values():
+    """Everything that the settings ask for; within a comparison the dense network is measured once for all cells."""
+    found: list[Measurement] = [] if shared is None else list(shared.dense(console))
+    for name, node in settings["evaluation"].items():
         found += config.build(node)(
-            models=models,
+            models=models if shared is None else shared.models(name, models),
             evaluation_data=evaluation,
             calibration_data=calibration,
             example=_example(preprocess, 1).to(device=device, dtype=_dtype(settings)),
@@ -784,4 +818,11 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
         seconds[stage] = round(time.perf_counter() - started, 3)
 
 
-_VERBS = {"prune": _prune, "evaluate": _evaluate, "verify": _verify, "replay": _replay, "info": _info}
+_VERBS = {
+    "prune": _prune,
+    "evaluate": _evaluate,
+    "verify": _verify,
+    "replay": _replay,
+    "info": _info,
+    "compare": _compare,
+}

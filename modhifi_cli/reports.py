@@ -1,7 +1,10 @@
 """Measurements as tables and as the page of a run: plain values and strings, nothing printed, nothing written."""
 
+import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 from modhifi_cli.records import Measurement
@@ -111,6 +114,124 @@ def change(before: float, after: float, unit: str) -> str:
         return _signed(after - before, 4)
     factor, word = (before / after, "less") if after < before else (after / before, "more")
     return f"{_signed(100 * (after / before - 1), 1)} % ({factor:.2f}× {word})"
+
+
+# Columns of a comparison: term → (head, unit); those that were measured are shown, in this order.
+_COMPARED = {
+    "removed_params": ("parameters removed", "%"),
+    "removed_flops": ("FLOPs removed", "%"),
+    "removed_components": ("components removed", "%"),
+    "top1": ("top-1", "%"),
+    "agreement": ("agreement", "%"),
+    "kl": ("KL", "nats"),
+    "speedup": ("speedup", "×"),
+}
+_OF_A_CELL = ("method", "budget", "seed", "status", "message", "folder")
+
+
+def comparison_rows(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds for every method and budget.
+
+    Args:
+        cells: ``method``, ``budget``, ``seed``, ``status``, ``message``, ``folder``, and one number per measured term.
+
+    Returns:
+        One row per (method, budget) in order of appearance: ``method``, ``budget``, ``seeds`` (finished), ``failed``,
+        and for every term its mean and, as ``TERM_sd``, its standard deviation (over seeds − 1; None with one seed).
+    """
+    grouped: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        grouped.setdefault((cell["method"], cell["budget"]), []).append(cell)
+    rows = []
+    for (method, budget), members in grouped.items():
+        finished = [cell for cell in members if cell["status"] != "failed"]
+        row = {"method": method, "budget": budget, "seeds": len(finished), "failed": len(members) - len(finished)}
+        for term in dict.fromkeys(key for cell in finished for key in cell if key not in _OF_A_CELL):
+            values = [float(cell[term]) for cell in finished if cell.get(term) is not None]
+            row[term] = fmean(values)
+            row[f"{term}_sd"] = stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def comparison_table(
+    rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float], *, leave_out: Sequence[str] = ()
+) -> list[dict[str, str]]:
+    """The rows of a comparison for readers, the dense network first: ``92.31 ± 0.12``.
+
+    Args:
+        rows: As `comparison_rows` makes them.
+        dense: Measured terms of the dense network.
+        leave_out: Terms that are not shown (a terminal is narrow).
+    """
+    terms = [term for term in _COMPARED if any(term in row for row in rows) and term not in leave_out]
+    heads = {term: f"{head}, {unit}" for term, (head, unit) in _COMPARED.items()}
+    shown = []
+    if dense:
+        first = {heads[term]: _mean(dense.get(term), None, term) for term in terms}
+        shown.append({"method": "dense", "budget": "", "seeds": ""} | first)
+    for row in rows:
+        seeds = f"{row['seeds']}" + (f" ({row['failed']} failed)" if row["failed"] else "")
+        line = {heads[term]: _mean(row.get(term), row.get(f"{term}_sd"), term) for term in terms}
+        shown.append({"method": row["method"], "budget": f"{row['budget']:g}", "seeds": seeds} | line)
+    return shown
+
+
+def comparison_page(
+    *,
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    dense: Mapping[str, float],
+    failed: Sequence[str],
+    figures: Mapping[str, str],
+    protocol: Mapping[str, Any],
+    repeat: str,
+) -> str:
+    """The page of a comparison.
+
+    Args:
+        title: Headline.
+        rows: As `comparison_rows` makes them.
+        dense: Measured terms of the dense network.
+        failed: One sentence per failed cell.
+        figures: File beside the page by caption.
+        protocol: What all cells share.
+        repeat: The command.
+
+    Returns:
+        Markdown, ending in a newline.
+    """
+    lines = comparison_table(rows, dense)
+    sections = [f"# {title}"]
+    if lines:
+        heads = tuple(lines[0])
+        table = _markdown_table(heads, [tuple(line[head] for head in heads) for line in lines])
+        sections.append(f"{table}\n\nMean ± standard deviation over seeds; budgets are shares of {protocol['target']}.")
+    sections += [f"![{_cell(caption)}]({file})" for caption, file in figures.items()]
+    if failed:
+        sections.append("## Failed\n\n" + "\n".join(f"- {_cell(sentence)}" for sentence in failed))
+    shared = [(name, _text(value)) for name, value in protocol.items()]
+    sections.append("## The same for all\n\n" + _markdown_table(("", ""), shared))
+    sections.append(f"## Again\n\n```\n{repeat}\n```")
+    return "\n\n".join(sections) + "\n"
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV with a head; columns are all keys in order of appearance, absent values and None are empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _mean(value: float | None, deviation: float | None, term: str) -> str:
+    if value is None:
+        return ""
+    digits = 3 if term == "kl" else 2
+    # Widths follow from the budget, so most methods remove the same whatever the seed: no need to say so in every line.
+    same = deviation is None or (term.startswith("removed_") and round(deviation, digits) == 0)
+    return f"{value:.{digits}f}" + ("" if same else f" ± {deviation:.{digits}f}")
 
 
 def markdown_report(
