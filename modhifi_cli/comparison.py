@@ -1,8 +1,8 @@
 """Several methods on one protocol: a grid of ordinary prune runs, one table, and frontiers as figures.
 
-A cell of the grid is (method, budget, seed): the run that `modhifi prune preset=METHOD` would make with the user's other
-settings. What makes the comparison fair (network, images, target, evaluation) is copied from the comparison into every
-cell, whatever a preset says. A cell's folder is named after its settings, so finished cells are found again and a
+A cell of the grid is (method, budget, seed): the run that `modhifi prune preset=METHOD` would make with the user's
+other settings. What makes the comparison fair (network, images, target, evaluation) is copied from the comparison into
+every cell, whatever a preset says. A cell's folder is named after its settings, so finished cells are found again and a
 changed preset is a new cell.
 """
 
@@ -326,7 +326,8 @@ def _write(
     rows = reports.comparison_rows(cells)
     own = {measured.name: measured.value for measured in dense}
     artifacts.write_text(folder / "cells.csv", reports.csv_text(cells))
-    artifacts.write_text(folder / "comparison.csv", reports.csv_text([*reports.comparison_rows([_dense_cell(own)]), *rows]))
+    first = reports.comparison_rows([_dense_cell(own)])
+    artifacts.write_text(folder / "comparison.csv", reports.csv_text([*first, *rows]))
     artifacts.write_text(folder / "config.yaml", config.to_yaml(settings))
     figures = _figures(folder, settings, rows, own)
     artifacts.write_text(
@@ -373,8 +374,8 @@ def _figures(
         curves: dict[str, list[plots.Point]] = {}
         for row in rows:
             if key in row and quality in row:
-                point = plots.Point(row[key], row[quality], row.get(f"{key}_sd") or 0.0, row.get(f"{quality}_sd") or 0.0)
-                curves.setdefault(row["method"], []).append(point)
+                spreads = (row.get(f"{key}_sd") or 0.0, row.get(f"{quality}_sd") or 0.0)
+                curves.setdefault(row["method"], []).append(plots.Point(row[key], row[quality], *spreads))
         title = f"{_model_name(settings)}: {label.partition(',')[0]} against {x_label.partition(' ')[0]}{spread}"
         kinds = plots.frontier(
             curves, title=title, x_label=x_label, y_label=label, dense=height, dense_label=shown

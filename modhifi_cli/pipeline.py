@@ -95,8 +95,9 @@ def _prune(
             exported = _export(place, settings, model, loaded.preprocess)
         with _timed(seconds, "evaluate"):
             beside = {"dense": dense} if settings["measure_dense"] else {}
+            models = {**beside, "pruned": model}
             measurements = _measure(
-                settings, {**beside, "pruned": model}, calibration, evaluation, loaded.preprocess, device, console, shared
+                settings, models, calibration, evaluation, loaded.preprocess, device, console, shared
             )
         _write_outcome(
             place, settings, loaded, summary, edits, predicted, measurements, exported, seconds, command, calibration

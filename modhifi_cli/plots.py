@@ -120,7 +120,7 @@ def group_errors(
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.margins(y=0.01)
-    axes.set_xlabel("relative error of the outputs that read the group, summed over its readers (share of their energy)")
+    axes.set_xlabel("relative error of what reads the group, summed over its readers (share of their output energy)")
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)

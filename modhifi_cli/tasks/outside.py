@@ -74,7 +74,7 @@ def torch_pruning_(
     device: torch.device | str = "cpu",
     done: Sequence[Edit] = (),
 ) -> Iterator[Plan | Progress | Edit | Summary]:
-    """Prune `model` in place with Torch-Pruning's high-level pruner, its pruning ratio bisected until the budget is met.
+    """Prune `model` in place with Torch-Pruning's high-level pruner, its ratio bisected until the budget is met.
 
     Fang et al., "DepGraph: Towards Any Structural Pruning" (arXiv:2301.12900). Layers that write the network's output
     are left alone. Nothing is fine-tuned.
@@ -132,7 +132,9 @@ def torch_pruning_(
     for edit in best.edits:
         before = waiting.pop(0) if waiting else None
         if before is not None and (before.name, before.kept.tolist()) != (edit.name, edit.kept.tolist()):
-            raise DataError(f"the saved run's edit of '{before.name}' does not fit these settings; it is another run's.")
+            raise DataError(
+                f"the saved run's edit of '{before.name}' does not fit these settings; it is another run's."
+            )
         apply_edit_(model, edit)
         if before is None:
             yield edit
@@ -219,14 +221,15 @@ def _cut(
             for group in pruner.step(interactive=True):
                 edits.append(_as_edit(pruner.DG, group, names))
                 group.prune()
+            before, after = count(model, example[:1]), count(ours.eval(), example[:1])
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
+        told = " ".join(str(error).split())
         raise UnsupportedModelError(
-            f"Torch-Pruning cannot prune {type(model).__name__} ({type(error).__name__}: {error}); "
+            f"Torch-Pruning cannot prune {type(model).__name__} ({type(error).__name__}: {told}); "
             "leave this method out, or exclude the modules it fails on."
         ) from error
     for parameter, own in zip(ours.parameters(), model.parameters(), strict=True):
         parameter.requires_grad_(own.requires_grad)
-    before, after = count(model, example[:1]), count(ours.eval(), example[:1])
     gone = {edit.name: 0 for edit in edits}
     for edit in edits:
         gone[edit.name] += edit.removed.numel()
