@@ -61,8 +61,8 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, list) and len(v) > 0 and all(_is_int(seed) and seed >= 0 for seed in v),
     ),
     "output_dir": ("a folder", lambda v: isinstance(v, str) and v != ""),
-    "run": ("a run folder, or null", lambda v: v is None or isinstance(v, str)),
-    "resume": ("the folder of an interrupted run, or null", lambda v: v is None or isinstance(v, str)),
+    "run": ("a run folder, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
+    "resume": ("the folder of an interrupted run, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
 }  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
 
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
-        raise ConfigError(f"modhifi {verb}: {', '.join(missing)} must be given, e.g. {missing[0]}=VALUE.")
+        raise ConfigError(f"modhifi {verb}: {', '.join(missing)} must be given, e.g. {_example(missing[0])}.")
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -253,6 +253,9 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
     for key in plain:
         if key not in known:
             raise ConfigError(f"modhifi {verb} has no key '{key}': {nearest(key, known)}")
+    for key, (default, _) in _read_verb(config_directory() / f"{verb}.yaml")[0].items():
+        if default == "???" and _select(plain, key) is None:
+            raise ConfigError(f"modhifi {verb}: {key} must be given, e.g. {_example(key)}.")
     for absent in ("evaluation", "export"):
         if absent in known:
             plain[absent] = plain.get(absent) or {}
@@ -284,15 +287,21 @@ def build(node: Mapping[str, Any], **given: Any) -> Any:
     return functools.partial(target, **arguments) if node.get("_partial_") else target(**arguments)
 
 
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Settings in which two runs differ, as ``"sparsity (0.4 here, 0.5 there)"``, sorted by key."""
-    flat_ours, flat_theirs = dict(_flatten(ours)), dict(_flatten(theirs))
-    keys = sorted(flat_ours.keys() | flat_theirs.keys())
-    return [
-        f"{key} ({flat_ours.get(key, 'absent')!r} here, {flat_theirs.get(key, 'absent')!r} there)"
-        for key in keys
-        if flat_ours.get(key, _ABSENT) != flat_theirs.get(key, _ABSENT)
-    ]
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Settings in which two runs differ, as ``"sparsity (0.4 here, 0.5 there)"``, sorted by key.
+
+    A whole choice that one side has not made is named once, without its keys.
+    """
+    found: list[str] = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        here, there = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
+        if here == there or key == "_partial_":
+            continue
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            found += differences(here, there, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key} ({_told(here)} here, {_told(there)} there)")
+    return found
 
 
 def to_yaml(plain: Mapping[str, Any]) -> str:
@@ -363,7 +372,14 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
             return ConfigError(
                 f"{key}: choose the kind of source too, e.g. {group}=folder {key}=FOLDER, or {group}=arrays."
             )
-        near = nearest(key, _known_keys(verb, overrides))
+        known = _known_keys(verb, overrides)
+        choice = leaf.partition(".")[0]
+        if group in ("evaluation", "export") and choice in groups().get(group, ()):
+            return ConfigError(
+                f"{key} needs the choice {choice}, which is not made here; make it with {group}=[…,{choice}], or leave "
+                "the key out."
+            )
+        near = nearest(key, known)
         return ConfigError(f"modhifi {verb} has no key '{key}': {near} (modhifi {verb} --help)")
     if isinstance(error, HydraException) and "Ambiguous value" in text:
         return ConfigError(
@@ -373,6 +389,19 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
 
 
 _ABSENT = object()
+
+_PLACEHOLDERS: Mapping[str, str] = {"run": "DIR", "path": "PATH", "weights": "FILE", "name": "NAME"}
+
+
+def _example(key: str) -> str:
+    """A key with a word for its value, ``data.path=PATH``."""
+    return f"{key}={_PLACEHOLDERS.get(key.rpartition('.')[2], 'VALUE')}"
+
+
+def _told(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    return "given" if isinstance(value, Mapping) else repr(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -25,7 +25,12 @@ def test_two_long_lists_of_overrides_do_not_share_a_folder():
 
 def test_differences_name_key_and_both_values():
     found = config.differences({"a": {"b": 1}, "same": 2}, {"a": {"b": 3}, "same": 2, "only": 4})
-    assert found == ["a.b (1 here, 3 there)", "only ('absent' here, 4 there)"]
+    assert found == ["a.b (1 here, 3 there)", "only (absent here, 4 there)"]
+
+
+def test_differences_name_a_choice_that_one_side_has_not_made_once():
+    ours = {"evaluation": {"size": {"_target_": "x", "_partial_": True, "batch": 64}}}
+    assert config.differences(ours, {"evaluation": {}}) == ["evaluation.size (given here, absent there)"]
 
 
 def test_yaml_gives_back_what_was_written():
