@@ -171,6 +171,8 @@ class Segments:
     @torch.no_grad()
     def _try(self, cut: str) -> bool:
         whole = self.model(self._example)
+        if isinstance(whole, Tensor) and not bool(torch.isfinite(whole).all()):
+            return False  # nothing can be compared; whoever looks at the activations names the layer that broke them
         try:
             carried = self.run(self._example, until=cut)
             if not isinstance(whole, Tensor) or carried is None or carried.shape[0] != whole.shape[0]:

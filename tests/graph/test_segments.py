@@ -32,6 +32,14 @@ def test_cuts_stay_usable_after_the_network_was_edited():
     assert segments.cuts == before
 
 
+def test_logits_that_are_not_finite_make_no_cut_usable_and_raise_nothing():
+    model, images = networks.small("option_a")
+    segments = Segments(model, images)
+    with torch.no_grad():
+        next(model.parameters()).fill_(1e38)
+    assert not segments.cuts
+
+
 def test_a_residual_block_is_cut_behind_and_never_inside():
     model, images = networks.small("option_a")
     cuts = Segments(model, images).cuts
