@@ -264,7 +264,9 @@ def load_edits(run: str | os.PathLike[str]) -> tuple[tuple[Edit, ...], str | Non
         described = _read_json(folder / "edits.json", "a saved run")
         tensors = _read_tensors(folder / "edits.safetensors")
         edits = []
-        for index, about in enumerate(described.get("edits", ())):
+        if not isinstance(described.get("edits"), list):
+            raise DataError(f"{folder / 'edits.json'}: damaged, it has no list of edits; restore the run folder.")
+        for index, about in enumerate(described["edits"]):
             prefix = f"{index}/"
             own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
             edits.append(_unpack_edit(own, about, folder / "edits.safetensors"))
@@ -283,8 +285,12 @@ def load_edits(run: str | os.PathLike[str]) -> tuple[tuple[Edit, ...], str | Non
     return tuple(edits), dense_hash
 
 
-def run_folder(directory: str | os.PathLike[str]) -> Path:
-    """Check that a folder holds a finished run.
+def run_folder(
+    directory: str | os.PathLike[str],
+    *,
+    needs: Sequence[str] = ("config.yaml", "results.json", "edits.json", "edits.safetensors", "model"),
+) -> Path:
+    """Check that a folder holds a finished run with the files that are needed.
 
     Raises:
         DataError: If it does not exist, is interrupted, or lacks files.
@@ -294,7 +300,7 @@ def run_folder(directory: str | os.PathLike[str]) -> Path:
         raise DataError(f"run={folder}: this run was interrupted; finish it with the same command and resume={folder}.")
     if not folder.is_dir():
         raise DataError(f"run={folder}: no such folder; give the folder that a run named at its end.")
-    for name in ("config.yaml", "results.json", "edits.json", "edits.safetensors", "model"):
+    for name in needs:
         if not (folder / name).exists():
             raise DataError(f"run={folder}: not a whole run, {name} is missing; restore the folder or run again.")
     return folder

@@ -69,6 +69,8 @@ def _prune(
 
     command = _command("prune", facts["overrides"])
     resumed = settings["resume"]
+    # The page of a run says how to make it again from nothing: a finished run cannot be resumed.
+    repeat = _command("prune", [word for word in facts["overrides"] if not word.startswith("resume=")])
     place = artifacts.RunDirectory.reopen(resumed) if resumed else None
     if place is not None:
         _same_settings(place.path, settings)
@@ -86,6 +88,11 @@ def _prune(
     done = _edits_so_far(place, dense_hash, calibration) if resumed else ()
     place.log(command)
     console.note(f"{loaded.name}: {loaded.weights}, {len(calibration)} calibration images; working in {place.path}")
+    if calibration.protocol.get("skipped"):
+        console.warning(
+            f"{calibration.protocol['skipped']} images that cannot be decoded were skipped (data.skip_corrupt), "
+            f"{calibration.protocol['skipped_files'][0]} the first"
+        )
     try:
         with _timed(seconds, "prune"):
             model = loaded.model.to(device=device, dtype=_dtype(settings))
@@ -100,16 +107,21 @@ def _prune(
                 settings, models, calibration, evaluation, loaded.preprocess, device, console, shared
             )
         _write_outcome(
-            place, settings, loaded, summary, edits, predicted, measurements, exported, seconds, command, calibration
+            place, settings, loaded, summary, edits, predicted, measurements, exported, seconds, repeat, calibration
         )
+        final = place.finish()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_resume(place, facts)) from None
     except ModHiFiError as error:
-        place.log(f"failed: {error}")
+        with contextlib.suppress(DataError):  # a full disk may be the very cause
+            place.log(f"failed: {error}")
         if not resumed:
             place.discard_if_empty()
+        if place.path.is_dir():
+            console.note(
+                f"the edits made so far lie in {place.path}; once the cause is mended: {_how_to_resume(place, facts)}"
+            )
         raise
-    final = place.finish()
     _show_outcome(console, final, summary, measurements)
     return final
 
@@ -251,7 +263,13 @@ def _write_outcome(
             "seconds": dict(seconds),
         },
     )
-    asked = {key: settings[key] for key in ("sparsity", "batchnorm", "classifier", "round_to", "exclude")} | {"target": target}
+    drawn = calibration.protocol
+    asked: dict[str, Any] = {
+        "weights": loaded.weights,
+        "calibration images": f"{len(calibration)} of {drawn.get('available', len(calibration))}, {drawn.get('path')}",
+    }
+    asked |= {key: settings[key] for key in ("sparsity", "batchnorm", "classifier", "round_to", "exclude")}
+    asked["target"] = target
     steps = ("scoring", "selection", "compensation", "allocation", "schedule")
     for name in ("outside",) if settings.get("outside") else steps:
         node = settings[name]
@@ -335,8 +353,24 @@ def _edits_so_far(place: artifacts.RunDirectory, dense_hash: str, calibration: I
     return edits
 
 
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """Settings that a run was made with.
+
+    Raises:
+        DataError: If its ``config.yaml`` is unreadable or says nothing of a model.
+    """
+    try:
+        before = config.from_yaml(artifacts.read_text(folder / "config.yaml"))
+    except ConfigError as error:
+        raise DataError(f"{folder / 'config.yaml'}: damaged, {error}; restore the run folder.") from error
+    model = before.get("model")
+    if not isinstance(model, dict) or "_target_" not in model:
+        raise DataError(f"{folder / 'config.yaml'}: damaged, it names no model; restore the run folder.")
+    return before
+
+
 def _same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    before = config.from_yaml(artifacts.read_text(folder / "config.yaml"))
+    before = _settings_of(folder)
     ours = {key: value for key, value in _portable(settings).items() if key not in _NOT_COMPARED}
     theirs = {key: value for key, value in before.items() if key not in _NOT_COMPARED}
     found = config.differences(ours, theirs)
@@ -366,7 +400,7 @@ def _evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Co
         models["dense"] = loaded.model
     else:
         saved = artifacts.run_folder(settings["run"])
-        before = config.from_yaml(artifacts.read_text(saved / "config.yaml"))
+        before = _settings_of(saved)
         for key in ("data", "evaluation_data"):
             settings.setdefault(key, before.get(key))
         loaded = artifacts.load_saved(saved)
@@ -432,9 +466,10 @@ def _verify(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
 def _replay(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
     from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 
-    source = Path(settings["run"])
+    # The saved network may be lost: edits and dense weights are enough to make it again.
+    source = artifacts.run_folder(settings["run"], needs=("config.yaml", "edits.json", "edits.safetensors"))
     edits, made_on = artifacts.load_edits(source)
-    before = config.from_yaml(artifacts.read_text(source / "config.yaml"))
+    before = _settings_of(source)
     if settings["model"]["weights"] is not None:
         before["model"]["weights"] = settings["model"]["weights"]
     loaded = config.build(before["model"])
@@ -457,8 +492,10 @@ def _replay(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     artifacts.write_json(place.path / "environment.json", artifacts.environment(command, "cpu"))
     _save(place, loaded, model)
     same = None
-    if (source / "model").is_dir():
+    try:
         same = weights_hash(artifacts.load_model(source)) == weights_hash(model)
+    except DataError as error:
+        console.warning(f"the run's own saved network cannot be compared with: {error}")
     results = {
         "format_version": artifacts.FORMAT_VERSION,
         "verb": "replay",
@@ -471,8 +508,12 @@ def _replay(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     }
     artifacts.write_json(place.path / "results.json", results)
     final = place.finish()
-    told = {True: "equal to", False: "NOT equal to", None: "without a saved network to compare with"}[same]
-    console.note(f"{len(edits)} edits applied to {loaded.weights}; weights {told} the run's saved network")
+    told = {
+        True: "; weights equal to those of the run's saved network",
+        False: "; weights NOT equal to those of the run's saved network",
+        None: "",
+    }[same]
+    console.note(f"{len(edits)} edits applied to {loaded.weights}{told}")
     console.note(f"the network lies in {final / 'model'}")
     console.result({"folder": str(final), "edits": len(edits), "equals_saved_model": same})
     return final

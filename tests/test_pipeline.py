@@ -9,6 +9,7 @@ import torch
 
 from modhifi_cli import artifacts, load_model, pipeline
 from modhifi_cli.cli import main
+from modhifi_cli.errors import DataError
 from modhifi_cli.graph.surgery import weights_hash
 
 SMALL = ["data.num_samples=64", "evaluation=[top1]", "evaluation_data.num_samples=100", "console=plain"]
@@ -156,6 +157,49 @@ def test_replay_without_data_gives_the_same_weights(finished, here, capsys):
 def test_replay_on_other_weights_is_refused(finished, capsys):
     assert main(["replay", f"run={finished}", "model.weights=random"]) == 2
     assert "its edits were made on dense weights with sha256" in capsys.readouterr().err
+
+
+def test_replay_makes_a_damaged_network_again(copied, here, capsys):
+    (copied / "model" / "weights.safetensors").write_bytes(b"damaged")
+    assert main(["replay", f"run={copied}", "console=plain"]) == 0
+    assert "saved network cannot be compared with" in capsys.readouterr().out
+    again = only_run(here, "replay/embedded/*")
+    inputs, logits = artifacts.load_verification(copied)
+    assert torch.equal(load_model(again)(inputs), logits)
+
+
+def test_replay_of_an_interrupted_run_is_refused(here, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        Stop(patched, 1)
+        prune("sparsity=0.4")
+    capsys.readouterr()
+    assert main(["replay", f"run={only_run(here)}"]) == 2
+    assert "this run was interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content", [("edits.json", '{"edits": 3}'), ("config.yaml", "a: ["), ("config.yaml", "a: 3")]
+)
+def test_a_file_of_a_run_with_other_content_is_named(copied, capsys, name, content):
+    (copied / name).write_text(content)
+    assert main(["replay", f"run={copied}"]) == 2
+    said = capsys.readouterr().err
+    assert name in said and "restore the run folder" in said
+
+
+def test_a_run_that_fails_after_an_edit_says_where_its_edits_lie(here, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise DataError("no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_save", fail)
+        assert prune("sparsity=0.4") == 2
+    folder = only_run(here)
+    assert f"resume={folder.relative_to(here)}" in capsys.readouterr().out
+    assert prune("sparsity=0.4", f"resume={folder}") == 0
+    report = (only_run(here) / "report.md").read_text()
+    assert "resume=" not in report, "a finished run cannot be resumed"
+    assert "64 of 1347" in report and "inside the package" in report
 
 
 def test_verify_reloads_in_a_fresh_process(finished, capsys):
