@@ -9,7 +9,7 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ def torch_pruning_(
     sparsity: float,
     target: str,
     importance: str,
-    whole_network: bool = True,
+    whole_network: bool = False,
     batchnorm: str = "reestimate",
     exclude: Sequence[str] = (),
     round_to: int = 1,
@@ -85,8 +85,8 @@ def torch_pruning_(
         sparsity: Share to be removed, in [0, 1).
         target: What the share counts: ``"params"``, ``"flops"`` or ``"components"``.
         importance: ``"magnitude"`` (group L2 norm) or ``"bn_scale"`` (absolute BatchNorm weights, Network Slimming).
-        whole_network: Whether channels are ranked across layers; otherwise each layer loses the same share, which
-            moves in coarse steps where layers are narrow, so that a budget can be missed.
+        whole_network: Whether channels are ranked across layers; otherwise each layer loses the same share, some of
+            them one step more where the budget lies between two steps.
         batchnorm: ``"reestimate"`` running statistics on the calibration images, or keep the ``"stored"`` ones.
         exclude: Names of modules to leave alone.
         round_to: Widths are multiples of it.
@@ -112,17 +112,17 @@ def torch_pruning_(
     example = (images if len(images) > 1 else torch.cat([images, images.flip(-1)]))[:2].to(device)
     excluded = _excluded(model, exclude)
     segments = Segments(model, example)
-    best: _Cut | None = None
-    low, high = 0.0, 1.0
-    for trial in range(_TRIALS if sparsity > 0 else 0):
-        yield Progress("torch-pruning", f"pruning ratio {(low + high) / 2:.4f}", trial, _TRIALS)
-        cut = _cut(model, example, (low + high) / 2, importance, whole_network, excluded, round_to)
-        if best is None or abs(cut.removed[target] - sparsity) < abs(best.removed[target] - sparsity):
-            best = cut
-        if abs(cut.removed[target] - sparsity) <= _CLOSE:
-            break
-        low, high = ((low + high) / 2, high) if cut.removed[target] < sparsity else (low, (low + high) / 2)
-    yield Progress("torch-pruning", "done", _TRIALS, _TRIALS)
+    search = _Search(
+        sparsity,
+        target,
+        lambda ratio, raised: _cut(model, example, ratio, raised, importance, whole_network, excluded, round_to),
+    )
+    if sparsity > 0:
+        yield from search.bisect_ratio()
+        if not whole_network:
+            yield from search.raise_layers()
+    yield Progress("torch-pruning", "done", 1, 1)
+    best = search.best
     if best is None:
         yield Plan((), (), dict.fromkeys(TARGETS, 0.0))
         yield Summary(dict.fromkeys(TARGETS, 0.0))
@@ -146,9 +146,73 @@ def torch_pruning_(
     missed = abs(best.removed[target] - sparsity) > NEAR
     warning = (
         f"sparsity={sparsity:g} of {target} was asked for and {best.removed[target]:.3f} reached: no pruning ratio of "
-        "Torch-Pruning comes closer."
+        "Torch-Pruning came closer."
     )
     yield Summary(best.removed, (warning,) if missed else ())
+
+
+class _Search:
+    """Looks for the settings of Torch-Pruning's pruner that meet a budget.
+
+    With the same ratio for every layer the widths of many layers change at the same ratio, so the budget often lies
+    between two of its steps. Then some layers get the ratio behind the step and the others the one in front of it, by
+    the pruner's own `pruning_ratio_dict`.
+
+    Args:
+        sparsity: The budget.
+        target: What it counts.
+        cut: (ratio, layers' own ratios) → what Torch-Pruning makes of it.
+    """
+
+    def __init__(self, sparsity: float, target: str, cut: Callable[[float, Mapping[str, float]], _Cut]) -> None:
+        self._sparsity, self._target, self._cut = sparsity, target, cut
+        self._low, self._high = 0.0, 1.0
+        self.best: _Cut | None = None
+
+    def bisect_ratio(self) -> Iterator[Progress]:
+        for trial in range(_TRIALS):
+            if self._met():
+                return
+            ratio = (self._low + self._high) / 2
+            yield Progress("torch-pruning", f"pruning ratio {ratio:.4f}", trial, _TRIALS)
+            if self._removed(ratio, {}) < self._sparsity:
+                self._low = ratio
+            else:
+                self._high = ratio
+
+    def raise_layers(self) -> Iterator[Progress]:
+        if self.best is None or self._met():
+            return
+        names = [group.name for group in self.best.groups]
+        # Neighbours in this order lie far apart in the network, so no part of it is favoured.
+        names = [name for _, name in sorted((number * 0.618034 % 1, name) for number, name in enumerate(names))]
+        few, many = 0, len(names)
+        while many - few > 1:
+            yield Progress("torch-pruning", f"{(few + many) // 2} layers one step narrower", few, len(names))
+            middle = (few + many) // 2
+            if self._removed(self._low, dict.fromkeys(names[:middle], self._high)) < self._sparsity:
+                few = middle
+            else:
+                many = middle
+        raised = names[:few]
+        for number, name in enumerate(names[few + 1 : few + 1 + _TRIALS]):
+            if self._met():
+                return
+            yield Progress("torch-pruning", f"{name} one step narrower", number, _TRIALS)
+            if self._removed(self._low, dict.fromkeys([*raised, name], self._high)) < self._sparsity:
+                raised.append(name)
+
+    def _removed(self, ratio: float, raised: Mapping[str, float]) -> float:
+        cut = self._cut(ratio, raised)
+        if self.best is None or self._distance(cut) < self._distance(self.best):
+            self.best = cut
+        return cut.removed[self._target]
+
+    def _distance(self, cut: _Cut) -> float:
+        return abs(cut.removed[self._target] - self._sparsity)
+
+    def _met(self) -> bool:
+        return self.best is not None and self._distance(self.best) <= _CLOSE
 
 
 def _check(sparsity: float, target: str, importance: str) -> None:
@@ -175,6 +239,7 @@ def _cut(
     model: nn.Module,
     example: Tensor,
     ratio: float,
+    raised: Mapping[str, float],
     importance: str,
     whole_network: bool,
     excluded: frozenset[str],
@@ -205,6 +270,7 @@ def _cut(
                 importance=score,
                 global_pruning=whole_network,
                 pruning_ratio=ratio,
+                pruning_ratio_dict={ours.get_submodule(name): own for name, own in raised.items()},
                 ignored_layers=left_alone,
                 round_to=round_to if round_to > 1 else None,
                 customized_pruners=customized,

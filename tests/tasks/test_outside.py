@@ -44,12 +44,15 @@ def run(model, **settings):
 
 
 @pytest.mark.parametrize("importance", outside.IMPORTANCES)
-@pytest.mark.parametrize("target", ["flops", "params"])
-def test_the_budget_is_met_within_one_point_on_option_a(option_a, importance, target):
-    events = run(option_a, importance=importance, target=target)
+@pytest.mark.parametrize(
+    ("target", "sparsity", "whole_network"),
+    [("flops", 0.4, True), ("params", 0.4, True), ("flops", 0.25, False), ("flops", 0.5, False), ("params", 0.6, False)],
+)
+def test_the_budget_is_met_within_one_point_on_option_a(option_a, importance, target, sparsity, whole_network):
+    events = run(option_a, importance=importance, target=target, sparsity=sparsity, whole_network=whole_network)
     summary = events[-1]
     assert isinstance(summary, Summary)
-    assert abs(summary.achieved[target] - 0.4) < 0.01
+    assert abs(summary.achieved[target] - sparsity) < 0.01
     assert not summary.warnings
     assert option_a.linear.out_features == 10
 
@@ -114,8 +117,8 @@ def test_a_budget_that_cannot_be_met_is_a_warning(option_a):
     for module in option_a.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)  # every channel scores the same, so no ratio lies between all and nothing
-    (*_, summary) = run(option_a, importance="bn_scale")
-    assert "no pruning ratio of Torch-Pruning comes closer" in summary.warnings[0]
+    (*_, summary) = run(option_a, importance="bn_scale", whole_network=True)
+    assert "no pruning ratio of Torch-Pruning came closer" in summary.warnings[0]
 
 
 def test_a_network_that_no_longer_runs_after_the_cut_is_refused(option_a, monkeypatch):
