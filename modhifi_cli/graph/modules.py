@@ -37,7 +37,8 @@ class ChannelPadShortcut(nn.Module):
         """``[batch, in_channels, height, width]`` → ``[batch, out_channels, ⌈height/stride⌉, ⌈width/stride⌉]``."""
         routed = inputs[:, :, :: self.stride, :: self.stride].index_select(1, self.source.clamp(min=0))
         # where, not a product: a NaN in the routed channel must not reach a channel that is defined as zero.
-        return torch.where((self.source >= 0)[None, :, None, None], routed, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
+        nothing = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
+        return torch.where((self.source >= 0)[None, :, None, None], routed, nothing)
 
     def slice_(self, *, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
         """Keep only the given output and input channels (sorted int64); outputs of removed inputs become zero."""

@@ -65,7 +65,7 @@ class Segments:
         return tuple(cut for cut in self.trace.cuts if self.usable(cut))
 
     def usable(self, cut: str) -> bool:
-        """Whether resuming from `cut` gives the logits of the whole forward, tried once on the network as it then is."""
+        """Whether resuming from `cut` gives the logits of the whole forward; tried once, on the network as it is."""
         if cut not in self._usable:
             self._usable[cut] = self._try(cut)
         return self._usable[cut]

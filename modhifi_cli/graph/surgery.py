@@ -44,7 +44,8 @@ def slice_module_(module: nn.Module, *, outputs: Tensor | None = None, inputs: T
     elif isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         _slice_grouped_(module, outputs)
     elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-        out_name, in_name = _ATTRIBUTES[1][1][::-1] if isinstance(module, nn.Linear) else ("out_channels", "in_channels")
+        linear = isinstance(module, nn.Linear)
+        out_name, in_name = ("out_features", "in_features") if linear else ("out_channels", "in_channels")
         if outputs is not None:
             _select_(module, ("weight", "bias"), 0, outputs)
             setattr(module, out_name, outputs.numel())

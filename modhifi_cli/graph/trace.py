@@ -168,7 +168,7 @@ def _cuts(order: list[object], nodes: dict[str, object], visits: dict[str, Visit
         below[node] = sum(below[parent] for parent in _parents(node)) or int(not _parents(node))
     total = sum(above[node] for node in order if not _parents(node))
     found: dict[object, str] = {}
-    for name, visit in sorted(visits.items(), key=lambda item: item[1].leave):
+    for name in sorted(visits, key=lambda name: visits[name].leave):
         node = nodes.get(name)
         if node not in above or above[node] * below[node] != total:
             continue

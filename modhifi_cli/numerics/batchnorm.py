@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from modhifi_cli.errors import NumericsError
-from modhifi_cli.numerics.moments import second_moment
 from modhifi_cli.records import Statistics
 
 # Values that are converted to float64 at once: 2 MiB, so that they are squared while they are still in the cache.

@@ -39,7 +39,7 @@ class NoCompensation:
 
 @dataclass(frozen=True)
 class PerKernel:
-    """One scale for every kept kernel, the paper's compensation (M5): Q_c[C,C] δ_c = r_c[C], then w_{ci} ← δ_{ci} w_{ci}.
+    """One scale for every kept kernel, the paper's compensation (M5): Q_c[C,C] δ_c = r_c[C], w_{ci} ← δ_{ci} w_{ci}.
 
     Attributes:
         ridge: λ as a share of the mean diagonal of Q_c[C,C]; 0 for an exact solve.

@@ -59,8 +59,8 @@ def refit(
         raise NumericsError("classifier: its inputs and the dense logits must be finite; check weights and images.")
     if not 0 < int(held_out.sum()) < len(inputs):
         raise NumericsError(
-            f"classifier: a refit needs at least 5 calibration images, got {len(inputs)}; raise data.num_samples or set "
-            "classifier=keep."
+            f"classifier: a refit needs at least 5 calibration images, got {len(inputs)}; raise data.num_samples or "
+            "set classifier=keep."
         )
     residual = targets - inputs @ weight.T - bias
     fitting = _centred(inputs[~held_out], residual[~held_out])

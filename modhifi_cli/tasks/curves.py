@@ -1,0 +1,78 @@
+"""Error curves for an uneven allocation: a group's own shape, on a scale that the logits give."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from modhifi_cli.graph.components import ComponentGroup, Slot, has_weight
+from modhifi_cli.numerics.compensation import Joint, restored_constant
+from modhifi_cli.numerics.elimination import elimination
+from modhifi_cli.records import Consumer, Progress
+from modhifi_cli.tasks.gathering import Gathered
+from modhifi_cli.tasks.group_edit import Run, consumer_of, features_of, look, norm_behind, taps_of, weighted_consumers
+from modhifi_cli.tasks.impact import IMPACT_IMAGES, Impact
+
+
+def error_curves(
+    run: Run, groups: Sequence[ComponentGroup], trial: Sequence[int], curves: list[list[float]]
+) -> Iterator[Progress]:
+    """What it costs every group to lose 0, 1, 2, … components, from one walk over the network as it stands.
+
+    The shape of a curve is the group's own relative error under elimination (M10). Its scale is measured: the group
+    alone is cut to its trial width with joint weights, and the change of the logits on some calibration images is
+    set against that error. Errors of different depths then add up to one quantity, the relative error of the logits.
+    """
+    gathered: dict[str, Gathered] = {}
+    slots = {slot.module: slot for group in groups for slot in weighted_consumers(run, group)}
+    yield from look(run, tuple(slots.values()), gathered, "error curves")
+    impact = Impact(run.model, run.activations.first_images(IMPACT_IMAGES))
+    for number, (group, width) in enumerate(zip(groups, trial, strict=True)):
+        yield Progress("error curves", group.name, number, len(groups))
+        alive = run.layout.alive(group)
+        weighted = weighted_consumers(run, group)
+        consumers = [consumer_of(run, slot, alive, gathered) for slot in weighted]
+        path = elimination(consumers, keep=1)
+        width = min(max(width, 1), alive.numel() - 1) if alive.numel() > 1 else 1
+        kept = path.kept(width).cpu()
+        with impact.edited():
+            _hollow_(run, group, weighted, consumers, alive, kept)
+            moved = impact.measure()
+        local = float(path.errors[alive.numel() - width])
+        scale = moved / local if local > 0 else 1.0
+        curves.append([scale * error for error in path.errors.tolist()])
+    yield Progress("error curves", "done", len(groups), len(groups))
+
+
+def _hollow_(
+    run: Run,
+    group: ComponentGroup,
+    weighted: Sequence[Slot],
+    consumers: Sequence[Consumer],
+    alive: Tensor,
+    kept: Tensor,
+) -> None:
+    """Make the network behave as if a group were cut and repaired, without changing a shape (for a trial)."""
+    removed = torch.ones(alive.numel(), dtype=torch.bool)
+    removed[kept] = False
+    joint = Joint(ridge=1e-3)
+    for slot, consumer in zip(weighted, consumers, strict=True):
+        module = run.model.get_submodule(slot.module)
+        all_kept = torch.cat([kept, torch.arange(consumer.in_group, consumer.components)])
+        solved = joint(consumer, all_kept)
+        width = consumer.weight.shape[1] // consumer.components
+        wide = torch.zeros_like(consumer.weight)
+        wide[:, features_of(all_kept, width).to(wide.device)] = solved
+        order = features_of(torch.argsort(run.layout.input_order(slot, alive)), taps_of(module))
+        with torch.no_grad():
+            module.weight.copy_(wide[:, order.to(wide.device)].view_as(module.weight))
+        if consumer.centred:
+            constant = restored_constant(consumer, all_kept, solved)
+            norm = norm_behind(run, slot.module)
+            behind = module.bias.data if norm is None else run.model.get_submodule(norm).running_mean
+            behind.add_(constant.to(behind), alpha=1 if norm is None else -1)
+    for slot in group.consumers:
+        module = run.model.get_submodule(slot.module)
+        if not has_weight(module):
+            gone = run.layout.inputs(slot, alive[removed]).flatten().to(module.source.device)
+            module.source[torch.isin(module.source, gone)] = -1

@@ -1,0 +1,313 @@
+"""The edit of one group: gather, score, select, slice, repair, and put the BatchNorms behind it right.
+
+The network is edited in place, and everything that was done to it comes back as one `Edit`.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, has_weight
+from modhifi_cli.graph.segments import Segments
+from modhifi_cli.graph.surgery import slice_module_
+from modhifi_cli.numerics.batchnorm import output_moments
+from modhifi_cli.numerics.compensation import Joint, restored_constant
+from modhifi_cli.numerics.fidelity import joint_fidelity, layer_fidelity
+from modhifi_cli.numerics.moments import reorder
+from modhifi_cli.records import Consumer, Edit, ModuleEdit, Progress, Statistics
+from modhifi_cli.tasks.activations import Activations, set_statistics_
+from modhifi_cli.tasks.gathering import Gathered, Gathering, LayerMoments
+
+
+@dataclass
+class Run:
+    """Everything the steps share; the network in it is edited in place."""
+
+    model: nn.Module
+    segments: Segments
+    activations: Activations
+    layout: Layout
+    scoring: Callable
+    selection: Callable
+    compensation: Callable
+    reestimate: bool
+    gathering: Gathering
+    seed: int
+    stale: list[str] = field(default_factory=list)
+    refreshed: list[str] = field(default_factory=list)
+
+
+def edit_group_(
+    run: Run, ahead: Sequence[ComponentGroup], iteration: int, keep: int, result: list[Edit]
+) -> Iterator[Progress]:
+    """Score, select, cut and repair the first of the groups ahead; its edit is appended to `result` at the end."""
+    started = time.perf_counter()
+    group = ahead[0]
+    alive = run.layout.alive(group)
+    weighted = weighted_consumers(run, group)
+    gathered: dict[str, Gathered] = {}
+    if any(step.needs_statistics for step in (run.scoring, run.selection, run.compensation)):
+        yield from _gather(run, ahead, weighted, gathered)
+    gathered_at = time.perf_counter()
+    consumers = [consumer_of(run, slot, alive, gathered) for slot in weighted]
+    producers = [_filters(run, slot, alive) for slot in group.producers]
+    generator = torch.Generator().manual_seed(run.seed + 1_000_003 * iteration + 7_919 * len(ahead))
+    scores = run.scoring(consumers, [filters for filters in producers if filters is not None], generator=generator)
+    kept = run.selection(scores, consumers, keep=keep).cpu()
+    repairs = [_repair(run, consumer, kept, bool(gathered)) for consumer in consumers]
+    orders = [run.layout.input_order(slot, alive) for slot in weighted]
+
+    kept_outputs, kept_inputs = run.layout.keep_(group, kept)
+    for name in dict.fromkeys((*kept_outputs, *kept_inputs)):
+        slice_module_(
+            run.model.get_submodule(name), outputs=kept_outputs.get(name), inputs=kept_inputs.get(name)
+        )
+    changed: list[str] = []
+    for slot, consumer, repair, order in zip(weighted, consumers, repairs, orders, strict=True):
+        changed += _apply_repair_(run, slot, consumer, kept, repair, order, alone=len(weighted) == 1)
+    _mark_stale_(run, group, changed)
+    removed = torch.ones(alive.numel(), dtype=torch.bool)
+    removed[kept] = False
+    touched = dict.fromkeys((*run.refreshed, *changed))
+    modules = {edit.module: edit for edit in tensor_edits(run, touched)}
+    order = dict.fromkeys((*run.refreshed, *group.modules, *changed))
+    result.append(
+        Edit(
+            name=group.name,
+            iteration=iteration,
+            modules=tuple(
+                ModuleEdit(
+                    name,
+                    kept_outputs.get(name),
+                    kept_inputs.get(name),
+                    modules[name].tensors if name in modules else {},
+                )
+                for name in order
+            ),
+            kept=kept,
+            removed=removed.nonzero().flatten(),
+            facts=_facts(run, consumers, repairs, scores, alive.numel(), kept.numel(), started, gathered_at),
+        )
+    )
+    run.refreshed = []
+
+
+def _facts(
+    run: Run,
+    consumers: Sequence[Consumer],
+    repairs: Sequence["_Repair"],
+    scores: Any,
+    components: int,
+    kept: int,
+    started: float,
+    gathered: float,
+) -> dict[str, Any]:
+    return {
+        "components": components,
+        "kept": kept,
+        "dead_outputs": int(scores.dead_outputs),
+        **{
+            key: {
+                consumer.name: value
+                for consumer, repair in zip(consumers, repairs, strict=True)
+                if (value := getattr(repair, key)) is not None
+            }
+            for key in ("fidelity", "subset_fidelity", "ridge")
+        },
+        "rows": {consumer.name: consumer.statistics.rows for consumer in consumers},
+        "seconds": {"gathering": gathered - started, "solving": time.perf_counter() - gathered},
+        "stale_batchnorms": list(run.stale),
+    }
+
+
+def _gather(
+    run: Run, ahead: Sequence[ComponentGroup], slots: Sequence[Slot], gathered: dict[str, Gathered]
+) -> Iterator[Progress]:
+    visits = run.segments.trace.visits
+    start = _carry_to(run.segments, ahead)
+    if start is not None:
+        yield from run.activations.advance(start, stale=run.stale, item=ahead[0].name)
+        forget_refreshed_(run, before=visits[start].leave)
+    yield from look(run, slots, gathered, ahead[0].name)
+
+
+def look(run: Run, slots: Sequence[Slot], gathered: dict[str, Gathered], item: str) -> Iterator[Progress]:
+    """Gather the moments of the given consumers' inputs in one walk from where the activations stand."""
+    visits = run.segments.trace.visits
+    moments = {
+        slot.module: LayerMoments(
+            slot.module,
+            run.model.get_submodule(slot.module),
+            positions_per_image=run.gathering.positions_per_image,
+            seed=run.seed,
+            hold_out=run.compensation.wants_held_out,
+        )
+        for slot in slots
+    }
+    last = max(visits[slot.module].enter for slot in slots)
+    looks = {name: accumulator.update for name, accumulator in moments.items()}
+    yield from run.activations.walk(looks, stale=run.stale, item=item)
+    forget_refreshed_(run, before=last)
+    gathered.update({name: accumulator.result() for name, accumulator in moments.items()})
+
+
+def weighted_consumers(run: Run, group: ComponentGroup) -> tuple[Slot, ...]:
+    """The group's consumers that have weights, each once."""
+    return tuple(slot for slot in group.consumers if has_weight(run.model.get_submodule(slot.module)))
+
+
+def _carry_to(segments: Segments, groups: Sequence[ComponentGroup]) -> str | None:
+    """The last cut in front of everything that the given groups will change."""
+    visits = segments.trace.visits
+    first = min(visits[name].enter for group in groups for name in group.modules)
+    reachable = [cut for cut in segments.trace.cuts if visits[cut].leave < first]
+    return next((cut for cut in reversed(reachable) if segments.usable(cut)), None)
+
+
+def forget_refreshed_(run: Run, *, before: float = float("inf")) -> None:
+    """Strike BatchNorms that were re-estimated (they run before the given clock) off the stale list."""
+    visits = run.segments.trace.visits
+    fresh = [name for name in run.stale if visits[name].enter < before]
+    run.stale = [name for name in run.stale if name not in fresh]
+    run.refreshed.extend(name for name in fresh if name not in run.refreshed)
+
+
+def taps_of(module: nn.Module) -> int:
+    """Features per input channel of a conv or linear layer: k·k, or 1."""
+    return module.weight[0, 0].numel()
+
+
+def features_of(channels: Tensor, taps: int) -> Tensor:
+    """Feature numbers of channels, tap after tap: ``[channels × taps]``."""
+    return (channels[:, None] * taps + torch.arange(taps)).flatten()
+
+
+def consumer_of(run: Run, slot: Slot, alive: Tensor, gathered: Mapping[str, Gathered]) -> Consumer:
+    """One consumer as the numerics see it, the group's living components first."""
+    module = run.model.get_submodule(slot.module)
+    features = features_of(run.layout.input_order(slot, alive), taps_of(module))
+    weight = module.weight.detach().flatten(1).to(torch.float64)
+    mine = gathered.get(slot.module)
+    nothing = Statistics(0, torch.zeros(features.numel(), dtype=torch.float64))
+    return Consumer(
+        name=slot.module,
+        weight=weight[:, features.to(weight.device)],
+        statistics=nothing if mine is None else reorder(mine.statistics, features),
+        components=features.numel() // (taps_of(module) * slot.entries),
+        in_group=alive.numel(),
+        centred=norm_behind(run, slot.module) is not None or module.bias is not None,
+        held_out=None if mine is None or mine.held_out is None else reorder(mine.held_out, features),
+    )
+
+
+def _filters(run: Run, slot: Slot, alive: Tensor) -> Tensor | None:
+    """A producer's weights by component, ``[components, weights]`` float64; None where it has none."""
+    module = run.model.get_submodule(slot.module)
+    if not has_weight(module):
+        return None
+    outputs = run.layout.outputs(slot, alive)
+    weight = module.weight.detach().flatten(1).to(torch.float64)
+    return weight[outputs.flatten().to(weight.device)].view(alive.numel(), -1)
+
+
+def norm_behind(run: Run, name: str) -> str | None:
+    """The BatchNorm with running statistics that reads exactly this layer's output."""
+    norm = run.segments.trace.norm_of.get(name)
+    if norm is None or run.model.get_submodule(norm).running_mean is None:
+        return None
+    return norm
+
+
+@dataclass(frozen=True)
+class _Repair:
+    weight: Tensor  # [outputs, kept features], component-major
+    constant: Tensor | None  # [outputs] what the repaired layer lacks of the dense output's mean; None: leave it
+    fidelity: float | None  # of this weight; None: nothing was measured
+    subset_fidelity: float | None  # of the best weight on the same components
+    ridge: float | None  # of a joint solve
+
+
+def _repair(run: Run, consumer: Consumer, kept: Tensor, measured: bool) -> _Repair:
+    all_kept = torch.cat([kept, torch.arange(consumer.in_group, consumer.components)])
+    ridge = None
+    if isinstance(run.compensation, Joint):
+        solution = run.compensation.solve(consumer, all_kept)
+        weight, ridge = solution.weight, solution.ridge
+    else:
+        weight = run.compensation(consumer, all_kept)
+    if not measured:
+        return _Repair(weight, None, None, None, None)
+    restores = run.compensation.needs_statistics and consumer.centred  # plain slicing restores nothing
+    constant = restored_constant(consumer, all_kept, weight) if restores else None
+    best = joint_fidelity(consumer, all_kept)
+    return _Repair(weight, constant, layer_fidelity(consumer, all_kept, weight), best, ridge)
+
+
+def _apply_repair_(
+    run: Run, slot: Slot, consumer: Consumer, kept: Tensor, repair: _Repair, order: Tensor, *, alone: bool
+) -> list[str]:
+    """Write the repaired weights of one consumer, put its constant right, and say which modules have new tensors."""
+    module = run.model.get_submodule(slot.module)
+    entries = slot.entries
+    taps = taps_of(module)
+    mine = order[: consumer.in_group * entries].view(-1, entries)[kept]
+    positions = torch.cat([mine.flatten(), order[consumer.in_group * entries :]])
+    natural = features_of(torch.argsort(positions), taps)
+    weight = repair.weight[:, natural.to(repair.weight.device)]
+    with torch.no_grad():
+        module.weight.copy_(weight.view_as(module.weight))
+    changed = [slot.module]
+    norm = norm_behind(run, slot.module)
+    if norm is None:
+        if repair.constant is not None:
+            with torch.no_grad():
+                module.bias.add_(repair.constant.to(module.bias.device))
+        return changed
+    behind = run.model.get_submodule(norm)
+    if not run.reestimate:
+        if repair.constant is None:
+            return changed
+        behind.running_mean.sub_(repair.constant.to(behind.running_mean.device))
+        return [*changed, norm]
+    if alone and repair.fidelity is not None and run.gathering.positions_per_image is None:
+        # The consumer's input is what was gathered, so its output's moments follow without another forward.
+        features = torch.cat([kept, torch.arange(consumer.in_group, consumer.components)])
+        width = consumer.weight.shape[1] // consumer.components
+        inputs = reorder(consumer.statistics, features_of(features, width))
+        bias = None if module.bias is None else module.bias.detach().to(repair.weight)
+        set_statistics_(behind, output_moments(inputs, repair.weight, bias))
+        return [*changed, norm]
+    return changed
+
+
+def _mark_stale_(run: Run, group: ComponentGroup, changed: Sequence[str]) -> None:
+    """Every BatchNorm behind a consumer whose input statistics the edit has changed, unless just set exactly."""
+    if not run.reestimate:
+        return
+    trace = run.segments.trace
+    run.stale = [name for name in run.stale if name not in changed]
+    sources = [slot.module for slot in group.consumers]
+    for name in trace.visits:
+        module = run.model.get_submodule(name)
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
+            continue
+        behind = any(trace.depends(name, source) for source in sources)
+        if behind and name not in changed and name not in run.stale:
+            run.stale.append(name)
+    run.stale.sort(key=lambda name: trace.visits[name].enter)
+
+
+def tensor_edits(run: Run, names: Sequence[str]) -> tuple[ModuleEdit, ...]:
+    """Present parameters and running statistics of the named modules, as replacements."""
+    edits = []
+    for name in names:
+        module = run.model.get_submodule(name)
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        kept = ("running_mean", "running_var") if norm else ("weight", "bias")
+        tensors = {key: getattr(module, key) for key in kept if getattr(module, key, None) is not None}
+        edits.append(ModuleEdit(name, tensors={key: value.detach().cpu().clone() for key, value in tensors.items()}))
+    return tuple(edits)
