@@ -342,7 +342,9 @@ def slug(overrides: Iterable[str], *, limit: int = 80) -> str:
     if readable == exact and len(readable) <= limit:
         return readable
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
-    return f"{readable[:limit].rstrip('-._')}_{digest}"
+    if len(readable) > limit:  # cut between overrides: half a value (0.2 of 0.25) would say something else
+        readable = readable[: limit + 1].rpartition("_")[0] or readable[:limit]
+    return f"{readable.rstrip('-._')}_{digest}"
 
 
 def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:

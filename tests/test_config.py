@@ -1,5 +1,7 @@
 """Settings: checks, folder names, differences and help, without running anything."""
 
+import re
+
 import pytest
 
 from modhifi_cli import config
@@ -61,3 +63,9 @@ def test_build_binds_and_partial_waits():
     assert partial(0.5)[-1] == 0.5
     compensation = config.build({"_target_": "modhifi_cli.numerics.compensation.PerKernel", "ridge": 0.5})
     assert compensation.ridge == 0.5
+
+
+def test_a_long_folder_name_is_cut_between_settings_and_not_inside_a_value():
+    name = config.slug(["data.path=/somewhere/with/a/rather/long/name", "model=resnet50", "round_to=8", "sparsity=0.25"])
+    assert len(name) <= 80 + 9 and re.search(r"_[0-9a-f]{8}$", name)
+    assert name.rpartition("_")[0].endswith(("round_to-8", "sparsity-0.25", "model-resnet50"))

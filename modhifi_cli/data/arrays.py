@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from modhifi_cli.data.sources import ArrayImages, choose, settings_group, sha256_of_samples
+from modhifi_cli.data.sources import ArrayImages, choose, samples_wanted, settings_group, sha256_of_samples
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.records import Preprocess
 
@@ -38,7 +38,7 @@ def load(
     path: str,
     preprocess: Preprocess,
     labelled: bool,
-    num_samples: int | None = None,
+    num_samples: int | str | None = None,
     seed: int = 0,
     images_key: str | None = None,
     labels_key: str | None = None,
@@ -51,7 +51,7 @@ def load(
         path: A file, or a folder whose array files are the parts of one set, in the order of their names.
         preprocess: What the model wants.
         labelled: Whether to read labels. Without it no label array or file is opened.
-        num_samples: How many to draw; None takes all.
+        num_samples: How many to draw; None takes all, ``"auto"`` 2,000 or all where there are fewer.
         seed: Of the draw.
         images_key: Name of the images in an ``.npz`` or ``.safetensors``; None looks for the usual ones.
         labels_key: The same for labels.
@@ -76,6 +76,7 @@ def load(
             _check_images(table, layout, group)
             counts.append(table.shape[0])
     total = sum(counts)
+    num_samples = samples_wanted(total, num_samples)
     chosen = choose(total, num_samples, seed=seed, place=path)
 
     def read_images(part: Path, rows: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from modhifi_cli.data.sources import ArrayImages, choose, settings_group, sha256_of_samples
+from modhifi_cli.data.sources import ArrayImages, choose, samples_wanted, settings_group, sha256_of_samples
 from modhifi_cli.errors import ConfigError, DataError, nearest
 from modhifi_cli.records import Preprocess
 
@@ -20,7 +20,7 @@ def load(
     preprocess: Preprocess,
     labelled: bool,
     split: str = "train",
-    num_samples: int | None = None,
+    num_samples: int | str | None = None,
     seed: int = 0,
     download: bool = False,
 ) -> ArrayImages:
@@ -34,7 +34,7 @@ def load(
         preprocess: What the model wants.
         labelled: Whether labels are given.
         split: ``"train"`` (50,000) or ``"test"`` (10,000).
-        num_samples: How many to draw; None takes all.
+        num_samples: How many to draw; None takes all, ``"auto"`` 2,000 or all where there are fewer.
         seed: Of the draw.
         download: Whether torchvision may fetch the set into `path`.
 
@@ -49,6 +49,7 @@ def load(
     if split not in _SPLITS:
         raise ConfigError(f"{group}.split: unknown split '{split}', {nearest(split, _SPLITS)}")
     whole = _read(name, Path(path).expanduser(), train=split == "train", download=download, group=group)
+    num_samples = samples_wanted(len(whole.data), num_samples)
     chosen = choose(len(whole.data), num_samples, seed=seed, place=f"{name} ({split})")
     images = np.ascontiguousarray(whole.data[chosen])
     labels = np.asarray(whole.targets, dtype=np.int64)[chosen] if labelled else None

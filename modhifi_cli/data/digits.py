@@ -7,7 +7,7 @@ them, drawn once for all, are held out: `scripts/train_embedded.py` never sees t
 import numpy as np
 import torch
 
-from modhifi_cli.data.sources import ArrayImages, choose, settings_group, sha256_of_samples
+from modhifi_cli.data.sources import ArrayImages, choose, samples_wanted, settings_group, sha256_of_samples
 from modhifi_cli.errors import ConfigError, nearest
 from modhifi_cli.records import Preprocess
 
@@ -22,7 +22,7 @@ def load(
     labelled: bool,
     split: str | None = None,
     path: str | None = None,
-    num_samples: int | None = None,
+    num_samples: int | str | None = None,
     seed: int = 0,
 ) -> ArrayImages:
     """Digits of one side of the fixed split.
@@ -32,7 +32,7 @@ def load(
         labelled: Whether labels are given.
         split: ``"train"`` (1,347) or ``"test"`` (450); None is the latter with labels and else the former.
         path: Must be None; the digits lie inside scikit-learn.
-        num_samples: How many to draw; None takes all.
+        num_samples: How many to draw; None takes all, ``"auto"`` 2,000 or all where there are fewer.
         seed: Of the draw.
 
     Raises:
@@ -50,6 +50,7 @@ def load(
     if split not in _SPLITS:
         raise ConfigError(f"{group}.split: unknown split '{split}', {nearest(split, _SPLITS)}")
     images, labels = read(split)
+    num_samples = samples_wanted(len(images), num_samples)
     chosen = choose(len(images), num_samples, seed=seed, place=f"digits ({split})")
     images = images[chosen]
     protocol = {

@@ -16,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from modhifi_cli.data.sources import ArrayImages, FileImages, choose, decode, settings_group, sha256_of_samples
+from modhifi_cli.data.sources import (
+    ArrayImages,
+    FileImages,
+    choose,
+    decode,
+    samples_wanted,
+    settings_group,
+    sha256_of_samples,
+)
 from modhifi_cli.errors import ConfigError, DataError, nearest
 from modhifi_cli.records import ImageSource, Preprocess
 
@@ -32,7 +40,7 @@ def load(
     path: str,
     preprocess: Preprocess,
     labelled: bool,
-    num_samples: int | None = None,
+    num_samples: int | str | None = None,
     seed: int = 0,
     skip_corrupt: bool = False,
     class_order: str = "auto",
@@ -44,7 +52,7 @@ def load(
         path: The folder.
         preprocess: What the model wants.
         labelled: Whether to read labels. Without it the labels file is not opened.
-        num_samples: How many to draw; None takes all. Images that are skipped are replaced by the next of the draw.
+        num_samples: How many to draw; None takes all, ``"auto"`` 2,000 or all where there are fewer. Images that are skipped are replaced by the next of the draw.
         seed: Of the draw.
         skip_corrupt: Whether images that cannot be decoded are left out and counted in the protocol; otherwise the
             first one is an error.
@@ -68,6 +76,7 @@ def load(
     root = Path(path).expanduser()
     files = _find(root, group)
     labels = _labels(root, files, class_order, labels_path) if labelled else None
+    num_samples = samples_wanted(len(files), num_samples)
     drawn = choose(len(files), num_samples, seed=seed, place=path)
     wanted = len(drawn)
     if skip_corrupt and num_samples is not None:

@@ -23,6 +23,10 @@ from modhifi_cli.records import Preprocess
 _DECODERS = 4  # Threads; PIL lets go of the interpreter lock while it decodes.
 
 
+# ModHiFi, arXiv:2511.19566: 2 % of 100,000 synthetic images.
+PAPER_SAMPLES = 2000
+
+
 @dataclass(frozen=True)
 class ArrayImages:
     """Images held in memory; an `ImageSource`.
@@ -94,6 +98,18 @@ def settings_group(*, labelled: bool) -> str:
     return "evaluation_data" if labelled else "data"
 
 
+def samples_wanted(available: int, num_samples: int | str | None) -> int | None:
+    """What ``num_samples="auto"`` means here: 2,000 as in the paper, or all (None) where there are no more than that.
+
+    Args:
+        available: How many samples there are.
+        num_samples: A number or None, which are returned as they are, or ``"auto"``.
+    """
+    if num_samples != "auto":
+        return num_samples
+    return PAPER_SAMPLES if available > PAPER_SAMPLES else None
+
+
 def choose(available: int, num_samples: int | None, *, seed: int, place: str) -> np.ndarray:
     """Which samples to take: a seeded draw without replacement, or all of them in their own order.
 
@@ -114,12 +130,12 @@ def choose(available: int, num_samples: int | None, *, seed: int, place: str) ->
         return np.arange(available, dtype=np.int64)
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ConfigError(
-            f"num_samples: expected a whole number above 0, or null for all images, got {num_samples!r}."
+            f"num_samples: expected a whole number above 0, auto, or null for all images, got {num_samples!r}."
         )
     if num_samples > available:
         raise DataError(
             f"{place}: num_samples={num_samples} asked for, but there are {available} images; "
-            f"set num_samples={available} or less, or null for all."
+            f"set num_samples to {available} or less, or to auto or null for all."
         )
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(available, generator=generator)[:num_samples].numpy()

@@ -67,7 +67,7 @@ class BatchNormMoments:
         if not torch.isfinite(self._sum).all():
             raise NumericsError(
                 f"{self._name}: every input value must be finite, got NaN or infinity in this layer's activations; "
-                f"check the weights and the preprocessing, or run with runtime=cpu in float32."
+                f"check the weights and the preprocessing, or try runtime.dtype=float64."
             )
         self._rows += maps.shape[0] * maps.shape[2]
 

@@ -415,7 +415,7 @@ def _refuse_not_finite(sums: Tensor, name: str) -> None:
     if not torch.isfinite(sums).all():
         raise NumericsError(
             f"{name}: every input value must be finite, got NaN or infinity in this layer's activations; check the "
-            f"weights and the preprocessing, or run with runtime=cpu in float32."
+            f"weights and the preprocessing, or try runtime.dtype=float64."
         )
 
 

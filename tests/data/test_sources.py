@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modhifi_cli.data.sources import ArrayImages, choose, decode, normalise, prepare_pixels
+from modhifi_cli.data.sources import ArrayImages, choose, decode, normalise, prepare_pixels, samples_wanted
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.records import Preprocess
 
@@ -29,13 +29,13 @@ def test_all_samples_keep_their_own_order():
 
 
 def test_more_samples_than_there_are_is_told():
-    with pytest.raises(DataError, match="here: num_samples=6 asked for, but there are 5 images; set num_samples=5"):
+    with pytest.raises(DataError, match="here: num_samples=6 asked for, but there are 5 images; set num_samples to 5"):
         choose(5, 6, seed=0, place="here")
 
 
 @pytest.mark.parametrize("count", [0, -3, 2.5, "many", True])
 def test_a_count_that_is_none_is_told(count):
-    with pytest.raises(ConfigError, match="num_samples: expected a whole number above 0, or null"):
+    with pytest.raises(ConfigError, match="num_samples: expected a whole number above 0, auto, or null"):
         choose(5, count, seed=0, place="here")
 
 
@@ -102,3 +102,9 @@ def test_batches_cover_everything_in_order_and_repeat():
         assert [len(inputs) for inputs, _ in batches] == [3, 3, 1]
         assert torch.cat([labels for _, labels in batches]).tolist() == list(range(7))
         assert torch.equal(torch.cat([inputs for inputs, _ in batches]), next(source.batches(7))[0])
+
+
+def test_auto_takes_the_papers_number_or_all_there_are():
+    assert samples_wanted(2001, "auto") == 2000
+    assert samples_wanted(2000, "auto") is None and samples_wanted(3, "auto") is None
+    assert samples_wanted(3, 7) == 7 and samples_wanted(3, None) is None
