@@ -11,36 +11,34 @@ from modhifi_cli.numerics.elimination import elimination
 from modhifi_cli.records import Consumer, Progress
 from modhifi_cli.tasks.gathering import Gathered
 from modhifi_cli.tasks.group_edit import Run, consumer_of, features_of, look, norm_behind, taps_of, weighted_consumers
-from modhifi_cli.tasks.impact import IMPACT_IMAGES, Impact
+from modhifi_cli.tasks.impact import TRIAL_DEPTHS, Impact, images_for, scaled_curve
 
 
-def error_curves(
-    run: Run, groups: Sequence[ComponentGroup], trial: Sequence[int], curves: list[list[float]]
-) -> Iterator[Progress]:
+def error_curves(run: Run, groups: Sequence[ComponentGroup], curves: list[list[float]]) -> Iterator[Progress]:
     """What it costs every group to lose 0, 1, 2, … components, from one walk over the network as it stands.
 
-    The shape of a curve is the group's own relative error under elimination (M10). Its scale is measured: the group
-    alone is cut to its trial width with joint weights, and the change of the logits on some calibration images is
-    set against that error. Errors of different depths then add up to one quantity, the relative error of the logits.
+    The shape of a curve is the group's own relative error under elimination (M10). Its scale is measured at a few
+    depths: the group alone is cut there with joint weights, and the change of the logits on some calibration images is
+    set against the group's error. Errors of different groups then add up to one quantity, the relative error of the
+    logits.
     """
     gathered: dict[str, Gathered] = {}
     slots = {slot.module: slot for group in groups for slot in weighted_consumers(run, group)}
     yield from look(run, tuple(slots.values()), gathered, "error curves")
-    impact = Impact(run.model, run.activations.first_images(IMPACT_IMAGES))
-    for number, (group, width) in enumerate(zip(groups, trial, strict=True)):
+    impact = Impact(run.model, run.activations.first_images(images_for(run.activations.samples)))
+    for number, group in enumerate(groups):
         yield Progress("error curves", group.name, number, len(groups))
         alive = run.layout.alive(group)
         weighted = weighted_consumers(run, group)
         consumers = [consumer_of(run, slot, alive, gathered) for slot in weighted]
         path = elimination(consumers, keep=1)
-        width = min(max(width, 1), alive.numel() - 1) if alive.numel() > 1 else 1
-        kept = path.kept(width).cpu()
-        with impact.edited():
-            _hollow_(run, group, weighted, consumers, alive, kept)
-            moved = impact.measure()
-        local = float(path.errors[alive.numel() - width])
-        scale = moved / local if local > 0 else 1.0
-        curves.append([scale * error for error in path.errors.tolist()])
+        depths = sorted({min(max(round(alive.numel() * share), 1), alive.numel() - 1) for share in TRIAL_DEPTHS})
+        moved = {}
+        for depth in depths if alive.numel() > 1 else ():
+            with impact.edited():
+                _hollow_(run, group, weighted, consumers, alive, path.kept(alive.numel() - depth).cpu())
+                moved[depth] = impact.measure()
+        curves.append(scaled_curve(path.errors.tolist(), moved))
     yield Progress("error curves", "done", len(groups), len(groups))
 
 

@@ -18,7 +18,6 @@ from modhifi_cli.graph.dependency import find_groups
 from modhifi_cli.graph.law import lawful
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_
-from modhifi_cli.numerics.allocation import Uniform
 from modhifi_cli.records import Edit, ImageSource, Progress
 from modhifi_cli.tasks.activations import Activations
 from modhifi_cli.tasks.classifier import DenseLogits, find_classifier, refit_classifier_
@@ -199,8 +198,7 @@ def prune_(
         yield from aims.gather(run.activations)
     curves: list[list[float]] = []
     if allocation.needs_curves:
-        trial = Uniform()(sizes, sizes, lambda keep: costs.removed_share(keep, target), sparsity=shares[0], step=1)
-        yield from error_curves(run, groups, trial, curves)
+        yield from error_curves(run, groups, curves)
     final = widths(shares[-1], sizes, curves)
     yield Plan(
         _planned(groups, final),
@@ -216,9 +214,7 @@ def prune_(
         run.activations.restart()
         if allocation.needs_curves and iteration:
             curves = []
-            now = [run.layout.alive(group).numel() for group in groups]
-            trial = Uniform()(sizes, now, lambda keep: costs.removed_share(keep, target), sparsity=share, step=1)
-            yield from error_curves(run, groups, trial, curves)
+            yield from error_curves(run, groups, curves)
         keep = widths(share, [run.layout.alive(group).numel() for group in groups], curves)
         for number, group in enumerate(groups):
             yield Progress("groups", group.name, iteration * len(groups) + number, total)

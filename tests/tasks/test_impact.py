@@ -2,13 +2,14 @@
 
 import copy
 
+import pytest
 import torch
 
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.numerics.allocation import Global
 from modhifi_cli.numerics.compensation import Joint
 from modhifi_cli.numerics.selection import Greedy
-from modhifi_cli.tasks.impact import Impact
+from modhifi_cli.tasks.impact import Impact, images_for, scaled_curve
 from tests.tasks.test_prune import run, setting
 
 
@@ -60,3 +61,20 @@ def test_an_uneven_run_resumes_to_the_same_weights_and_meets_its_budget():
     run(again, images, iterations=2, done=edits[: len(edits) // 2], **settings)
     assert weights_hash(again) == weights_hash(model)
     assert abs(events[-1].achieved["params"] - 0.4) < 0.1
+
+
+def test_a_scaled_curve_meets_the_measurements_and_never_falls():
+    errors = [0.0, 0.01, 0.04, 0.09, 0.16, 0.25]
+    curve = scaled_curve(errors, {1: 0.02, 4: 0.12})
+    assert curve[0] == 0 and curve[1] == pytest.approx(0.02) and curve[4] == pytest.approx(0.12)
+    assert curve[5] == pytest.approx(0.25 * 0.75)  # behind the last depth its scale goes on
+    assert all(after >= before for before, after in zip(curve, curve[1:], strict=False))
+
+
+def test_without_a_usable_measurement_the_curve_stays():
+    assert scaled_curve([0.0, 0.1, 0.4], {}) == [0.0, 0.1, 0.4]
+    assert scaled_curve([0.0, 0.0, 0.4], {1: 0.2}) == [0.0, 0.0, 0.4]
+
+
+def test_trials_run_on_a_sixteenth_of_the_images_within_bounds():
+    assert [images_for(count) for count in (10, 1024, 100_000)] == [32, 64, 256]
