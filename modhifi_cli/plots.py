@@ -121,7 +121,7 @@ def group_errors(
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set_xlabel("relative error of what reads the group, summed over its readers (share of their output energy)")
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=11, pad=26)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, ncols=2)

@@ -14,13 +14,15 @@ from modhifi_cli.tasks.group_edit import Run, consumer_of, features_of, look, no
 from modhifi_cli.tasks.impact import TRIAL_DEPTHS, Impact, images_for, scaled_curve
 
 
-def error_curves(run: Run, groups: Sequence[ComponentGroup], curves: list[list[float]]) -> Iterator[Progress]:
+def error_curves(
+    run: Run, groups: Sequence[ComponentGroup], curves: list[list[float]], shapes: list[list[float]]
+) -> Iterator[Progress]:
     """What it costs every group to lose 0, 1, 2, … components, from one walk over the network as it stands.
 
     The shape of a curve is the group's own relative error under elimination (M10). Its scale is measured at a few
     depths: the group alone is cut there with joint weights, and the change of the logits on some calibration images is
     set against the group's error. Errors of different groups then add up to one quantity, the relative error of the
-    logits.
+    logits. Both are appended, for each group: to `curves` on the logits' scale, to `shapes` as they are.
     """
     gathered: dict[str, Gathered] = {}
     slots = {slot.module: slot for group in groups for slot in weighted_consumers(run, group)}
@@ -38,7 +40,8 @@ def error_curves(run: Run, groups: Sequence[ComponentGroup], curves: list[list[f
             with impact.edited():
                 _hollow_(run, group, weighted, consumers, alive, path.kept(alive.numel() - depth).cpu())
                 moved[depth] = impact.measure()
-        curves.append(scaled_curve(path.errors.tolist(), moved))
+        shapes.append(path.errors.tolist())
+        curves.append(scaled_curve(shapes[-1], moved))
     yield Progress("error curves", "done", len(groups), len(groups))
 
 

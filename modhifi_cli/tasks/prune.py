@@ -50,12 +50,14 @@ class Plan:
         predicted: Share that the widths remove: ``{"params": …, "flops": …, "components": …}``, 0 … 1.
         predicted_error: Group → relative error of its consumers, summed over them, that its width costs on the dense
             network with the best subset and joint weights; empty unless error curves were asked for.
+        predicted_impact: Group → squared change of the logits as a share of their variance if it alone is cut so.
     """
 
     groups: tuple[PlannedGroup, ...]
     refused: tuple[Refusal, ...]
     predicted: Mapping[str, float]
     predicted_error: Mapping[str, float] = field(default_factory=dict)
+    predicted_impact: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -197,14 +199,16 @@ def prune_(
         aims = DenseLogits(find_classifier(model, example))
         yield from aims.gather(run.activations)
     curves: list[list[float]] = []
+    shapes: list[list[float]] = []
     if allocation.needs_curves:
-        yield from error_curves(run, groups, curves)
+        yield from error_curves(run, groups, curves, shapes)
     final = widths(shares[-1], sizes, curves)
     yield Plan(
         _planned(groups, final),
         refused,
         {name: costs.removed_share(final, name) for name in TARGETS},
-        {g.name: c[g.components - k] for g, c, k in zip(groups, curves, final, strict=True)} if curves else {},
+        _at_widths(groups, shapes, final),
+        _at_widths(groups, curves, final),
     )
 
     waiting = list(done)
@@ -214,7 +218,7 @@ def prune_(
         run.activations.restart()
         if allocation.needs_curves and iteration:
             curves = []
-            yield from error_curves(run, groups, curves)
+            yield from error_curves(run, groups, curves, [])
         keep = widths(share, [run.layout.alive(group).numel() for group in groups], curves)
         for number, group in enumerate(groups):
             yield Progress("groups", group.name, iteration * len(groups) + number, total)
@@ -289,6 +293,15 @@ def free_memory() -> float:
         return float(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return 8e9  # systems without /proc: a modest laptop
+
+
+def _at_widths(
+    groups: Sequence[ComponentGroup], curves: Sequence[Sequence[float]], keep: Sequence[int]
+) -> dict[str, float]:
+    """Where each group's curve stands at its width; nothing where there are no curves."""
+    if not curves:
+        return {}
+    return {g.name: curve[g.components - kept] for g, curve, kept in zip(groups, curves, keep, strict=True)}
 
 
 def _planned(groups: Sequence[ComponentGroup], keep: Sequence[int]) -> tuple[PlannedGroup, ...]:

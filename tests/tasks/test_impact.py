@@ -45,11 +45,15 @@ def test_predicted_errors_say_what_a_lone_cut_does_to_the_logits():
     dense = copy.deepcopy(model)
     settings = {"selection": Greedy(against_scores=False), "compensation": Joint(ridge=1e-3), "batchnorm": "stored"}
     edits, events = run(model, images, sparsity=0.3, allocation=Global(), exclude=["conv"], **settings)
-    predicted = next(event for event in events if hasattr(event, "predicted_error")).predicted_error
+    plan = next(event for event in events if hasattr(event, "predicted_impact"))
+    predicted = plan.predicted_impact
     assert set(predicted) == {"hidden"} and [edit.name for edit in edits] == ["hidden"]
     logits = dense(images.images).detach()
     moved = float((model(images.images).detach() - logits).square().sum() / (logits - logits.mean(0)).square().sum())
     assert 0.5 * moved < predicted["hidden"] < 2 * moved
+    # and the error at the group's own reader, before the cut and after it
+    measured = 1 - edits[0].facts["fidelity"]["head"]
+    assert plan.predicted_error["hidden"] == pytest.approx(measured, rel=0.1)
 
 
 def test_an_uneven_run_resumes_to_the_same_weights_and_meets_its_budget():
