@@ -54,7 +54,6 @@ class PerKernel:
     towards: str = "weights"
     needs_statistics: ClassVar[bool] = True
     wants_held_out: ClassVar[bool] = False
-    wants_held_out: ClassVar[bool] = False
 
     def __post_init__(self):
         if not (math.isfinite(self.ridge) and self.ridge >= 0):

@@ -10,7 +10,16 @@ from modhifi_cli.numerics.compensation import Joint, restored_constant
 from modhifi_cli.numerics.elimination import elimination
 from modhifi_cli.records import Consumer, Progress
 from modhifi_cli.tasks.gathering import Gathered
-from modhifi_cli.tasks.group_edit import Run, consumer_of, features_of, look, norm_behind, taps_of, weighted_consumers
+from modhifi_cli.tasks.group_edit import (
+    Run,
+    consumer_of,
+    features_of,
+    look,
+    norm_behind,
+    weighted_consumers,
+    with_others,
+    write_weight_,
+)
 from modhifi_cli.tasks.impact import TRIAL_DEPTHS, Impact, images_for, scaled_curve
 
 
@@ -59,14 +68,12 @@ def _hollow_(
     joint = Joint(ridge=1e-3)
     for slot, consumer in zip(weighted, consumers, strict=True):
         module = run.model.get_submodule(slot.module)
-        all_kept = torch.cat([kept, torch.arange(consumer.in_group, consumer.components)])
+        all_kept = with_others(consumer, kept)
         solved = joint(consumer, all_kept)
         width = consumer.weight.shape[1] // consumer.components
         wide = torch.zeros_like(consumer.weight)
         wide[:, features_of(all_kept, width).to(wide.device)] = solved
-        order = features_of(torch.argsort(run.layout.input_order(slot, alive)), taps_of(module))
-        with torch.no_grad():
-            module.weight.copy_(wide[:, order.to(wide.device)].view_as(module.weight))
+        write_weight_(module, wide, run.layout.input_order(slot, alive))
         if consumer.centred:
             constant = restored_constant(consumer, all_kept, solved)
             norm = norm_behind(run, slot.module)

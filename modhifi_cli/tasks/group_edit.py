@@ -204,6 +204,24 @@ def consumer_of(run: Run, slot: Slot, alive: Tensor, gathered: Mapping[str, Gath
     )
 
 
+def with_others(consumer: Consumer, kept: Tensor) -> Tensor:
+    """Kept components of the consumer's whole input: those of the group, then all that are not the group's."""
+    return torch.cat([kept, torch.arange(consumer.in_group, consumer.components)])
+
+
+def write_weight_(module: nn.Module, weight: Tensor, channels: Tensor) -> None:
+    """Give a conv or linear layer a weight whose features are ordered by component, in place.
+
+    Args:
+        module: The layer, already of the right width.
+        weight: ``[outputs, features]`` float64, the features of ``channels[0]`` first.
+        channels: A number for each input channel in that order, ``[channels]``; their ranks are the positions.
+    """
+    natural = features_of(torch.argsort(channels), taps_of(module))
+    with torch.no_grad():
+        module.weight.copy_(weight[:, natural.to(weight.device)].view_as(module.weight))
+
+
 def _filters(run: Run, slot: Slot, alive: Tensor) -> Tensor | None:
     """A producer's weights by component, ``[components, weights]`` float64; None where it has none."""
     module = run.model.get_submodule(slot.module)
@@ -232,7 +250,7 @@ class _Repair:
 
 
 def _repair(run: Run, consumer: Consumer, kept: Tensor, measured: bool) -> _Repair:
-    all_kept = torch.cat([kept, torch.arange(consumer.in_group, consumer.components)])
+    all_kept = with_others(consumer, kept)
     ridge = None
     if isinstance(run.compensation, Joint):
         solution = run.compensation.solve(consumer, all_kept)
@@ -253,13 +271,9 @@ def _apply_repair_(
     """Write the repaired weights of one consumer, put its constant right, and say which modules have new tensors."""
     module = run.model.get_submodule(slot.module)
     entries = slot.entries
-    taps = taps_of(module)
     mine = order[: consumer.in_group * entries].view(-1, entries)[kept]
     positions = torch.cat([mine.flatten(), order[consumer.in_group * entries :]])
-    natural = features_of(torch.argsort(positions), taps)
-    weight = repair.weight[:, natural.to(repair.weight.device)]
-    with torch.no_grad():
-        module.weight.copy_(weight.view_as(module.weight))
+    write_weight_(module, repair.weight, positions)
     changed = [slot.module]
     norm = norm_behind(run, slot.module)
     if norm is None:
@@ -275,9 +289,8 @@ def _apply_repair_(
         return [*changed, norm]
     if alone and repair.fidelity is not None and run.gathering.positions_per_image is None:
         # The consumer's input is what was gathered, so its output's moments follow without another forward.
-        features = torch.cat([kept, torch.arange(consumer.in_group, consumer.components)])
         width = consumer.weight.shape[1] // consumer.components
-        inputs = reorder(consumer.statistics, features_of(features, width))
+        inputs = reorder(consumer.statistics, features_of(with_others(consumer, kept), width))
         bias = None if module.bias is None else module.bias.detach().to(repair.weight)
         set_statistics_(behind, output_moments(inputs, repair.weight, bias))
         return [*changed, norm]

@@ -317,3 +317,18 @@ def test_a_network_without_a_linear_classifier_cannot_be_refitted():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(UnsupportedModelError, match="classifier=refit: the logits of Sequential do not come straight"):
         run(model.eval(), Images(torch.randn(8, 3, 16, 16)), classifier="refit")
+
+
+@pytest.mark.parametrize(
+    ("setting_", "message"),
+    [
+        ({"target": "memory"}, "target must be one of params, flops, components, got 'memory'"),
+        ({"batchnorm": "train"}, "batchnorm must be 'reestimate' or 'stored', got 'train'"),
+        ({"classifier": "train"}, "classifier must be 'keep' or 'refit', got 'train'"),
+        ({"round_to": 0}, "round_to and batch_size must be at least 1, got 0 and 8"),
+    ],
+)
+def test_settings_out_of_range_are_named(setting_, message):
+    model, images = setting("option_a", count=4)
+    with pytest.raises(ConfigError, match=message):
+        run(model, images, **setting_)
