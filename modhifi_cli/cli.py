@@ -80,15 +80,15 @@ def _run(words: list[str]) -> int:
 
 def _sweep(verb: str, overrides: Sequence[str], flags: Sequence[str]) -> int:
     """A sweep in a folder that its overrides name, so that the same command finds its finished jobs again."""
-    from modhifi_cli import pipeline
+    from modhifi_cli.verbs import sweeps
 
     given = dict(word.partition("=")[::2] for word in overrides)
     named = [word for word in overrides if not word.startswith(("hydra", "console", "output_dir="))]
     folder = Path(given.get("output_dir", "outputs").strip("'\"")) / "sweeps" / f"{verb}_{config.slug(named)}"
-    pipeline.begin_sweep(folder)
+    sweeps.begin_sweep(folder)
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.run_hydra(verb, [*overrides, f"hydra.sweep.dir='{quoted}'", *flags], job)
-    return USER_ERROR if pipeline.summarise_sweep(folder, given.get("console", "rich")) else 0
+    return USER_ERROR if sweeps.summarise_sweep(folder, given.get("console", "rich")) else 0
 
 
 def job(composed: Any) -> None:
@@ -96,15 +96,16 @@ def job(composed: Any) -> None:
 
     In a sweep a failure is written to the job's record and the sweep goes on; otherwise `main` reports it.
     """
-    from modhifi_cli import pipeline
+    from modhifi_cli import verbs
+    from modhifi_cli.verbs import sweeps
 
     facts = config.job_facts()
     if facts["sweep"] is not None:
-        pipeline.run_sweep_job(composed, facts)
+        sweeps.run_sweep_job(composed, facts)
         _release_memory()
         return
     try:
-        pipeline.run(facts["verb"], config.settings(facts["verb"], composed), facts)
+        verbs.run(facts["verb"], config.settings(facts["verb"], composed), facts)
     except Exception as error:
         _outcome.append(error)
 

@@ -24,7 +24,7 @@ from modhifi_cli import artifacts, config, plots, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, ModHiFiError, nearest
 from modhifi_cli.evaluation.forward import RememberedLogits
-from modhifi_cli.records import ImageSource, LoadedModel, Measurement, Preprocess, Progress
+from modhifi_cli.records import ImageSource, LoadedModel, Measurement, Progress
 
 _SHARED = ("model", "data", "evaluation_data", "evaluation", "target", "runtime", "export", "console", "output_dir")
 _SET_HERE = {
@@ -69,7 +69,7 @@ class Shared:
         settings: Of the comparison.
         load: Settings → loaded network, calibration images, evaluation images.
         source: (settings, key, preprocess, labelled=…) → images.
-        measure: As `pipeline._measure`.
+        measure: As `verbs.pieces.measure`.
         device: Where to measure.
         dtype: Of the networks.
         kept: File of the dense measurements.

@@ -7,11 +7,12 @@ import re
 import pytest
 import torch
 
-from modhifi_cli import artifacts, config, pipeline
+from modhifi_cli import artifacts, config
 from modhifi_cli.cli import main
 from modhifi_cli.errors import NumericsError
 from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.reports import comparison_page, comparison_rows, comparison_table, csv_text
+from modhifi_cli.verbs import prune as verb
 
 SMALL = ["data.num_samples=32", "evaluation=[top1,agreement]", "evaluation_data.num_samples=60", "console=plain"]
 GRID = ["methods=[magnitude,paper]", "budgets=[0.4]", "seeds=[0,1]"]
@@ -42,7 +43,7 @@ class Runs:
     def __init__(self, monkeypatch):
         self.made: list[str] = []
         self.ends: dict[str, BaseException] = {}
-        edit = pipeline._edit_
+        edit = verb._edit_
 
         def edit_(model, settings, *rest):
             name = rest[3].final.name  # the run's place
@@ -52,7 +53,7 @@ class Runs:
                     raise error
             return edit(model, settings, *rest)
 
-        monkeypatch.setattr(pipeline, "_edit_", edit_)
+        monkeypatch.setattr(verb, "_edit_", edit_)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 
-from modhifi_cli import artifacts, load_model, pipeline
+from modhifi_cli import artifacts, load_model
 from modhifi_cli.cli import main
 from modhifi_cli.errors import DataError
 from modhifi_cli.graph.surgery import weights_hash
+from modhifi_cli.verbs import pieces
 
 SMALL = ["data.num_samples=64", "evaluation=[top1]", "evaluation_data.num_samples=100", "console=plain"]
 
@@ -106,7 +107,7 @@ def test_a_run_interrupted_at_its_last_batchnorms_or_while_measuring_goes_on(her
         assert prune(*words) == 130
     folder = only_run(here)
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_measure", stop)
+        patched.setattr(pieces, "measure", stop)
         assert prune(*words, f"resume={folder}") == 130
     assert len(list((folder / "edits").iterdir())) == 10
     assert prune(*words, f"resume={folder}") == 0
@@ -192,7 +193,7 @@ def test_a_run_that_fails_after_an_edit_says_where_its_edits_lie(here, monkeypat
         raise DataError("no space")
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_save", fail)
+        patched.setattr(pieces, "save_network", fail)
         assert prune("sparsity=0.4") == 2
     folder = only_run(here)
     assert f"resume={folder.relative_to(here)}" in capsys.readouterr().out
@@ -313,9 +314,9 @@ def test_a_job_beside_others_takes_its_card_by_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     settings = {"runtime": {"device": "cuda"}}
-    cards = [pipeline._with_device(settings, {"parallel": True, "number": n})["runtime"]["device"] for n in range(5)]
+    cards = [pieces.with_device(settings, {"parallel": True, "number": n})["runtime"]["device"] for n in range(5)]
     assert cards == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0"]
-    assert pipeline._with_device(settings, {"parallel": False, "number": 3})["runtime"]["device"] == "cuda"
+    assert pieces.with_device(settings, {"parallel": False, "number": 3})["runtime"]["device"] == "cuda"
 
 
 WRONG = {

@@ -1,0 +1,54 @@
+"""`modhifi evaluate`: measure a saved run or a dense network again."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modhifi_cli import artifacts, config, reports
+from modhifi_cli.console import Console
+from modhifi_cli.verbs import pieces
+
+
+def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
+    asked, settings = settings, dict(settings)
+    device = pieces.device_of(settings)
+    models: dict[str, nn.Module] = {}
+    if settings["run"] is None:
+        loaded = config.build(settings["model"])
+        models["dense"] = loaded.model
+    else:
+        saved = artifacts.run_folder(settings["run"])
+        before = pieces.settings_of(saved)
+        for key in ("data", "evaluation_data"):
+            settings.setdefault(key, before.get(key))
+        loaded = artifacts.load_saved(saved)
+        if settings["measure_dense"]:
+            models["dense"] = config.build(before["model"]).model
+        models["pruned"] = loaded.model
+    models = {name: model.to(device=device, dtype=pieces.dtype_of(settings)) for name, model in models.items()}
+    calibration = pieces.image_source(settings, "data", loaded.preprocess, labelled=False)
+    evaluation = pieces.image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)
+    measurements = pieces.measure(settings, models, calibration, evaluation, loaded.preprocess, device, console)
+    place = artifacts.RunDirectory.create(folder or pieces.new_folder("evaluate", loaded.name, settings, facts))
+    command = pieces.command_line("evaluate", facts["overrides"])
+    artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(asked)))
+    artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
+    results = {
+        "format_version": artifacts.FORMAT_VERSION,
+        "verb": "evaluate",
+        "model": loaded.name,
+        "weights": loaded.weights,
+        "measurements": artifacts.measurements_to_json(measurements),
+    }
+    artifacts.write_json(place.path / "results.json", results)
+    text = reports.markdown_report(
+        title=f"{loaded.name}, measured", asked={}, achieved={}, measurements=measurements, repeat=command
+    )
+    artifacts.write_text(place.path / "report.md", text)
+    final = place.finish(edits=False)
+    pieces.show_measurements(console, measurements)
+    console.note(f"results lie in {final}")
+    console.result({"folder": str(final), "measurements": results["measurements"]})
+    return final

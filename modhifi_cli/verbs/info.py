@@ -1,0 +1,49 @@
+"""`modhifi info`: the groups of coupled channels of a network and what hangs on each."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modhifi_cli import config
+from modhifi_cli.console import Console
+from modhifi_cli.verbs import pieces
+
+
+def info(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> None:
+    from modhifi_cli.graph.counting import CostModel
+    from modhifi_cli.tasks.prune import discover
+
+    loaded = config.build(settings["model"])
+    example = pieces.example_inputs(loaded.preprocess, 2)
+    _, groups, refused = discover(loaded.model, example, exclude=tuple(settings["exclude"]))
+    cost = CostModel(loaded.model, example[:1], groups)
+    sizes = [group.components for group in groups]
+    rows = []
+    for number, group in enumerate(groups):
+        without = cost.counts([*sizes[:number], 0, *sizes[number + 1 :]])
+        rows.append(
+            {
+                "group": group.name,
+                "components": group.components,
+                "producers": [slot.module for slot in group.producers],
+                "consumers": [slot.module for slot in group.consumers],
+                "parameters": cost.dense.parameters - without.parameters,
+                "MACs": cost.dense.macs - without.macs,
+            }
+        )
+    console.note(
+        f"{loaded.name}: {cost.dense.parameters:,} parameters, {cost.dense.macs:,} MACs for one image, {loaded.weights}"
+    )
+    console.table("groups of coupled components, with what hangs on each", rows)
+    for refusal in refused:
+        console.note(f"left alone: {refusal.name}: {refusal.reason}")
+    console.result(
+        {
+            "model": loaded.name,
+            "parameters": cost.dense.parameters,
+            "macs": cost.dense.macs,
+            "groups": rows,
+            "refused": [dataclasses.asdict(refusal) for refusal in refused],
+        }
+    )

@@ -1,0 +1,218 @@
+"""What several verbs need: sources, measuring, saving, devices, folder names and the settings of earlier runs."""
+
+import contextlib
+import copy
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli import artifacts, comparison, config, reports
+from modhifi_cli.console import Console
+from modhifi_cli.errors import ConfigError, DataError, NumericsError
+from modhifi_cli.records import ImageSource, LoadedModel, Measurement, Preprocess
+
+_NOT_COMPARED = ("resume", "console", "output_dir")  # settings that may differ between a run and its continuation
+_VERIFICATION_IMAGES = 4
+
+def sources(settings: Mapping[str, Any]) -> tuple[LoadedModel, ImageSource, ImageSource | None]:
+    if settings["data"] is None:
+        name = settings["model"].get("name", "this model")
+        raise ConfigError(
+            f"{name} brings no images of its own: give unlabelled calibration images with data=folder "
+            "data.path=FOLDER, data=arrays data.path=FILE, data=cifar10 or data=cifar100."
+        )
+    loaded = config.build(settings["model"])
+    calibration = image_source(settings, "data", loaded.preprocess, labelled=False)
+    assert calibration is not None
+    return loaded, calibration, image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)
+
+
+def image_source(
+    settings: Mapping[str, Any], key: str, preprocess: Preprocess, *, labelled: bool
+) -> ImageSource | None:
+    node = settings.get(key)
+    if node is None:
+        return None
+    source = config.build(node)(preprocess=preprocess, labelled=labelled)
+    return source if settings["runtime"]["dtype"] == "float32" else _Cast(source, dtype_of(settings))
+
+
+class _Cast:
+    """An image source whose batches have the dtype that the run computes in."""
+
+    def __init__(self, source: ImageSource, dtype: torch.dtype) -> None:
+        self._source, self._dtype, self.protocol = source, dtype, source.protocol
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for images, labels in self._source.batches(batch_size):
+            yield images.to(self._dtype), labels
+
+
+def measure(
+    settings: Mapping[str, Any],
+    models: Mapping[str, nn.Module],
+    calibration: ImageSource | None,
+    evaluation: ImageSource | None,
+    preprocess: Preprocess,
+    device: torch.device,
+    console: Console,
+    shared: comparison.Shared | None = None,
+) -> tuple[Measurement, ...]:
+    """Everything that the settings ask for; within a comparison the dense network is measured once for all cells."""
+    found: list[Measurement] = [] if shared is None else list(shared.dense(console))
+    for name, node in settings["evaluation"].items():
+        found += config.build(node)(
+            models=models if shared is None else shared.models(name, models),
+            evaluation_data=evaluation,
+            calibration_data=calibration,
+            example=example_inputs(preprocess, 1).to(device=device, dtype=dtype_of(settings)),
+            device=device,
+            batch_size=settings["runtime"]["batch_size"],
+            progress=console.progress,
+        )
+    return tuple(found)
+
+
+def show_measurements(console: Console, measurements: Sequence[Measurement]) -> None:
+    names = {measurement.model for measurement in measurements}
+    rows = [
+        {"": row.label, "dense": row.before, "edited": row.after, "change": row.change}
+        for row in reports.table(measurements)
+    ]
+    if rows and len(names) == 1:
+        rows = [{"": row[""], next(iter(names)): row["dense"] or row["edited"]} for row in rows]
+    if rows:
+        console.table("before and after" if len(names) > 1 else "measured", rows)
+
+
+def save_network(place: artifacts.RunDirectory, loaded: LoadedModel, model: nn.Module) -> None:
+    """Write the network, and a few inputs with its logits on the CPU for `verify`."""
+    artifacts.save_model(place.path / "model", loaded, model)
+    saved = artifacts.load_model(place.path / "model")
+    inputs = example_inputs(loaded.preprocess, _VERIFICATION_IMAGES)
+    with torch.inference_mode():
+        ours = copy.deepcopy(model).cpu().eval()
+        logits = ours(inputs.to(next(ours.parameters()).dtype))
+        again = saved(inputs.to(next(saved.parameters()).dtype))
+    if not torch.equal(logits, again):
+        difference = float((logits - again).abs().max())
+        raise NumericsError(f"{place.path}: the saved network reloads to other logits (difference {difference:.3g}).")
+    artifacts.save_verification(place.path / "verification.safetensors", inputs, logits)
+
+
+def export(
+    place: artifacts.RunDirectory, settings: Mapping[str, Any], model: nn.Module, preprocess: Preprocess
+) -> list[Any]:
+    reports_made = []
+    for node in settings["export"].values():
+        artifacts.make_folder(place.path / "export")
+        ours = copy.deepcopy(model).cpu().float().eval()
+        reports_made.append(
+            config.build(node)(model=ours, example=example_inputs(preprocess, 1), path=place.path / "export")
+        )
+    return reports_made
+
+
+def write_figure(folder: Path, stem: str, kinds: Mapping[str, bytes]) -> str | None:
+    """Write ``stem.png``, ``stem.svg``; the name of the one that a page shows, or None where there is no figure."""
+    for kind, content in kinds.items():
+        artifacts.write_bytes(folder / f"{stem}.{kind}", content)
+    return f"{stem}.svg" if "svg" in kinds else None
+
+
+def example_inputs(preprocess: Preprocess, batch: int) -> Tensor:
+    """Random inputs ``[batch, channels, height, width]`` of the scale of normalised images, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((batch, len(preprocess.mean), *preprocess.size), generator=generator)
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Settings that a run was made with.
+
+    Raises:
+        DataError: If its ``config.yaml`` is unreadable or says nothing of a model.
+    """
+    try:
+        before = config.from_yaml(artifacts.read_text(folder / "config.yaml"))
+    except ConfigError as error:
+        raise DataError(f"{folder / 'config.yaml'}: damaged, {error}; restore the run folder.") from error
+    model = before.get("model")
+    if not isinstance(model, dict) or "_target_" not in model:
+        raise DataError(f"{folder / 'config.yaml'}: damaged, it names no model; restore the run folder.")
+    return before
+
+
+def same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    before = settings_of(folder)
+    ours = {key: value for key, value in portable(settings).items() if key not in _NOT_COMPARED}
+    theirs = {key: value for key, value in before.items() if key not in _NOT_COMPARED}
+    found = config.differences(ours, theirs)
+    if found:
+        raise ConfigError(
+            f"resume={folder}: the run was begun with other settings: {'; '.join(found[:5])}"
+            f"{f' and {len(found) - 5} more' if len(found) > 5 else ''}; give the same ones, or start a new run."
+        )
+
+
+def portable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are kept and compared: the card that a sweep's job happened to get is no setting."""
+    kept = copy.deepcopy(dict(settings))
+    kept["runtime"]["device"] = kept["runtime"]["device"].partition(":")[0]
+    kept.pop("resume", None)
+    return kept
+
+
+def with_device(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """In a parallel sweep each job takes its own card: job n card n modulo their number."""
+    settings = copy.deepcopy(dict(settings))
+    if facts.get("parallel") and settings["runtime"]["device"] == "cuda" and torch.cuda.is_available():
+        settings["runtime"]["device"] = f"cuda:{facts['number'] % torch.cuda.device_count()}"
+    return settings
+
+
+def device_of(settings: Mapping[str, Any]) -> torch.device:
+    runtime = settings["runtime"]
+    if runtime["threads"] is not None:
+        torch.set_num_threads(runtime["threads"])
+    device = torch.device(runtime["device"])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"runtime.device={runtime['device']}: torch finds no graphics card here; use runtime=cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"runtime.device={runtime['device']}: there are {torch.cuda.device_count()} graphics cards, from cuda:0."
+        )
+    return device
+
+
+def dtype_of(settings: Mapping[str, Any]) -> torch.dtype:
+    return {"float32": torch.float32, "float64": torch.float64}[settings["runtime"]["dtype"]]
+
+
+def new_folder(verb: str, model: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
+    now = time.time()
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + f"-{int(now % 1 * 1e6):06d}"
+    ignored = ("model=", "console", "output_dir=", "resume=", "run=", "hydra", "evaluation", "export", "runtime")
+    # The time already makes the name unique: paths and what does not change the network would only make it long.
+    name = config.slug(word for word in facts["overrides"] if not word.startswith(ignored) and "/" not in word)
+    return Path(settings["output_dir"]) / verb / config.slug([model]) / f"{stamp}_{name}"
+
+
+def command_line(verb: str, overrides: Sequence[str]) -> str:
+    return shlex.join(["modhifi", verb, *overrides])
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = round(time.perf_counter() - started, 3)

@@ -1,0 +1,312 @@
+"""`modhifi prune`: from settings to a run folder with the new network, its edits, its page and its numbers."""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modhifi_cli import artifacts, comparison, config, plots, reports
+from modhifi_cli.console import Console
+from modhifi_cli.errors import DataError, ModHiFiError
+from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress
+from modhifi_cli.verbs import pieces
+
+
+def prune(
+    settings: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    console: Console,
+    folder: Path | None,
+    shared: comparison.Shared | None = None,
+) -> Path:
+    from modhifi_cli.graph.surgery import weights_hash
+
+    command = pieces.command_line("prune", facts["overrides"])
+    resumed = settings["resume"]
+    # The page of a run says how to make it again from nothing: a finished run cannot be resumed.
+    repeat = pieces.command_line("prune", [word for word in facts["overrides"] if not word.startswith("resume=")])
+    place = artifacts.RunDirectory.reopen(resumed) if resumed else None
+    if place is not None:
+        pieces.same_settings(place.path, settings)
+    device = pieces.device_of(settings)
+    seconds: dict[str, float] = {}
+    with pieces.timed(seconds, "load"):
+        loaded, calibration, evaluation = pieces.sources(settings) if shared is None else shared.sources(settings)
+        dense = copy.deepcopy(loaded.model).to(device=device, dtype=pieces.dtype_of(settings))
+        dense_hash = weights_hash(loaded.model)
+    if place is None:
+        place = artifacts.RunDirectory.create(folder or pieces.new_folder("prune", loaded.name, settings, facts))
+        artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(settings)))
+        artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
+        artifacts.write_json(place.path / "calibration.json", calibration.protocol)
+    done = _edits_so_far(place, dense_hash, calibration) if resumed else ()
+    place.log(command)
+    console.note(f"{loaded.name}: {loaded.weights}, {len(calibration)} calibration images; working in {place.path}")
+    if calibration.protocol.get("skipped"):
+        console.warning(
+            f"{calibration.protocol['skipped']} images that cannot be decoded were skipped (data.skip_corrupt), "
+            f"{calibration.protocol['skipped_files'][0]} the first"
+        )
+    try:
+        with pieces.timed(seconds, "prune"):
+            model = loaded.model.to(device=device, dtype=pieces.dtype_of(settings))
+            summary, edits, predicted = _edit_(model, settings, calibration, device, done, place, dense_hash, console)
+        with pieces.timed(seconds, "save"):
+            pieces.save_network(place, loaded, model)
+            exported = pieces.export(place, settings, model, loaded.preprocess)
+        with pieces.timed(seconds, "evaluate"):
+            beside = {"dense": dense} if settings["measure_dense"] else {}
+            models = {**beside, "pruned": model}
+            measurements = pieces.measure(
+                settings, models, calibration, evaluation, loaded.preprocess, device, console, shared
+            )
+        _write_outcome(
+            place, settings, loaded, summary, edits, predicted, measurements, exported, seconds, repeat, calibration
+        )
+        final = place.finish()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_resume(place, facts)) from None
+    except ModHiFiError as error:
+        with contextlib.suppress(DataError):  # a full disk may be the very cause
+            place.log(f"failed: {error}")
+        if not resumed:
+            place.discard_if_empty()
+        if place.path.is_dir():
+            console.note(
+                f"the edits made so far lie in {place.path}; once the cause is mended: {_how_to_resume(place, facts)}"
+            )
+        raise
+    _show_outcome(console, final, summary, measurements)
+    return final
+
+
+def _edit_(
+    model: nn.Module,
+    settings: Mapping[str, Any],
+    calibration: ImageSource,
+    device: torch.device,
+    done: Sequence[Edit],
+    place: artifacts.RunDirectory,
+    dense_hash: str,
+    console: Console,
+) -> tuple[Any, list[Edit], dict[str, float]]:
+    """Run the task; every edit is on disk before the next group starts. Summary, edits, and the errors it predicted."""
+    from modhifi_cli.tasks.prune import Plan, Summary
+
+    events = _events(model, settings, calibration, device, done)
+    edits, summary, warned = list(done), None, set()
+    predicted: dict[str, float] = {}
+    if done:
+        console.note(f"{len(done)} edits of the interrupted run are applied again from its folder")
+    for event in events:
+        if isinstance(event, Plan):
+            predicted = dict(getattr(event, "predicted_error", None) or {})
+            _show_plan(console, event)
+        elif isinstance(event, Progress):
+            console.progress(event)
+        elif isinstance(event, Edit):
+            place.save_edit(event, dense_hash)
+            edits.append(event)
+            place.log(f"edit {event.name}: kept {event.kept.numel()}, removed {event.removed.numel()}")
+        elif isinstance(event, Summary):
+            summary = event
+        for text in getattr(event, "warnings", ()):
+            if text not in warned:
+                warned.add(text)
+                place.log(f"warning: {text}")
+                console.warning(text)
+    assert summary is not None, "the task ended without a summary"
+    return summary, edits, predicted
+
+
+def _events(
+    model: nn.Module, settings: Mapping[str, Any], calibration: ImageSource, device: torch.device, done: Sequence[Edit]
+) -> Iterator[Any]:
+    """The run of our method, or of an outside one where the settings name it; both tell the same kinds of records."""
+    from modhifi_cli.tasks.prune import prune_
+
+    if settings.get("outside"):
+        return config.build(settings["outside"])(
+            model,
+            calibration=calibration,
+            sparsity=float(settings["sparsity"]),
+            target=settings["target"]["name"],
+            batchnorm=settings["batchnorm"],
+            exclude=tuple(settings["exclude"]),
+            round_to=settings["round_to"],
+            batch_size=settings["runtime"]["batch_size"],
+            device=device,
+            done=done,
+        )
+    return prune_(
+        model,
+        calibration=calibration,
+        sparsity=float(settings["sparsity"]),
+        target=settings["target"]["name"],
+        scoring=config.build(settings["scoring"]),
+        selection=config.build(settings["selection"]),
+        compensation=config.build(settings["compensation"]),
+        allocation=config.build(settings["allocation"]),
+        schedule=config.build(settings["schedule"]),
+        batchnorm=settings["batchnorm"],
+        classifier=settings["classifier"],
+        exclude=tuple(settings["exclude"]),
+        round_to=settings["round_to"],
+        batch_size=settings["runtime"]["batch_size"],
+        device=device,
+        seed=settings["runtime"]["seed"],
+        gathering=config.build(settings["statistics"]),
+        done=done,
+    )
+
+
+def _show_plan(console: Console, plan: Any) -> None:
+    rows = [
+        {
+            "group": group.name,
+            "components": group.components,
+            "keep": group.keep,
+            "producers": len(group.producers),
+            "consumers": len(group.consumers),
+        }
+        for group in plan.groups
+    ]
+    if rows:
+        console.table(f"{len(rows)} groups of coupled components", rows)
+    for refused in plan.refused:
+        console.note(f"left alone: {refused.name}: {refused.reason}")
+
+
+def _write_outcome(
+    place: artifacts.RunDirectory,
+    settings: Mapping[str, Any],
+    loaded: LoadedModel,
+    summary: Any,
+    edits: Sequence[Edit],
+    predicted: Mapping[str, float],
+    measurements: Sequence[Measurement],
+    exported: Sequence[Any],
+    seconds: Mapping[str, float],
+    command: str,
+    calibration: ImageSource,
+) -> None:
+    groups = [
+        {"group": edit.name, "pass": edit.iteration, "kept": edit.kept.numel(), "removed": edit.removed.numel()}
+        | {key: edit.facts[key] for key in ("dead_outputs", "fidelity", "rows", "seconds") if key in edit.facts}
+        for edit in edits
+        if edit.removed.numel()
+    ]
+    achieved, warnings = dict(summary.achieved), list(summary.warnings)
+    target = settings["target"]["name"]
+    artifacts.write_json(
+        place.path / "results.json",
+        {
+            "format_version": artifacts.FORMAT_VERSION,
+            "verb": "prune",
+            "model": loaded.name,
+            "weights": loaded.weights,
+            "target": target,
+            "sparsity": settings["sparsity"],
+            "achieved": achieved,
+            "measurements": artifacts.measurements_to_json(measurements),
+            "groups": groups,
+            "predicted_error": dict(predicted),
+            "exports": [{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
+            "calibration": dict(calibration.protocol),
+            "warnings": warnings,
+            "seconds": dict(seconds),
+        },
+    )
+    drawn = calibration.protocol
+    asked: dict[str, Any] = {
+        "weights": loaded.weights,
+        "calibration images": f"{len(calibration)} of {drawn.get('available', len(calibration))}, {drawn.get('path')}",
+    }
+    asked |= {key: settings[key] for key in ("sparsity", "batchnorm", "classifier", "round_to", "exclude")}
+    asked["target"] = target
+    steps = ("scoring", "selection", "compensation", "allocation", "schedule")
+    for name in ("outside",) if settings.get("outside") else steps:
+        node = settings[name]
+        own = ", ".join(f"{key} {value}" for key, value in node.items() if not key.startswith("_"))
+        asked[name] = str(node["_target_"]).rpartition(".")[2] + (f" ({own})" if own else "")
+    figures = pieces.write_figure(place.path, "groups", _group_figure(loaded.name, edits, predicted))
+    text = reports.markdown_report(
+        title=f"{loaded.name}, sparsity {settings['sparsity']:g} of {target}",
+        asked=asked,
+        achieved=achieved,
+        measurements=measurements,
+        groups=[_group_line(group) for group in groups],
+        figures={"Relative error of each group": figures} if figures else {},
+        warnings=warnings,
+        exports=exported,
+        repeat=command,
+    )
+    artifacts.write_text(place.path / "report.md", text)
+    place.log("finished")
+
+
+def _group_figure(model: str, edits: Sequence[Edit], predicted: Mapping[str, float]) -> dict[str, bytes]:
+    """Predicted and measured relative error per group (of its last pass), summed over its consumers like M10's."""
+    measured = {}
+    for edit in edits:
+        fidelity = edit.facts.get("fidelity")
+        if edit.removed.numel() and fidelity:
+            measured[edit.name] = sum(1 - value for value in fidelity.values() if value is not None)
+    return plots.group_errors(
+        [*predicted, *measured], predicted=predicted, measured=measured, title=f"{model}: error of each group"
+    )
+
+
+def _group_line(group: Mapping[str, Any]) -> dict[str, Any]:
+    """One group for the report: the lowest fidelity over its consumers stands for all of them."""
+    line = {key: value for key, value in group.items() if key not in ("fidelity", "rows", "seconds")}
+    if group.get("fidelity"):
+        line["lowest fidelity"] = min(group["fidelity"].values())
+    return line
+
+
+def _show_outcome(console: Console, final: Path, summary: Any, measurements: Sequence[Measurement]) -> None:
+    shares = ", ".join(f"{share:.1%} of {name}" for name, share in summary.achieved.items())
+    console.note(f"removed {shares}")
+    pieces.show_measurements(console, measurements)
+    console.note(f"the new network lies in {final / 'model'}; the report in {final / 'report.md'}")
+    console.result(
+        {
+            "folder": str(final),
+            "achieved": dict(summary.achieved),
+            "warnings": list(summary.warnings),
+            "measurements": artifacts.measurements_to_json(measurements),
+        }
+    )
+
+
+def _edits_so_far(place: artifacts.RunDirectory, dense_hash: str, calibration: ImageSource) -> tuple[Edit, ...]:
+    """Edits to go on from, after checking that weights and images are still those they were made with."""
+    edits, made_on = place.load_edits()
+    if edits and made_on != dense_hash:
+        raise DataError(
+            f"resume={place.path}: the dense weights have changed since (sha256 {dense_hash[:12]}, was "
+            f"{str(made_on)[:12]}); give the weights that the run began with, or start a new run."
+        )
+    import json
+
+    before = json.loads(artifacts.read_text(place.path / "calibration.json"))
+    now = json.loads(json.dumps(dict(calibration.protocol), default=str))
+    if before.get("sha256") != now.get("sha256"):
+        raise DataError(
+            f"resume={place.path}: the calibration images have changed since the run began; "
+            "give the same images, or start a new run."
+        )
+    return edits
+
+
+def _how_to_resume(place: artifacts.RunDirectory, facts: Mapping[str, Any]) -> str:
+    if facts.get("sweep"):
+        return "Type the same command again: finished jobs are skipped and this one goes on."
+    words = [word for word in facts["overrides"] if not word.startswith("resume=")]
+    return f"Go on with: {pieces.command_line('prune', [*words, f'resume={place.path}'])}"

@@ -1,0 +1,67 @@
+"""`modhifi replay`: apply a run's saved edits to the dense network, without data."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modhifi_cli import artifacts, config
+from modhifi_cli.console import Console
+from modhifi_cli.errors import DataError
+from modhifi_cli.records import Progress
+from modhifi_cli.verbs import pieces
+
+
+def replay(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
+    from modhifi_cli.graph.surgery import apply_edit_, weights_hash
+
+    # The saved network may be lost: edits and dense weights are enough to make it again.
+    source = artifacts.run_folder(settings["run"], needs=("config.yaml", "edits.json", "edits.safetensors"))
+    edits, made_on = artifacts.load_edits(source)
+    before = pieces.settings_of(source)
+    if settings["model"]["weights"] is not None:
+        before["model"]["weights"] = settings["model"]["weights"]
+    loaded = config.build(before["model"])
+    found = weights_hash(loaded.model)
+    if edits and found != made_on:
+        raise DataError(
+            f"run={source}: its edits were made on dense weights with sha256 {str(made_on)[:12]}, these have "
+            f"{found[:12]}; give the same weights with model.weights=FILE."
+        )
+    model = loaded.model
+    for number, edit in enumerate(edits):
+        console.progress(Progress("replay", edit.name, number + 1, len(edits)))
+        apply_edit_(model, edit)
+    model.eval()
+    place = artifacts.RunDirectory.create(folder or pieces.new_folder("replay", loaded.name, settings, facts))
+    command = pieces.command_line("replay", facts["overrides"])
+    for edit in edits:
+        place.save_edit(edit, found)
+    artifacts.write_text(place.path / "config.yaml", config.to_yaml(before))
+    artifacts.write_json(place.path / "environment.json", artifacts.environment(command, "cpu"))
+    pieces.save_network(place, loaded, model)
+    same = None
+    try:
+        same = weights_hash(artifacts.load_model(source)) == weights_hash(model)
+    except DataError as error:
+        console.warning(f"the run's own saved network cannot be compared with: {error}")
+    results = {
+        "format_version": artifacts.FORMAT_VERSION,
+        "verb": "replay",
+        "model": loaded.name,
+        "weights": loaded.weights,
+        "replayed": str(source),
+        "edits": len(edits),
+        "equals_saved_model": same,
+        "measurements": [],
+    }
+    artifacts.write_json(place.path / "results.json", results)
+    final = place.finish()
+    told = {
+        True: "; weights equal to those of the run's saved network",
+        False: "; weights NOT equal to those of the run's saved network",
+        None: "",
+    }[same]
+    console.note(f"{len(edits)} edits applied to {loaded.weights}{told}")
+    console.note(f"the network lies in {final / 'model'}")
+    console.result({"folder": str(final), "edits": len(edits), "equals_saved_model": same})
+    return final

@@ -1,0 +1,114 @@
+"""Sweeps: finished jobs are skipped, interrupted ones go on, failed ones are recorded; and the summary of all."""
+
+import csv
+import io
+import json
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modhifi_cli import artifacts, config
+from modhifi_cli.console import open_console
+from modhifi_cli.errors import ModHiFiError
+from modhifi_cli.verbs import pieces, run
+
+
+def run_sweep_job(composed: Any, facts: Mapping[str, Any]) -> None:
+    """One job of a sweep: skipped if it is finished, continued if it was interrupted, recorded if it fails.
+
+    Args:
+        composed: Hydra's config object of the job.
+        facts: `config.job_facts()` with the sweep's folder.
+    """
+    sweep = Path(facts["sweep"])
+    own = [word for word in facts["overrides"] if not word.startswith(("console", "output_dir="))]
+    final = sweep / config.slug(own)
+    record = {"number": facts["number"], "overrides": own, "folder": final.name, "status": "running", "message": ""}
+    path = sweep / "jobs" / f"{facts['number']:04d}.json"
+    artifacts.make_folder(path.parent)
+    artifacts.write_json(path, record)
+    try:
+        settings = config.settings(facts["verb"], composed)
+        if final.is_dir():
+            pieces.same_settings(final, pieces.with_device(settings, facts))
+            record["status"] = "finished before"
+        else:
+            interrupted = final.with_name(final.name + artifacts.INCOMPLETE)
+            if (interrupted / "calibration.json").exists() and "resume" in settings:
+                settings["resume"] = str(interrupted)
+            elif interrupted.exists():
+                artifacts.RunDirectory(final).discard_if_empty()
+            run(facts["verb"], settings, facts, folder=final)
+            record["status"] = "finished"
+    except KeyboardInterrupt:
+        record["status"] = "interrupted"
+        raise
+    except Exception as error:
+        record |= {"status": "failed", "message": " ".join(str(error).split()) or type(error).__name__}
+        if not isinstance(error, ModHiFiError):
+            # A defect of ours must not be hidden by the sweep: its traceback is kept beside the record.
+            record["message"] = f"{type(error).__name__}: {record['message']} (see jobs/{path.stem}.txt)"
+            artifacts.write_text(path.with_suffix(".txt"), traceback.format_exc())
+    finally:
+        artifacts.write_json(path, record)
+        style = composed.console.style
+        told = f"job {record['number']} {record['status']}: {record['folder']} {record['message']}"
+        open_console(style).note(told.rstrip())
+
+
+def begin_sweep(folder: Path) -> None:
+    """Forget the job records of an earlier sweep with the same overrides; its finished runs stay.
+
+    Raises:
+        DataError: If the folder cannot be written.
+    """
+    artifacts.make_folder(folder / "jobs")
+    for path in (folder / "jobs").iterdir():
+        path.unlink()
+
+
+def summarise_sweep(folder: Path, style: str) -> int:
+    """Write ``summary.csv`` of a sweep and print it.
+
+    Args:
+        folder: The sweep's folder.
+        style: Console style.
+
+    Returns:
+        Number of jobs that did not finish.
+    """
+
+    records = [json.loads(artifacts.read_text(path)) for path in sorted((folder / "jobs").glob("*.json"))]
+    keys = list(dict.fromkeys(word.partition("=")[0] for record in records for word in record["overrides"]))
+    rows = []
+    for record in records:
+        given = dict(word.partition("=")[::2] for word in record["overrides"])
+        row: dict[str, Any] = {"job": record["number"]} | {key: given.get(key, "") for key in keys}
+        row["status"] = record["status"]
+        if record["status"].startswith("finished"):
+            results = artifacts.read_results(folder / record["folder"])
+            row |= {f"removed_{name}": share for name, share in results.get("achieved", {}).items()}
+            for measured in results["measurements"]:
+                row[f"{measured['model']}_{measured['name']}"] = measured["value"]
+        row |= {"folder": record["folder"], "message": record["message"]}
+        rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("folder", "message")))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, "folder", "message"], restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    artifacts.write_text(folder / "summary.csv", text.getvalue())
+    console = open_console(style)
+    changing = [key for key in keys if len({row[key] for row in rows}) > 1] or keys[-1:]
+    wanted = ["removed_params", "removed_flops", "dense_top1", "pruned_top1", "pruned_agreement"]
+    present = [column for column in wanted if column in columns]
+    present = present or [column for column in columns if column.startswith(("dense_", "pruned_"))][:6]
+    shown = ["job", *changing, "status", *present]
+    console.table(f"sweep of {len(rows)} jobs", [{key: row.get(key, "") for key in shown} for row in rows])
+    failed = [row for row in rows if not row["status"].startswith("finished")]
+    for row in failed:
+        console.warning(f"job {row['job']} {row['status']}: {row['message']}")
+    console.note(f"all numbers are in {folder / 'summary.csv'}")
+    console.result({"folder": str(folder), "jobs": rows})
+    return len(failed)
