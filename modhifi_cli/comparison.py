@@ -69,6 +69,7 @@ class Shared:
         settings: Of the comparison.
         load: Settings → loaded network, calibration images, evaluation images.
         source: (settings, key, preprocess, labelled=…) → images.
+        wants_labels: Whether a cell's method looks at the classes of its calibration images.
         measure: As `verbs.pieces.measure`.
         device: Where to measure.
         dtype: Of the networks.
@@ -81,13 +82,14 @@ class Shared:
         *,
         load: Callable,
         source: Callable,
+        wants_labels: Callable[[Mapping[str, Any]], bool],
         measure: Callable,
         device: torch.device,
         dtype: torch.dtype,
         kept: Path,
     ) -> None:
         self._settings, self._load, self._source, self._measure = settings, load, source, measure
-        self._device, self._dtype, self._kept = device, dtype, kept
+        self._device, self._dtype, self._kept, self._wants_labels = device, dtype, kept, wants_labels
         self._loaded: LoadedModel | None = None
         self._evaluation: ImageSource | None = None
         self._calibration: dict[str, ImageSource] = {}
@@ -96,11 +98,12 @@ class Shared:
 
     def sources(self, settings: Mapping[str, Any]) -> tuple[LoadedModel, ImageSource, ImageSource | None]:
         """A cell's network (its own copy), calibration images and evaluation images."""
-        key = json.dumps(settings["data"], sort_keys=True, default=str)
+        labelled = self._wants_labels(settings)  # a method without labels must not be handed any
+        key = json.dumps([settings["data"], labelled], sort_keys=True, default=str)
         if self._loaded is None:
             self._loaded, self._calibration[key], self._evaluation = self._load(settings)
         if key not in self._calibration:
-            self._calibration[key] = self._source(settings, "data", self._loaded.preprocess, labelled=False)
+            self._calibration[key] = self._source(settings, "data", self._loaded.preprocess, labelled=labelled)
         own = dataclasses.replace(self._loaded, model=copy.deepcopy(self._loaded.model))
         return own, self._calibration[key], self._evaluation
 

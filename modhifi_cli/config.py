@@ -49,6 +49,7 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "runtime.batch_size": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
     "runtime.seed": ("a whole number from 0", lambda v: _is_int(v) and v >= 0),
     "console.style": ("rich, plain or json", lambda v: v in ("rich", "plain", "json")),
+    "data.labels": ("auto, given or model", lambda v: v in ("auto", "given", "model")),
     "target.name": ("params, flops or components", lambda v: v in ("params", "flops", "components")),
     "schedule.iterations": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
     "methods": ("a list of presets, such as [paper,magnitude_batchnorm]", lambda v: _is_names(v) and len(v) > 0),

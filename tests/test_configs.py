@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from modhifi_cli import config
+from modhifi_cli.errors import ConfigError
 
 ROOT = config.config_directory()
 GROUPS = config.groups()
@@ -100,3 +101,12 @@ def test_the_embedded_network_brings_its_images_and_others_do_not():
     others = config.compose("prune", ["model=resnet50"])
     assert others["data"] is None
     assert others["evaluation_data"] is None
+
+
+@pytest.mark.parametrize("choice", GROUPS["data"])
+def test_every_source_of_calibration_images_says_where_labels_come_from(choice):
+    words = [f"data={choice}", *required(ROOT / "data" / f"{choice}.yaml", "data")]
+    assert config.compose("prune", words)["data"]["labels"] == "auto"
+    assert config.compose("prune", [*words, "data.labels=model"])["data"]["labels"] == "model"
+    with pytest.raises(ConfigError, match="^data.labels must be auto, given or model; got 'modle'.$"):
+        config.compose("prune", [*words, "data.labels=modle"])

@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from modhifi_cli.data.sources import ArrayImages, choose, samples_wanted, settings_group, sha256_of_samples
+from modhifi_cli.data.sources import (
+    ArrayImages,
+    choose,
+    labels_to_read,
+    samples_wanted,
+    settings_group,
+    sha256_of_samples,
+)
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.records import Preprocess
 
@@ -38,6 +45,7 @@ def load(
     path: str,
     preprocess: Preprocess,
     labelled: bool,
+    labels: str | None = None,
     num_samples: int | str | None = None,
     seed: int = 0,
     images_key: str | None = None,
@@ -51,6 +59,7 @@ def load(
         path: A file, or a folder whose array files are the parts of one set, in the order of their names.
         preprocess: What the model wants.
         labelled: Whether to read labels. Without it no label array or file is opened.
+        labels: For calibration images: ``"auto"``, ``"given"`` or ``"model"`` (`labels_to_read`); None for others.
         num_samples: How many to draw; None takes all, ``"auto"`` 2,000 or all where there are fewer.
         seed: Of the draw.
         images_key: Name of the images in an ``.npz`` or ``.safetensors``; None looks for the usual ones.
@@ -66,7 +75,8 @@ def load(
         DataError: If a file is missing or unreadable, an array is missing or has another form, labels do not match the
             images, or fewer images are there than asked for.
     """
-    group = settings_group(labelled=labelled)
+    group = settings_group(labelled=labelled, labels=labels)
+    reads = labels_to_read(labelled=labelled, labels=labels)
     if layout not in ("auto", "NHWC", "NCHW"):
         raise ConfigError(f"{group}.layout: expected auto, NHWC or NCHW, got {layout!r}.")
     parts = _parts(Path(path).expanduser(), group)
@@ -84,9 +94,9 @@ def load(
             return _as_nhwc(_take(table, rows), table, layout)
 
     images = _gather(parts, counts, chosen, read_images, place=path)
-    labels = None
-    if labelled:
-        labels = _labels(parts, counts, chosen, labels_key=labels_key, labels_path=labels_path)
+    targets = None
+    if reads == "required" or reads == "optional" and _has_labels(parts, labels_key, labels_path):
+        targets = _labels(parts, counts, chosen, labels_key=labels_key, labels_path=labels_path, group=group)
     protocol = {
         "source": "arrays",
         "path": str(path),
@@ -95,7 +105,7 @@ def load(
         "seed": None if num_samples is None else seed,
         "sha256": sha256_of_samples(image.tobytes() for image in images),
     }
-    return ArrayImages(images=images, labels=labels, preprocess=preprocess, protocol=protocol)
+    return ArrayImages(images=images, labels=targets, preprocess=preprocess, protocol=protocol)
 
 
 def check_labels(labels: np.ndarray, *, place: str, images: int) -> np.ndarray:
@@ -140,6 +150,25 @@ def _parts(path: Path, group: str) -> list[Path]:
     return [path]
 
 
+def _has_labels(parts: Sequence[Path], labels_key: str | None, labels_path: str | None) -> bool:
+    """Whether labels were named, or every part holds an array of a usual name for them. No array is read."""
+    if labels_key is not None or labels_path is not None:
+        return True
+    return all(_names(part) & set(_LABEL_KEYS) for part in parts)
+
+
+def _names(file: Path) -> set[str]:
+    if file.suffix == ".npz":
+        with zipfile.ZipFile(file) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    if file.suffix == ".safetensors":
+        import safetensors
+
+        with safetensors.safe_open(file, framework="numpy") as content:
+            return set(content.keys())
+    return set()
+
+
 def _labels(
     parts: Sequence[Path],
     counts: Sequence[int],
@@ -147,21 +176,22 @@ def _labels(
     *,
     labels_key: str | None,
     labels_path: str | None,
+    group: str,
 ) -> np.ndarray:
     if labels_path is not None:
         file = Path(labels_path).expanduser()
         if not file.is_file():
             raise DataError(
-                f"evaluation_data.labels_path: no file at {file}, expected a .npy file with one label per image."
+                f"{group}.labels_path: no file at {file}, expected a .npy file with one label per image."
             )
-        with _open(file, labels_key, _LABEL_KEYS, what="labels", setting="evaluation_data.labels_key") as table:
+        with _open(file, labels_key, _LABEL_KEYS, what="labels", setting=f"{group}.labels_key") as table:
             rows = table.read(table.shape[0] if table.shape else 0)
         return check_labels(rows, place=str(file), images=sum(counts))[chosen]
     collected = []
     for part, count in zip(parts, counts, strict=True):
         if part.suffix == ".npy":
-            raise DataError(f"{part}: a .npy file holds one array, so labels need evaluation_data.labels_path=FILE.")
-        with _open(part, labels_key, _LABEL_KEYS, what="labels", setting="evaluation_data.labels_key") as table:
+            raise DataError(f"{part}: a .npy file holds one array, so labels need {group}.labels_path=FILE.")
+        with _open(part, labels_key, _LABEL_KEYS, what="labels", setting=f"{group}.labels_key") as table:
             rows = table.read(table.shape[0] if table.shape else 0)
             collected.append(check_labels(rows, place=f"{part} [{table.name}]", images=count))
     return np.concatenate(collected)[chosen]

@@ -5,7 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from modhifi_cli.data.sources import ArrayImages, choose, samples_wanted, settings_group, sha256_of_samples
+from modhifi_cli.data.sources import (
+    ArrayImages,
+    choose,
+    labels_to_read,
+    samples_wanted,
+    settings_group,
+    sha256_of_samples,
+)
 from modhifi_cli.errors import ConfigError, DataError, nearest
 from modhifi_cli.records import Preprocess
 
@@ -19,6 +26,7 @@ def load(
     path: str,
     preprocess: Preprocess,
     labelled: bool,
+    labels: str | None = None,
     split: str = "train",
     num_samples: int | str | None = None,
     seed: int = 0,
@@ -33,6 +41,7 @@ def load(
         path: Folder in which torchvision's own folder lies (``cifar-10-batches-py``).
         preprocess: What the model wants.
         labelled: Whether labels are given.
+        labels: For calibration images: ``"auto"``, ``"given"`` or ``"model"`` (`labels_to_read`); None for others.
         split: ``"train"`` (50,000) or ``"test"`` (10,000).
         num_samples: How many to draw; None takes all, ``"auto"`` 2,000 or all where there are fewer.
         seed: Of the draw.
@@ -43,7 +52,8 @@ def load(
         DataError: If the files are missing or damaged and were not to be, or could not be, downloaded, or fewer images
             are there than asked for.
     """
-    group = settings_group(labelled=labelled)
+    group = settings_group(labelled=labelled, labels=labels)
+    reads = labels_to_read(labelled=labelled, labels=labels)
     if name not in _SETS:
         raise ConfigError(f"{group}.name: unknown set '{name}', {nearest(name, _SETS)}")
     if split not in _SPLITS:
@@ -52,7 +62,7 @@ def load(
     num_samples = samples_wanted(len(whole.data), num_samples)
     chosen = choose(len(whole.data), num_samples, seed=seed, place=f"{name} ({split})")
     images = np.ascontiguousarray(whole.data[chosen])
-    labels = np.asarray(whole.targets, dtype=np.int64)[chosen] if labelled else None
+    targets = None if reads == "never" else np.asarray(whole.targets, dtype=np.int64)[chosen]
     protocol = {
         "source": name,
         "path": str(path),
@@ -62,7 +72,9 @@ def load(
         "seed": None if num_samples is None else seed,
         "sha256": sha256_of_samples(image.tobytes() for image in images),
     }
-    return ArrayImages(images=images, labels=labels, preprocess=preprocess, protocol=protocol)
+    return ArrayImages(
+        images=images, labels=targets, preprocess=preprocess, protocol=protocol, classes=int(name.removeprefix("cifar"))
+    )
 
 
 def _read(name: str, folder: Path, *, train: bool, download: bool, group: str) -> Any:

@@ -7,7 +7,14 @@ them, drawn once for all, are held out: `scripts/train_embedded.py` never sees t
 import numpy as np
 import torch
 
-from modhifi_cli.data.sources import ArrayImages, choose, samples_wanted, settings_group, sha256_of_samples
+from modhifi_cli.data.sources import (
+    ArrayImages,
+    choose,
+    labels_to_read,
+    samples_wanted,
+    settings_group,
+    sha256_of_samples,
+)
 from modhifi_cli.errors import ConfigError, nearest
 from modhifi_cli.records import Preprocess
 
@@ -20,6 +27,7 @@ def load(
     *,
     preprocess: Preprocess,
     labelled: bool,
+    labels: str | None = None,
     split: str | None = None,
     path: str | None = None,
     num_samples: int | str | None = None,
@@ -30,7 +38,8 @@ def load(
     Args:
         preprocess: What the model wants; the digits are resized to it.
         labelled: Whether labels are given.
-        split: ``"train"`` (1,347) or ``"test"`` (450); None is the latter with labels and else the former.
+        labels: For calibration images: ``"auto"``, ``"given"`` or ``"model"`` (`labels_to_read`); None for others.
+        split: ``"train"`` (1,347) or ``"test"`` (450); None is the latter for evaluation and else the former.
         path: Must be None; the digits lie inside scikit-learn.
         num_samples: How many to draw; None takes all, ``"auto"`` 2,000 or all where there are fewer.
         seed: Of the draw.
@@ -39,17 +48,18 @@ def load(
         ConfigError: If `split` is unknown or a path is given.
         DataError: If fewer images are there than asked for.
     """
-    group = settings_group(labelled=labelled)
+    group = settings_group(labelled=labelled, labels=labels)
+    reads = labels_to_read(labelled=labelled, labels=labels)
     if path is not None:
         raise ConfigError(
             f"{group}.path: the digits come inside scikit-learn and have no path, got {path}; leave it out, or choose "
             f"{group}=folder or {group}=arrays for your own images."
         )
     if split is None:
-        split = "test" if labelled else "train"
+        split = "test" if group == "evaluation_data" else "train"
     if split not in _SPLITS:
         raise ConfigError(f"{group}.split: unknown split '{split}', {nearest(split, _SPLITS)}")
-    images, labels = read(split)
+    images, targets = read(split)
     num_samples = samples_wanted(len(images), num_samples)
     chosen = choose(len(images), num_samples, seed=seed, place=f"digits ({split})")
     images = images[chosen]
@@ -57,12 +67,16 @@ def load(
         "source": "digits",
         "path": f"scikit-learn load_digits, {split} split",
         "num_samples": len(chosen),
-        "available": len(labels),
+        "available": len(targets),
         "seed": None if num_samples is None else seed,
         "sha256": sha256_of_samples(image.tobytes() for image in images),
     }
     return ArrayImages(
-        images=images, labels=labels[chosen] if labelled else None, preprocess=preprocess, protocol=protocol
+        images=images,
+        labels=None if reads == "never" else targets[chosen],
+        preprocess=preprocess,
+        protocol=protocol,
+        classes=10,
     )
 
 

@@ -21,6 +21,7 @@ from modhifi_cli.data.sources import (
     FileImages,
     choose,
     decode,
+    labels_to_read,
     samples_wanted,
     settings_group,
     sha256_of_samples,
@@ -40,6 +41,7 @@ def load(
     path: str,
     preprocess: Preprocess,
     labelled: bool,
+    labels: str | None = None,
     num_samples: int | str | None = None,
     seed: int = 0,
     skip_corrupt: bool = False,
@@ -52,6 +54,7 @@ def load(
         path: The folder.
         preprocess: What the model wants.
         labelled: Whether to read labels. Without it the labels file is not opened.
+        labels: For calibration images: ``"auto"``, ``"given"`` or ``"model"`` (`labels_to_read`); None for others.
         num_samples: How many to draw; None takes all, ``"auto"`` 2,000 or all where there are fewer. Images that are skipped are replaced by the next of the draw.
         seed: Of the draw.
         skip_corrupt: Whether images that cannot be decoded are left out and counted in the protocol; otherwise the
@@ -70,12 +73,15 @@ def load(
         DataError: If the folder is missing or has no images, an image cannot be decoded, a label is missing or no class
             index, or fewer images are there than asked for.
     """
-    group = settings_group(labelled=labelled)
+    group = settings_group(labelled=labelled, labels=labels)
+    reads = labels_to_read(labelled=labelled, labels=labels)
     if class_order not in _ORDERS:
         raise ConfigError(f"{group}.class_order: unknown order '{class_order}', {nearest(class_order, _ORDERS)}")
     root = Path(path).expanduser()
     files = _find(root, group)
-    labels = _labels(root, files, class_order, labels_path) if labelled else None
+    targets, classes = None, None
+    if reads == "required" or reads == "optional" and _has_labels(root, files, labels_path):
+        targets, classes = _labels(root, files, class_order, labels_path, group)
     num_samples = samples_wanted(len(files), num_samples)
     drawn = choose(len(files), num_samples, seed=seed, place=path)
     wanted = len(drawn)
@@ -103,10 +109,10 @@ def load(
         "skipped_files": skipped[:10],
         **_digest(root, names, content=fits),
     }
-    chosen_labels = None if labels is None else labels[drawn]
+    chosen_labels = None if targets is None else targets[drawn]
     if pixels is not None:
-        return ArrayImages(pixels, chosen_labels, preprocess, protocol, prepared=True)
-    return FileImages(root, names, chosen_labels, preprocess, protocol)
+        return ArrayImages(pixels, chosen_labels, preprocess, protocol, prepared=True, classes=classes)
+    return FileImages(root, names, chosen_labels, preprocess, protocol, classes=classes)
 
 
 def _find(root: Path, group: str) -> list[str]:
@@ -130,38 +136,52 @@ def _find(root: Path, group: str) -> list[str]:
     return sorted(files)
 
 
-def _labels(root: Path, files: Sequence[str], class_order: str, labels_path: str | None) -> np.ndarray:
+def _has_labels(root: Path, files: Sequence[str], labels_path: str | None) -> bool:
+    """Whether there is a file of labels, or an image lies in a folder. Nothing is opened."""
+    return labels_path is not None or (root / _LABELS_FILE).is_file() or any("/" in name for name in files)
+
+
+def _labels(
+    root: Path, files: Sequence[str], class_order: str, labels_path: str | None, group: str
+) -> tuple[np.ndarray, int | None]:
+    """The label of every file, and how many classes they count (None where a file of labels does not say)."""
     file = root / _LABELS_FILE if labels_path is None else Path(labels_path).expanduser()
     if labels_path is not None or file.is_file():
-        return _labels_from_json(file, files)
+        return _labels_from_json(file, files), None
     folders = [name.partition("/")[0] if "/" in name else None for name in files]
     for name, folder in zip(files, folders, strict=True):
         if folder is None:
             raise DataError(
                 f"{root}: {name} lies in no class folder and there is no {_LABELS_FILE}, so its label is unknown; put "
-                "images into one folder per class, or set evaluation_data.labels_path=FILE.json."
+                f"images into one folder per class, or set {group}.labels_path=FILE.json{_instead(group)}."
             )
-    classes = {name: index for index, name in enumerate(_ordered(root, sorted({f for f in folders if f}), class_order))}
+    ordered = _ordered(root, sorted({f for f in folders if f}), class_order, group)
+    classes = {name: index for index, name in enumerate(ordered)}
     missing = next((folder for folder in folders if folder not in classes), None)
     if missing is not None:
         raise DataError(
             f"{root}: the folder {missing} is not the WordNet id of an ImageNet class; set "
-            "evaluation_data.class_order=sorted if the network was trained on these folders."
+            f"{group}.class_order=sorted if the network was trained on these folders."
         )
-    return np.array([classes[folder] for folder in folders if folder], dtype=np.int64)
+    return np.array([classes[folder] for folder in folders if folder], dtype=np.int64), len(classes)
 
 
-def _ordered(root: Path, folders: list[str], class_order: str) -> Sequence[str]:
+def _ordered(root: Path, folders: list[str], class_order: str, group: str) -> Sequence[str]:
     all_ids = all(re.fullmatch(r"n\d{8}", folder) for folder in folders)
     if class_order == "imagenet":
         return _imagenet_ids()
     if class_order == "auto" and all_ids and len(folders) != 1000 and set(folders) <= set(_imagenet_ids()):
         raise DataError(
             f"{root}: holds {len(folders)} of ImageNet's 1,000 class folders, so the class indices are not clear; set "
-            "evaluation_data.class_order=imagenet for a network with all 1,000 classes, or sorted for one trained on "
-            "these folders alone."
+            f"{group}.class_order=imagenet for a network with all 1,000 classes, or sorted for one trained on "
+            f"these folders alone{_instead(group)}."
         )
     return folders
+
+
+def _instead(group: str) -> str:
+    """What else calibration images can do; evaluation needs true labels."""
+    return "" if group == "evaluation_data" else ", or take the network's own predictions with data.labels=model"
 
 
 def _imagenet_ids() -> Sequence[str]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.errors import ConfigError, DataError, nearest
 from modhifi_cli.records import Preprocess
 
 _DECODERS = 4  # Threads; PIL lets go of the interpreter lock while it decodes.
@@ -37,6 +37,7 @@ class ArrayImages:
         preprocess: What the model wants.
         protocol: As `ImageSource`.
         prepared: Whether `images` are already resized and cropped.
+        classes: Number of classes that the labels count, or None where the data do not say.
     """
 
     images: np.ndarray
@@ -44,6 +45,7 @@ class ArrayImages:
     preprocess: Preprocess
     protocol: Mapping[str, Any]
     prepared: bool = False
+    classes: int | None = None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -69,6 +71,7 @@ class FileImages:
         labels: ``[files]`` int64, or None.
         preprocess: What the model wants.
         protocol: As `ImageSource`.
+        classes: Number of classes that the labels count, or None where the data do not say.
     """
 
     root: Path
@@ -76,6 +79,7 @@ class FileImages:
     labels: np.ndarray | None
     preprocess: Preprocess
     protocol: Mapping[str, Any]
+    classes: int | None = None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -93,9 +97,30 @@ class FileImages:
                 yield normalise(np.stack(pixels), self.preprocess), labels
 
 
-def settings_group(*, labelled: bool) -> str:
-    """The settings that a source was asked for by, for messages: labels are read for evaluation alone."""
-    return "evaluation_data" if labelled else "data"
+LABELS = ("auto", "given", "model")
+
+
+def settings_group(*, labelled: bool, labels: str | None = None) -> str:
+    """The settings that a source was asked for by, for messages; only calibration data say where labels come from."""
+    return "evaluation_data" if labelled and labels is None else "data"
+
+
+def labels_to_read(*, labelled: bool, labels: str | None) -> str:
+    """Whether a source opens its labels: ``"never"``, ``"optional"`` (if there are any) or ``"required"``.
+
+    Args:
+        labelled: Whether whoever asks for the images needs labels at all.
+        labels: Where the labels of calibration images come from: ``"auto"`` (the source, or else the model),
+            ``"given"`` (the source) or ``"model"``. None for evaluation images, which need their own.
+
+    Raises:
+        ConfigError: If `labels` is none of these.
+    """
+    if labels is not None and labels not in LABELS:
+        raise ConfigError(f"data.labels: expected auto, given or model, got {labels!r}; {nearest(str(labels), LABELS)}")
+    if not labelled or labels == "model":
+        return "never"
+    return "optional" if labels == "auto" else "required"
 
 
 def samples_wanted(available: int, num_samples: int | str | None) -> int | None:

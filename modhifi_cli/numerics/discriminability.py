@@ -118,7 +118,7 @@ class ClassAccumulator:
 def class_moments(
     features: Tensor, labels: Tensor, classes: int, *, names: Sequence[str] | None = None, place: str = "features"
 ) -> ClassMoments:
-    """Moments of features that are all here, ``[images, filters, d]`` with labels ``[images]``; as `ClassAccumulator`."""
+    """Moments of features that are all here, ``[images, filters, d]``, labels ``[images]``; as `ClassAccumulator`."""
     accumulator = ClassAccumulator(classes, names=names, place=place)
     step = max(1, _CHUNK // max(1, features[0].numel() * features.shape[-1])) if len(features) else 1
     for part, own in zip(features.split(step), labels.split(step), strict=True):
@@ -246,8 +246,10 @@ def one_against_rest(moments: ClassMoments, cls: int | Tensor) -> tuple[Tensor, 
     weights = (weights / total).to(moments.mean.device)
     mean = (weights @ moments.mean.flatten(1)).view(len(chosen), *moments.mean.shape[1:])
     second = (weights @ moments.second.flatten(1)).view(len(chosen), *moments.second.shape[1:])
-    found = (moments.mean[chosen], moments.covariance(chosen), mean, _covariance(mean, second))
-    return found if isinstance(cls, Tensor) and cls.ndim else tuple(part[0] for part in found)  # type: ignore[return-value]
+    own_mean, own_covariance, covariance = moments.mean[chosen], moments.covariance(chosen), _covariance(mean, second)
+    if isinstance(cls, Tensor) and cls.ndim:
+        return own_mean, own_covariance, mean, covariance
+    return own_mean[0], own_covariance[0], mean[0], covariance[0]
 
 
 def between(moments: ClassMoments, a: int, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -435,7 +437,7 @@ def enough(moments: ClassMoments, least: int, *, needed: int) -> Tensor:
     return chosen
 
 
-# --------------------------------------------------------------------------------------------------------------- helpers
+# -------------------------------------------------------------------------------------------------------------- helpers
 
 
 def _covariance(mean: Tensor, second: Tensor) -> Tensor:
@@ -488,12 +490,13 @@ def _check_present(moments: ClassMoments, cls: int | Tensor) -> None:
     for one in torch.as_tensor(cls).reshape(-1).tolist():
         if not 0 <= one < len(moments.counts):
             raise NumericsError(
-                f"class {one} does not exist: there are {len(moments.counts)} classes, numbered from 0; give one of them."
+                f"class {one} does not exist: there are {len(moments.counts)} classes, numbered from 0; give one of "
+                "them."
             )
         if not int(moments.counts[one]):
             raise NumericsError(
-                f"class {_name(moments, one)} has no images among the {int(moments.counts.sum())} given, so nothing can "
-                "be said of it; give images of it or more images in all."
+                f"class {_name(moments, one)} has no images among the {int(moments.counts.sum())} given, so nothing "
+                "can be said of it; give images of it or more images in all."
             )
 
 

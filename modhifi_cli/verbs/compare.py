@@ -16,6 +16,7 @@ def compare(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
             settings,
             load=pieces.sources,
             source=pieces.image_source,
+            wants_labels=pieces.wants_labels,
             measure=pieces.measure,
             device=pieces.device_of(settings),
             dtype=pieces.dtype_of(settings),

@@ -27,7 +27,7 @@ def sources(settings: Mapping[str, Any]) -> tuple[LoadedModel, ImageSource, Imag
             "data.path=FOLDER, data=arrays data.path=FILE, data=cifar10 or data=cifar100."
         )
     loaded = config.build(settings["model"])
-    calibration = image_source(settings, "data", loaded.preprocess, labelled=False)
+    calibration = image_source(settings, "data", loaded.preprocess, labelled=wants_labels(settings))
     assert calibration is not None
     return loaded, calibration, image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)
 
@@ -42,11 +42,18 @@ def image_source(
     return source if settings["runtime"]["dtype"] == "float32" else _Cast(source, dtype_of(settings))
 
 
+def wants_labels(settings: Mapping[str, Any]) -> bool:
+    """Whether the method of a run looks at the classes of its calibration images; only then are labels opened."""
+    node = None if settings.get("outside") else settings.get("scoring")
+    return node is not None and getattr(config.build(node), "needs_labels", False)
+
+
 class _Cast:
     """An image source whose batches have the dtype that the run computes in."""
 
     def __init__(self, source: ImageSource, dtype: torch.dtype) -> None:
         self._source, self._dtype, self.protocol = source, dtype, source.protocol
+        self.classes = getattr(source, "classes", None)
 
     def __len__(self) -> int:
         return len(self._source)

@@ -12,7 +12,7 @@ NAMES = list(disc.BOUNDS)
 
 
 def random_pair(d, *, seed=0, batch=40):
-    """Means and covariances of pairs of distributions, ``[batch, d]`` and ``[batch, d, d]``, of very different sizes."""
+    """Means ``[batch, d]`` and covariances ``[batch, d, d]`` of pairs of distributions of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
