@@ -121,7 +121,7 @@ def apply_module_edit_(model: nn.Module, edit: ModuleEdit) -> None:
                 f"{edit.module}.{name}: the saved edit holds shape {tuple(tensor.shape)}, the network "
                 f"{'nothing' if old is None else tuple(old.shape)}; use the network that the edits were made on."
             )
-        _replace_(module, name, tensor)
+        _replace_(module, name, tensor.clone())  # the edit's own tensor must not change with the network
 
 
 def _size(module: nn.Module, dim: int) -> int:

@@ -126,3 +126,12 @@ def test_widths_that_would_grow_are_damage():
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     with pytest.raises(DataError, match="0: the saved network asks for out_channels = 9, the architecture has 4"):
         restore_widths_(model, {"0": {"in_channels": 3, "out_channels": 9, "groups": 1}})
+
+
+def test_a_network_that_changes_after_an_edit_leaves_the_edit_as_it_was():
+    model, _ = networks.small("projected")
+    edit = ModuleEdit("inner", tensors={"weight": torch.zeros_like(model.inner.weight)})
+    apply_module_edit_(model, edit)
+    with torch.no_grad():
+        model.inner.weight.add_(1)
+    assert not edit.tensors["weight"].any()
