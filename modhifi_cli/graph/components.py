@@ -106,6 +106,10 @@ class Layout:
         """Dense numbers of the group's living components, ``[alive]`` int64 sorted."""
         return self._components[group.name]
 
+    def alive_outputs(self, module: str) -> Tensor | None:
+        """Dense output positions that a module still has, ``[alive]`` int64 sorted; None for one in no group."""
+        return self._outputs.get(module)
+
     def outputs(self, slot: Slot, components: Tensor) -> Tensor:
         """Present output positions of the given dense components, ``[components, entries]``."""
         return torch.searchsorted(self._outputs[slot.module], slot.index[components])

@@ -36,6 +36,26 @@ def inputs_seen(model: nn.Module, looks: Mapping[str, Look]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def outputs_seen(model: nn.Module, looks: Mapping[str, Look]) -> Iterator[None]:
+    """Call ``looks[name]`` with the output of module `name` at each forward; hooks are gone afterwards."""
+    handles = []
+    try:
+        for name, look in looks.items():
+            handles.append(model.get_submodule(name).register_forward_hook(_output(look)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _output(look: Look) -> Callable:
+    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        look(output)
+
+    return hook
+
+
 def _first_input(look: Look) -> Callable:
     def hook(module: nn.Module, inputs: tuple) -> None:
         look(inputs[0])
@@ -77,6 +97,7 @@ class Segments:
         *,
         start: str | None = None,
         looks: Mapping[str, Look] | None = None,
+        outputs: Mapping[str, Look] | None = None,
         until: str | None = None,
     ) -> Tensor | None:
         """Run one batch from `start` (None: from the images), stopping as soon as nothing more is asked for.
@@ -85,19 +106,20 @@ class Segments:
             inputs: Images, or the output of the cut `start` for this batch, ``[batch, …]``.
             start: The cut whose output `inputs` is, or None.
             looks: Module name → function called with that module's first input.
-            until: The cut whose output is returned, or None where only `looks` are wanted.
+            outputs: Module name → function called with that module's output.
+            until: The cut whose output is returned, or None where only looks are wanted.
 
         Returns:
             The output of `until`, or None.
         """
-        looks = dict(looks or {})
-        waiting = set(looks)
+        before, behind = dict(looks or {}), dict(outputs or {})
+        waiting = {("input", name) for name in before} | {("output", name) for name in behind}
         caught: list[Tensor] = []
 
-        def seen(name: str, look: Look) -> Look:
+        def seen(side: str, name: str, look: Look) -> Look:
             def wrapped(tensor: Tensor) -> None:
                 look(tensor)
-                waiting.discard(name)
+                waiting.discard((side, name))
                 if not waiting and until is None:
                     raise _Stop
 
@@ -109,7 +131,11 @@ class Segments:
 
         handle = self.model.get_submodule(until).register_forward_hook(catch) if until is not None else None
         try:
-            with self._resumed(start, inputs), inputs_seen(self.model, {n: seen(n, f) for n, f in looks.items()}):
+            with (
+                self._resumed(start, inputs),
+                inputs_seen(self.model, {name: seen("input", name, look) for name, look in before.items()}),
+                outputs_seen(self.model, {name: seen("output", name, look) for name, look in behind.items()}),
+            ):
                 self.model(inputs if start is None else self._image(inputs))
         except _Stop:
             pass

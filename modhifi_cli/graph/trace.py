@@ -32,6 +32,8 @@ class Trace:
         reused: Names of modules that ran more than once in one forward.
         cuts: Names of the cuts in order of leaving, outermost name of each tensor.
         norm_of: Conv or linear name → name of the BatchNorm that reads exactly its output.
+        joins: Module name → name of the module whose output is added to its own, and nothing else is done with its
+            own: the branch that closes a residual block, and what it is added to.
         upstream: Module name → names of the modules whose output its own output depends on; a module that is missing
             could not be placed in the data flow and must be taken to depend on everything that ran before it.
     """
@@ -40,6 +42,7 @@ class Trace:
     reused: frozenset[str]
     cuts: tuple[str, ...]
     norm_of: dict[str, str]
+    joins: dict[str, str]
     upstream: dict[str, frozenset[str]]
 
     def depends(self, module: str, source: str) -> bool:
@@ -129,7 +132,8 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     visits = dict(sorted(visits.items(), key=lambda item: item[1].enter))
     order = _topological([tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None])
     cuts = _cuts(order, nodes, visits)
-    return Trace(visits, frozenset(reused), cuts, norm_of, _upstream(order, nodes, visits))
+    joins = _joins(order, nodes, visits)
+    return Trace(visits, frozenset(reused), cuts, norm_of, joins, _upstream(order, nodes, visits))
 
 
 def _parents(node: object) -> list[object]:
@@ -177,6 +181,24 @@ def _cuts(order: list[object], nodes: dict[str, object], visits: dict[str, Visit
         if node not in found or found[node].startswith(name + "."):
             found[node] = name
     return tuple(sorted(found.values(), key=lambda name: visits[name].leave))
+
+
+def _joins(order: list[object], nodes: dict[str, object], visits: dict[str, Visit]) -> dict[str, str]:
+    children: dict[object, list[object]] = {}
+    for node in order:
+        for parent in _parents(node):
+            children.setdefault(parent, []).append(node)
+    # The last module that hands a tensor on: the others may lie in front of a cut, where nothing runs any more.
+    handed_on = {nodes[name]: name for name in sorted(visits, key=lambda name: visits[name].leave) if name in nodes}
+    found = {}
+    for name in visits:
+        readers = children.get(nodes.get(name), [])
+        if len(readers) != 1 or type(readers[0]).__name__ != "AddBackward0" or readers[0]._saved_alpha != 1:
+            continue
+        other = [parent for parent in _parents(readers[0]) if parent is not nodes[name]]
+        if len(other) == 1 and other[0] in handed_on:
+            found[name] = handed_on[other[0]]
+    return found
 
 
 def _upstream(order: list[object], nodes: dict[str, object], visits: dict[str, Visit]) -> dict[str, frozenset[str]]:

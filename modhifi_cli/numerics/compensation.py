@@ -79,7 +79,7 @@ class PerKernel:
         """
         features = _kept_features(consumer, kept)
         weight = consumer.weight.double()[:, features]
-        _refuse_few_rows(consumer, len(features), self.ridge)
+        _refuse_few_rows(consumer.name, consumer.statistics.rows, len(features), self.ridge)
         kept = kept.to(weight.device)
         moments = contribution_moments(consumer)
         alive = moments.alive.nonzero().flatten()
@@ -134,13 +134,18 @@ class Joint:
             take the one with the least error on the held-out rows, constant restored from the fit rows; then solve on
             all rows. 0.01 where nothing was held out.
         grid: The ridges that ``"auto"`` tries.
+        reference: What the layers shall give. ``"current"``: what they give as the network stands, without the cut
+            (M8). ``"dense"``: after all cuts every layer behind one is solved again, in forward order, towards what it
+            gives in the dense network, residual stream included (M9), so that errors are repaired, not inherited.
 
     Raises:
-        ConfigError: For a ridge that is neither ``"auto"`` nor at least 0, or a grid without positive numbers.
+        ConfigError: For a ridge that is neither ``"auto"`` nor at least 0, a grid without positive numbers, or another
+            reference.
     """
 
     ridge: float | str = "auto"
     grid: Sequence[float] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
+    reference: str = "current"
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -154,6 +159,8 @@ class Joint:
                 f"compensation.grid must hold at least one ridge, all above 0, got {list(self.grid)}: leave it out for "
                 f"the default."
             )
+        if self.reference not in ("current", "dense"):
+            raise ConfigError(f"compensation.reference must be 'current' or 'dense', got '{self.reference}'.")
 
     @property
     def wants_held_out(self) -> bool:
@@ -178,19 +185,37 @@ class Joint:
             NumericsError: If a weight is not finite; or without a ridge, if there are fewer rows than kept features.
         """
         weight = kept_weight(consumer, kept)
-        _refuse_few_rows(consumer, weight.shape[1], self.ridge)
-        chosen = self.ridge
-        if chosen == "auto" and consumer.held_out is not None:
-            every, held_out = regressions(consumer, kept, consumer.held_out)
-            chosen = self._chosen(every, held_out, centred=consumer.centred)
-        else:
-            every = regressions(consumer, kept)[0]
-            chosen = _RIDGE_UNMEASURED if chosen == "auto" else chosen
-        if consumer.centred:
-            every = every.about(every.inputs, every.targets)
-        return JointSolution(weight + every.widened(every.solve(chosen)), float(chosen))
+        _refuse_few_rows(consumer.name, consumer.statistics.rows, weight.shape[1], self.ridge)
+        parts = () if self.ridge != "auto" or consumer.held_out is None else (consumer.held_out,)
+        every, *held_out = regressions(consumer, kept, *parts)
+        change, ridge, _ = self.fit(every, *held_out, centred=consumer.centred)
+        return JointSolution(weight + every.widened(change), ridge)
 
-    def _chosen(self, every: Regression, held_out: Regression, *, centred: bool) -> float:
+    def fit(
+        self, every: Regression, held_out: Regression | None = None, *, centred: bool
+    ) -> tuple[Tensor, float, float | None]:
+        """The change of a weight that a regression asks for.
+
+        Args:
+            every: Over all rows, not centred.
+            held_out: Over some of them: with ``"auto"`` they choose the ridge.
+            centred: Whether a constant is free.
+
+        Returns:
+            The change in the regression's coordinates, ``[outputs, n]`` float64; the ridge; and how much the fit
+            without the held-out rows changes the squared error on them, output units², below 0 for better; None where
+            nothing was held out.
+        """
+        ridge, gained = self.ridge, None
+        if ridge == "auto" and held_out is None:
+            ridge = _RIDGE_UNMEASURED
+        elif ridge == "auto":
+            ridge, gained = self._chosen(every, held_out, centred=centred)
+        if centred:
+            every = every.about(every.inputs, every.targets)
+        return every.solve(ridge), float(ridge), gained
+
+    def _chosen(self, every: Regression, held_out: Regression, *, centred: bool) -> tuple[float, float]:
         if not 0 < held_out.rows < every.rows:
             raise ValueError(f"held-out rows must be some of the {every.rows} rows, got {held_out.rows}.")
         fit = every.without(held_out)
@@ -198,7 +223,9 @@ class Joint:
             # The held-out rows are looked at about the fit rows' mean: a constant that does not carry over is an error.
             held_out, fit = held_out.about(fit.inputs, fit.targets), fit.about(fit.inputs, fit.targets)
         # Equal losses take the larger ridge, the smaller change.
-        return min(sorted(self.grid, reverse=True), key=lambda ridge: held_out.loss(fit.solve(ridge)))
+        losses = {ridge: held_out.loss(fit.solve(ridge)) for ridge in sorted(self.grid, reverse=True)}
+        ridge = min(losses, key=losses.__getitem__)
+        return ridge, losses[ridge]
 
 
 def restored_constant(consumer: Consumer, kept: Tensor, weight: Tensor) -> Tensor:
@@ -217,11 +244,11 @@ def restored_constant(consumer: Consumer, kept: Tensor, weight: Tensor) -> Tenso
     return consumer.weight.to(mean) @ mean - weight.to(mean) @ mean[_kept_features(consumer, kept)]
 
 
-def _refuse_few_rows(consumer: Consumer, features: int, ridge: float | str) -> None:
-    if ridge == 0 and consumer.statistics.rows < features:
+def _refuse_few_rows(name: str, rows: int, features: int, ridge: float | str) -> None:
+    if ridge == 0 and rows < features:
         raise NumericsError(
-            f"{consumer.name}: an exact solve needs at least {features} calibration rows, got "
-            f"{consumer.statistics.rows}. Raise data.num_samples or set compensation.ridge above 0."
+            f"{name}: an exact solve needs at least {features} calibration rows, got "
+            f"{rows}. Raise data.num_samples or set compensation.ridge above 0."
         )
 
 

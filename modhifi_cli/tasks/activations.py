@@ -101,6 +101,30 @@ class Activations:
             look(self.segments.run(batch, start=self._cut, until=name))
             yield Progress("images", item, done, total)
 
+    def seen(
+        self, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], int, int]]:
+        """Copies of what modules read and give, batch after batch, from where the activations stand.
+
+        Args:
+            inputs: Modules whose first input is wanted.
+            outputs: Modules whose output is wanted.
+
+        Returns:
+            For every batch inputs by name, outputs by name, its number from 1, and the number of batches.
+        """
+        for batch, done, total in self._batches(self._carried):
+            read: dict[str, Tensor] = {}
+            given: dict[str, Tensor] = {}
+            # Copies: the next layer may overwrite its input in place.
+            self.segments.run(
+                batch,
+                start=self._cut,
+                looks={name: _keep_in(read, name) for name in inputs},
+                outputs={name: _keep_in(given, name) for name in outputs},
+            )
+            yield read, given, done, total
+
     def _between(self, stale: Sequence[str], end: int) -> list[str]:
         visits = self.segments.trace.visits
         return sorted((n for n in stale if visits[n].enter < end), key=lambda n: visits[n].enter)
@@ -187,6 +211,13 @@ class Activations:
         self._images = kept
 
 
+def _keep_in(found: dict[str, Tensor], name: str) -> Look:
+    def look(tensor: Tensor) -> None:
+        found[name] = tensor.clone()
+
+    return look
+
+
 def set_statistics_(module: nn.Module, moments: ChannelMoments) -> None:
     """Give a BatchNorm new running statistics, in place.
 
@@ -195,5 +226,3 @@ def set_statistics_(module: nn.Module, moments: ChannelMoments) -> None:
     """
     module.running_mean.copy_(moments.mean)
     module.running_var.copy_(moments.variance)
-
-

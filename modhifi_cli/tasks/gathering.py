@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.numerics.cross import CrossMoments, CrossStatistics, merge_cross
 from modhifi_cli.numerics.moments import ConvMoments, RowMoments, merge
 from modhifi_cli.records import Statistics
 
@@ -111,3 +112,40 @@ class LayerMoments:
 
     def _add(self, moments: ConvMoments | RowMoments, inputs: Tensor) -> None:
         moments.update(inputs.flatten(0, -2) if self._linear else inputs)
+
+
+class TargetMoments:
+    """Accumulates the cross moments of one layer's input rows with wanted outputs, held-out images apart.
+
+    Args:
+        name: Module name, for messages.
+        module: `nn.Conv2d` without groups, or `nn.Linear`.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self._fitted = CrossMoments(module, name=name)
+        self._held_out = CrossMoments(module, name=name)
+        self._images = 0
+
+    def update(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add one batch of inputs and of wanted outputs at the same rows.
+
+        Raises:
+            NumericsError: If a target is not finite.
+        """
+        held = held_out_images(torch.arange(self._images, self._images + len(inputs), device=inputs.device))
+        self._images += len(inputs)
+        self._fitted.update(inputs[~held], targets[~held])
+        self._held_out.update(inputs[held], targets[held])
+
+    def result(self) -> tuple[CrossStatistics, CrossStatistics | None]:
+        """Over all images, and over the held-out ones alone (None where there are fewer than five).
+
+        Raises:
+            NumericsError: If there was no image.
+        """
+        fitted = self._fitted.result()
+        if self._images < _HELD_OUT_EVERY:
+            return fitted, None
+        held_out = self._held_out.result()
+        return merge_cross(fitted, held_out), held_out

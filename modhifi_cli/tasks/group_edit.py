@@ -69,7 +69,7 @@ def edit_group_(
     changed: list[str] = []
     for slot, consumer, repair, order in zip(weighted, consumers, repairs, orders, strict=True):
         changed += _apply_repair_(run, slot, consumer, kept, repair, order, alone=len(weighted) == 1)
-    _mark_stale_(run, group, changed)
+    mark_stale_(run, [slot.module for slot in group.consumers], changed)
     removed = torch.ones(alive.numel(), dtype=torch.bool)
     removed[kept] = False
     touched = dict.fromkeys((*run.refreshed, *changed))
@@ -297,13 +297,12 @@ def _apply_repair_(
     return changed
 
 
-def _mark_stale_(run: Run, group: ComponentGroup, changed: Sequence[str]) -> None:
-    """Every BatchNorm behind a consumer whose input statistics the edit has changed, unless just set exactly."""
+def mark_stale_(run: Run, sources: Sequence[str], changed: Sequence[str]) -> None:
+    """Every BatchNorm behind one of the changed layers is stale now, unless it is among those that were just set."""
     if not run.reestimate:
         return
     trace = run.segments.trace
     run.stale = [name for name in run.stale if name not in changed]
-    sources = [slot.module for slot in group.consumers]
     for name in trace.visits:
         module = run.model.get_submodule(name)
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:

@@ -5,6 +5,7 @@ slice, repair the consumers in closed form, and re-estimate the BatchNorms behin
 an `Edit` that can be replayed without data.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,8 +23,9 @@ from modhifi_cli.records import Edit, ImageSource, Progress
 from modhifi_cli.tasks.activations import Activations
 from modhifi_cli.tasks.classifier import DenseLogits, find_classifier, refit_classifier_
 from modhifi_cli.tasks.curves import error_curves
+from modhifi_cli.tasks.dense_reference import DenseNetwork, layers_behind, rebuild_
 from modhifi_cli.tasks.gathering import Gathering
-from modhifi_cli.tasks.group_edit import Run, edit_group_, forget_refreshed_, tensor_edits
+from modhifi_cli.tasks.group_edit import Run, edit_group_, forget_refreshed_, tensor_edits, weighted_consumers
 
 TARGETS = ("params", "flops", "components")
 NEAR = 0.01  # a target counts as reached within one percentage point
@@ -162,17 +164,20 @@ def prune_(
             )
         raise UnsupportedModelError(f"the network has no group of channels that can be pruned ({reasons or 'none'}).")
     costs = CostModel(model, example[:1], groups)
+    two = getattr(compensation, "reference", "current") == "dense"
+
+    def activations(of: nn.Module, cuts: Segments) -> Activations:
+        limit = _limit_bytes(gathering) / (2 if two else 1)
+        return Activations(of, cuts, calibration, batch_size=batch_size, device=device, limit_bytes=limit)
+
+    dense: DenseNetwork | None = None
+    if two:
+        untouched = copy.deepcopy(model)
+        dense = DenseNetwork(untouched, activations(untouched, Segments(untouched, example)))
     run = Run(
         model=model,
         segments=segments,
-        activations=Activations(
-            model,
-            segments,
-            calibration,
-            batch_size=batch_size,
-            device=device,
-            limit_bytes=_limit_bytes(gathering),
-        ),
+        activations=activations(model, segments),
         layout=Layout(model, groups),
         scoring=scoring,
         selection=selection,
@@ -231,6 +236,14 @@ def prune_(
             edit: list[Edit] = []
             yield from edit_group_(run, groups[number:], iteration, keep[number], edit)
             yield edit[0]
+        if dense is not None and edits:
+            cut = [group for group in groups if run.layout.alive(group).numel() < group.components]
+            layers = layers_behind(
+                run,
+                [slot.module for group in cut for slot in weighted_consumers(run, group)],
+                leave=() if aims is None else (aims.layer,),
+            )
+            yield from rebuild_(run, dense, layers, iteration, waiting)
     if run.stale and waiting and waiting[0].name == "batchnorm":
         apply_edit_(model, waiting.pop(0))
     elif run.stale and not waiting:

@@ -1,0 +1,155 @@
+"""Cross moments of a layer's input rows with the outputs wanted there, and the regression on a dense target (M9).
+
+The second moment S of the inputs is gathered as for every layer. What a target adds is E[t xᵀ] alone: the sum that a
+convolution's weight gradient is, with t in place of the gradient.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.grad import conv2d_weight
+
+from modhifi_cli.errors import NumericsError
+from modhifi_cli.numerics.moments import second_moment
+from modhifi_cli.numerics.regression import Regression
+from modhifi_cli.records import Statistics
+
+
+@dataclass(frozen=True)
+class CrossStatistics:
+    """Means over rows of wanted outputs t against input rows x.
+
+    Attributes:
+        rows: Rows that were summed.
+        cross: E[t xᵀ], ``[outputs, features]`` float64, features as in the layer's flattened weight.
+        mean: E[t], ``[outputs]`` float64.
+        energy: E[t²], ``[outputs]`` float64.
+    """
+
+    rows: int
+    cross: Tensor
+    mean: Tensor
+    energy: Tensor
+
+
+class CrossMoments:
+    """Sums of t xᵀ over batches: float32 products of one batch, float64 sums.
+
+    Args:
+        layer: `nn.Conv2d` without groups, or `nn.Linear`: only its geometry is used.
+        name: For messages.
+    """
+
+    def __init__(self, layer: nn.Module, *, name: str = "layer") -> None:
+        self._layer = layer
+        self._name = name
+        self._rows = 0
+        self._cross: Tensor | None = None
+        self._mean: Tensor | None = None
+        self._energy: Tensor | None = None
+
+    def update(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add one batch.
+
+        Args:
+            inputs: ``[batch, channels, height, width]``, or ``[batch, …, features]`` for a linear layer.
+            targets: Wanted outputs at the same rows, of the shape of the layer's output.
+
+        Raises:
+            NumericsError: If a target is not finite.
+        """
+        if len(inputs) == 0:
+            return
+        if isinstance(self._layer, nn.Linear):
+            rows = targets.flatten(0, -2)
+            cross = rows.T @ inputs.flatten(0, -2)
+        else:
+            rows = targets.movedim(1, -1).flatten(0, -2)
+            cross = self._conv_cross(inputs, targets)
+        mean = rows.sum(0, dtype=torch.float64)
+        if not bool(torch.isfinite(mean).all()):
+            raise NumericsError(
+                f"{self._name}: the dense network's outputs on the calibration data are not finite; check weights and "
+                "images."
+            )
+        energy = rows.square().sum(0, dtype=torch.float64)
+        self._rows += len(rows)
+        self._cross = cross.double() if self._cross is None else self._cross.add_(cross)
+        self._mean = mean if self._mean is None else self._mean.add_(mean)
+        self._energy = energy if self._energy is None else self._energy.add_(energy)
+
+    def result(self) -> CrossStatistics:
+        """Means over everything so far.
+
+        Raises:
+            NumericsError: If there was no row.
+        """
+        if not self._rows:
+            raise NumericsError(f"{self._name}: no row was seen; the calibration data is empty.")
+        return CrossStatistics(self._rows, self._cross / self._rows, self._mean / self._rows, self._energy / self._rows)
+
+    def _conv_cross(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        conv = self._layer
+        padding = conv.padding
+        if isinstance(padding, str):  # "same" and "valid": written out, since the library's sum takes numbers only
+            inputs, padding = functional.pad(inputs, conv._reversed_padding_repeated_twice), (0, 0)
+        shape = (targets.shape[1], inputs.shape[1], *conv.kernel_size)
+        return conv2d_weight(inputs, shape, targets, conv.stride, padding, conv.dilation).flatten(1)
+
+
+def merge_cross(one: CrossStatistics, other: CrossStatistics) -> CrossStatistics:
+    """The moments of both sets of rows together; the rows must be different ones."""
+    rows = one.rows + other.rows
+
+    def mean(of: str) -> Tensor:
+        return (one.rows * getattr(one, of) + other.rows * getattr(other, of)) / rows
+
+    return CrossStatistics(rows, mean("cross"), mean("mean"), mean("energy"))
+
+
+def dense_regression(statistics: Statistics, aims: CrossStatistics, weight: Tensor) -> Regression:
+    """Normal equations of a change Δ of the weight that brings W x nearest to the wanted outputs (M9).
+
+    Args:
+        statistics: Moments of the layer's present inputs x over the same rows.
+        aims: Their cross moments with the wanted outputs t.
+        weight: Present W, ``[outputs, features]`` float64.
+
+    Returns:
+        The regression of t − W x on x, not centred. With t = W x it asks for no change.
+
+    Raises:
+        ValueError: If the two were gathered over different rows.
+    """
+    if statistics.rows != aims.rows:
+        raise ValueError(f"moments of {statistics.rows} rows and targets of {aims.rows} do not belong together.")
+    gram = second_moment(statistics, centred=False)
+    return Regression(
+        rows=statistics.rows,
+        gram=gram,
+        cross=aims.cross - weight @ gram,
+        inputs=statistics.mean,
+        targets=aims.mean - weight @ statistics.mean,
+        features=weight.shape[1],
+    )
+
+
+def squared_error(statistics: Statistics, aims: CrossStatistics, weight: Tensor, *, centred: bool) -> Tensor:
+    """E|t − W x|² over the rows, summed over outputs; about both means where a constant is free.
+
+    Args:
+        statistics: Moments of the inputs x.
+        aims: Their cross moments with the wanted outputs t, over the same rows.
+        weight: W, ``[outputs, features]`` float64.
+        centred: Whether the best constant is added.
+
+    Returns:
+        A float64 scalar, output units², at least 0.
+    """
+    gram = second_moment(statistics, centred=False)
+    total = aims.energy.sum() + ((weight @ gram - 2 * aims.cross) * weight).sum()
+    if centred:
+        total = total - (aims.mean - weight @ statistics.mean).square().sum()
+    return total.clamp(min=0)
