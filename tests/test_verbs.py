@@ -339,3 +339,26 @@ def test_what_is_found_wrong_during_the_work_is_one_sentence_too(here, capsys, w
 def test_a_run_that_ends_before_its_first_edit_leaves_no_folder(here):
     assert prune("exclude=[layer9]") == 2
     assert not list((here / "outputs").glob("prune/embedded/*"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "origin"), [("auto", "labels of the source"), ("model", "the dense network's own predictions")]
+)
+def test_a_score_of_classes_says_whose_labels_it_used(here, labels, origin):
+    words = ["preset=discedit_sp", "data.num_samples=128", f"data.labels={labels}", "scoring.least_images=2"]
+    assert prune(*words, "evaluation=[]") == 0
+    run = only_run(here)
+    assert artifacts.read_results(run)["calibration"]["labels"] == f"128 images of 10 of 10 classes, {origin}"
+    assert origin in (run / "report.md").read_text()
+
+
+def test_labels_are_opened_for_a_score_of_classes_alone(here, capsys):
+    import numpy as np
+
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
+    np.savez(here / "spoiled.npz", images=pixels, labels=np.array(["cat"] * 64))
+    words = ["data=arrays", "data.path=spoiled.npz", "evaluation=[]", "evaluation_data=none"]
+    assert main(["prune", "preset=magnitude", *words, "console=plain"]) == 0
+    assert main(["prune", "preset=discedit_sp", *words, "console=plain"]) == 2
+    assert "spoiled.npz [labels]: expected whole-number class indices" in capsys.readouterr().err
+    assert not list((here / "outputs").glob("prune/embedded/*incomplete"))

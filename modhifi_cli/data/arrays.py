@@ -193,7 +193,7 @@ def _labels(
             raise DataError(f"{part}: a .npy file holds one array, so labels need {group}.labels_path=FILE.")
         with _open(part, labels_key, _LABEL_KEYS, what="labels", setting=f"{group}.labels_key") as table:
             rows = table.read(table.shape[0] if table.shape else 0)
-            collected.append(check_labels(rows, place=f"{part} [{table.name}]", images=count))
+            collected.append(check_labels(rows, place=table.name, images=count))
     return np.concatenate(collected)[chosen]
 
 

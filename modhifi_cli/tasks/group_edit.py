@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, has_weight
-from modhifi_cli.graph.segments import Segments
+from modhifi_cli.graph.segments import Look, Segments
 from modhifi_cli.graph.surgery import slice_module_
 from modhifi_cli.numerics.batchnorm import output_moments
 from modhifi_cli.numerics.compensation import Joint, restored_constant
 from modhifi_cli.numerics.fidelity import joint_fidelity, layer_fidelity
 from modhifi_cli.numerics.moments import reorder
+from modhifi_cli.numerics.scoring import Place
 from modhifi_cli.records import Consumer, Edit, ModuleEdit, Progress, Statistics
 from modhifi_cli.tasks.activations import Activations, set_statistics_
+from modhifi_cli.tasks.class_features import MapSummaries, map_summaries
 from modhifi_cli.tasks.gathering import Gathered, Gathering, LayerMoments
+from modhifi_cli.tasks.labelling import Labels
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Run:
     reestimate: bool
     gathering: Gathering
     seed: int
+    labels: Labels | None = None
     stale: list[str] = field(default_factory=list)
     refreshed: list[str] = field(default_factory=list)
 
@@ -50,13 +54,16 @@ def edit_group_(
     alive = run.layout.alive(group)
     weighted = weighted_consumers(run, group)
     gathered: dict[str, Gathered] = {}
-    if any(step.needs_statistics for step in (run.scoring, run.selection, run.compensation)):
-        yield from _gather(run, ahead, weighted, gathered)
+    wanted = any(step.needs_statistics for step in (run.scoring, run.selection, run.compensation))
+    classes = _class_looks(run, group, weighted)
+    if wanted or classes:
+        yield from _gather(run, ahead, weighted if wanted else (), gathered, classes)
     gathered_at = time.perf_counter()
     consumers = [consumer_of(run, slot, alive, gathered) for slot in weighted]
     producers = [_filters(run, slot, alive) for slot in group.producers]
     generator = torch.Generator().manual_seed(run.seed + 1_000_003 * iteration + 7_919 * len(ahead))
-    scores = run.scoring(consumers, [filters for filters in producers if filters is not None], generator=generator)
+    filters = [weights for weights in producers if weights is not None]
+    scores = run.scoring(consumers, filters, generator=generator, **_places(run, classes))
     kept = run.selection(scores, consumers, keep=keep).cpu()
     repairs = [_repair(run, consumer, kept, bool(gathered)) for consumer in consumers]
     orders = [run.layout.input_order(slot, alive) for slot in weighted]
@@ -121,22 +128,53 @@ def _facts(
         "rows": {consumer.name: consumer.statistics.rows for consumer in consumers},
         "seconds": {"gathering": gathered - started, "solving": time.perf_counter() - gathered},
         "stale_batchnorms": list(run.stale),
+        **({} if run.labels is None else {"labels": run.labels.account}),
     }
 
 
+def _class_looks(run: Run, group: ComponentGroup, weighted: Sequence[Slot]) -> dict[str, MapSummaries]:
+    """What a score of classes has to look at, by module; nothing for any other score."""
+    if run.labels is None:
+        return {}
+    norm = norm_behind(run, group.producers[0].module) if len(group.producers) == 1 else None
+    return map_summaries(run.model, run.layout, group, weighted, norm, run.scoring.summary)
+
+
+def _places(run: Run, looks: Mapping[str, MapSummaries]) -> dict[str, Any]:
+    if run.labels is None:
+        return {}
+    labels = run.labels
+    return {"places": [Place(name, look.result(), labels.values, labels.classes) for name, look in looks.items()]}
+
+
 def _gather(
-    run: Run, ahead: Sequence[ComponentGroup], slots: Sequence[Slot], gathered: dict[str, Gathered]
+    run: Run,
+    ahead: Sequence[ComponentGroup],
+    slots: Sequence[Slot],
+    gathered: dict[str, Gathered],
+    classes: Mapping[str, MapSummaries],
 ) -> Iterator[Progress]:
     visits = run.segments.trace.visits
     start = _carry_to(run.segments, ahead)
     if start is not None:
         yield from run.activations.advance(start, stale=run.stale, item=ahead[0].name)
         forget_refreshed_(run, before=visits[start].leave)
-    yield from look(run, slots, gathered, ahead[0].name)
+    also = {name: summaries.update for name, summaries in classes.items()}
+    yield from look(run, slots, gathered, ahead[0].name, also=also)
 
 
-def look(run: Run, slots: Sequence[Slot], gathered: dict[str, Gathered], item: str) -> Iterator[Progress]:
-    """Gather the moments of the given consumers' inputs in one walk from where the activations stand."""
+def look(
+    run: Run,
+    slots: Sequence[Slot],
+    gathered: dict[str, Gathered],
+    item: str,
+    *,
+    also: Mapping[str, Look] | None = None,
+) -> Iterator[Progress]:
+    """Gather the moments of the given consumers' inputs in one walk from where the activations stand.
+
+    `also` are further looks that ride on the walk: module → function of its first input.
+    """
     visits = run.segments.trace.visits
     moments = {
         slot.module: LayerMoments(
@@ -148,11 +186,21 @@ def look(run: Run, slots: Sequence[Slot], gathered: dict[str, Gathered], item: s
         )
         for slot in slots
     }
-    last = max(visits[slot.module].enter for slot in slots)
-    looks = {name: accumulator.update for name, accumulator in moments.items()}
+    looks: dict[str, Look] = {name: accumulator.update for name, accumulator in moments.items()}
+    for name, extra in (also or {}).items():
+        looks[name] = _both(looks[name], extra) if name in looks else extra
+    last = max(visits[name].enter for name in looks)
     yield from run.activations.walk(looks, stale=run.stale, item=item)
     forget_refreshed_(run, before=last)
     gathered.update({name: accumulator.result() for name, accumulator in moments.items()})
+
+
+def _both(first: Look, second: Look) -> Look:
+    def look_twice(inputs: Tensor) -> None:
+        first(inputs)
+        second(inputs)
+
+    return look_twice
 
 
 def weighted_consumers(run: Run, group: ComponentGroup) -> tuple[Slot, ...]:

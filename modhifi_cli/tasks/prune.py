@@ -26,6 +26,7 @@ from modhifi_cli.tasks.curves import error_curves
 from modhifi_cli.tasks.dense_reference import DenseNetwork, layers_behind, rebuild_
 from modhifi_cli.tasks.gathering import Gathering
 from modhifi_cli.tasks.group_edit import Run, edit_group_, forget_refreshed_, tensor_edits, weighted_consumers
+from modhifi_cli.tasks.labelling import Labels, image_labels
 
 TARGETS = ("params", "flops", "components")
 NEAR = 0.01  # a target counts as reached within one percentage point
@@ -53,6 +54,7 @@ class Plan:
         predicted_error: Group → relative error of its consumers, summed over them, that its width costs on the dense
             network with the best subset and joint weights; empty unless error curves were asked for.
         predicted_impact: Group → squared change of the logits as a share of their variance if it alone is cut so.
+        labels: Where the classes of the calibration images come from; empty where no step looks at classes.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -60,6 +62,7 @@ class Plan:
     predicted: Mapping[str, float]
     predicted_error: Mapping[str, float] = field(default_factory=dict)
     predicted_impact: Mapping[str, float] = field(default_factory=dict)
+    labels: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def prune_(
     Args:
         model: Dense network, evaluation mode. It is moved to `device` and edited as the generator is consumed; an
             edit is complete when it is yielded.
-        calibration: Unlabelled images; labels are never read.
+        calibration: Images; labels are taken from it, or predicted, only for a scoring that `needs_labels`.
         sparsity: Share to be removed, in [0, 1).
         target: What the share counts: ``"params"``, ``"flops"`` or ``"components"``.
         scoring, selection, compensation: The method's steps, from `modhifi_cli.numerics`.
@@ -174,6 +177,13 @@ def prune_(
     if two:
         untouched = copy.deepcopy(model)
         dense = DenseNetwork(untouched, activations(untouched, Segments(untouched, example)))
+    labels: Labels | None = None
+    if getattr(scoring, "needs_labels", False):
+        for event in image_labels(model, calibration, device=device, batch_size=batch_size):
+            if isinstance(event, Labels):
+                labels = event
+            else:
+                yield event
     run = Run(
         model=model,
         segments=segments,
@@ -185,6 +195,7 @@ def prune_(
         reestimate=batchnorm == "reestimate",
         gathering=gathering,
         seed=seed,
+        labels=labels,
     )
     shares = schedule(sparsity)
     sizes = [group.components for group in groups]
@@ -214,6 +225,7 @@ def prune_(
         {name: costs.removed_share(final, name) for name in TARGETS},
         _at_widths(groups, shapes, final),
         _at_widths(groups, curves, final),
+        labels.account if labels is not None else "",
     )
 
     waiting = list(done)

@@ -178,6 +178,8 @@ def _show_plan(console: Console, plan: Any) -> None:
     ]
     if rows:
         console.table(f"{len(rows)} groups of coupled components", rows)
+    if plan.labels:
+        console.note(f"classes: {plan.labels}")
     for refused in plan.refused:
         console.note(f"left alone: {refused.name}: {refused.reason}")
 
@@ -201,6 +203,7 @@ def _write_outcome(
         for edit in edits
         if edit.removed.numel()
     ]
+    labelled = {"labels": told for edit in edits[:1] if (told := edit.facts.get("labels"))}
     achieved, warnings = dict(summary.achieved), list(summary.warnings)
     target = settings["target"]["name"]
     artifacts.write_json(
@@ -217,7 +220,7 @@ def _write_outcome(
             "groups": groups,
             "predicted_error": dict(predicted),
             "exports": [{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
-            "calibration": dict(calibration.protocol),
+            "calibration": dict(calibration.protocol) | labelled,
             "warnings": warnings,
             "seconds": dict(seconds),
         },
@@ -227,6 +230,7 @@ def _write_outcome(
         "weights": loaded.weights,
         "calibration images": f"{len(calibration)} of {drawn.get('available', len(calibration))}, {drawn.get('path')}",
     }
+    asked |= labelled
     asked |= {key: settings[key] for key in ("sparsity", "batchnorm", "classifier", "round_to", "exclude")}
     asked["target"] = target
     steps = ("scoring", "selection", "compensation", "allocation", "schedule")

@@ -3,9 +3,20 @@
 import pytest
 import torch
 
+from modhifi_cli.errors import ConfigError
 from modhifi_cli.numerics.contributions import contribution_moments
 from modhifi_cli.numerics.fidelity import singleton_fidelity
-from modhifi_cli.numerics.scoring import Energy, Fluctuation, Magnitude, Random, Saliency, Singleton
+from modhifi_cli.numerics.scoring import (
+    DisCEditSP,
+    Energy,
+    Fluctuation,
+    Magnitude,
+    Place,
+    Random,
+    Saliency,
+    Singleton,
+    TVSPrune,
+)
 from tests import reference
 from tests.numerics import helpers
 
@@ -64,3 +75,32 @@ def test_energy_of_one_feature_is_its_power_times_the_weight_norm():
     power, variance = data.square().mean(0), data.var(0, correction=0)
     torch.testing.assert_close(Energy()([consumer]).votes[0][0], power * norms, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(Fluctuation()([consumer]).votes[0][0], variance * norms, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("score", [DisCEditSP, TVSPrune])
+def test_scores_of_classes_refuse_settings_that_make_no_sense(score):
+    with pytest.raises(ConfigError, match="^scoring.witness: unknown witness 'sums', did you mean 'sum'"):
+        score(witness="sums")
+    with pytest.raises(ConfigError, match="^scoring.robust must be a number of at least 0, got -0.1: set it to 0.$"):
+        score(robust=-0.1)
+    with pytest.raises(ConfigError, match="^scoring.least_images must be a whole number of at least 1, got 0.$"):
+        score(least_images=0)
+
+
+def test_an_unknown_bound_is_refused():
+    with pytest.raises(ConfigError, match="^scoring.bound: unknown bound 'fishr', did you mean 'fisher'"):
+        DisCEditSP(bound="fishr")
+
+
+def test_a_component_counts_with_the_largest_bound_over_places_and_classes():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    noise = torch.randn(2, 60, 4, generator=generator, dtype=torch.float64)
+    noise[0, :, 1] += 3.0 * (labels == 0)
+    noise[1, :, 3] += 3.0 * (labels == 2)
+    places = [Place(name, summaries, labels, 3) for name, summaries in zip("ab", noise, strict=True)]
+    for score in (DisCEditSP(), TVSPrune(), DisCEditSP(witness="quadratic", bound="fisher", robust=0.01)):
+        both = score([], [], places=places).votes
+        alone = torch.cat([score([], [], places=[place]).votes[0] for place in places])
+        assert len(both) == 1 and torch.equal(both[0][0], alone.amax(0))
+        assert both[0][0].argsort(descending=True)[:2].sort().values.tolist() == [1, 3]
