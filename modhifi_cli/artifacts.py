@@ -22,10 +22,11 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError, ModHiFiError
-from modhifi_cli.records import Edit, LoadedModel, Measurement, ModuleEdit, Preprocess
+from modhifi_cli.records import Edit, LoadedModel, Measurement, ModuleEdit, Preprocess, TextInput
 
 FORMAT_VERSION = 1
 INCOMPLETE = ".incomplete"
+_CONTINUED = 16  # tokens of the greedy continuation that is kept for `verify`
 
 
 def load_model(directory: str | os.PathLike[str]) -> nn.Module:
@@ -52,6 +53,8 @@ def load_saved(directory: str | os.PathLike[str]) -> LoadedModel:
     if (folder / "model").is_dir():
         folder = folder / "model"
     described = _read_json(folder / "architecture.json", "a saved model")
+    if described.get("reads") == "text":
+        return _load_text(folder, described)
     try:
         architecture = {"builder": described["builder"], "kwargs": described["kwargs"]}
         preprocess = Preprocess(
@@ -107,19 +110,72 @@ def save_model(directory: Path, loaded: LoadedModel, model: nn.Module) -> None:
         "name": loaded.name,
         "builder": loaded.architecture["builder"],
         "kwargs": dict(loaded.architecture["kwargs"]),
-        "widths": describe_widths(model),
-        "preprocess": dataclasses.asdict(loaded.preprocess),
-        "classes": None if loaded.classes is None else list(loaded.classes),
         "weights": loaded.weights,
     }
     make_folder(directory)
+    if isinstance(loaded.preprocess, TextInput):
+        from modhifi_cli.models import hf
+
+        with _disk(directory):
+            native, shapes = hf.save(model, directory, loaded.preprocess)
+        write_json(directory / "architecture.json", described | {"reads": "text", "native": native} | shapes)
+        return
+    described |= {
+        "widths": describe_widths(model),
+        "preprocess": dataclasses.asdict(loaded.preprocess),
+        "classes": None if loaded.classes is None else list(loaded.classes),
+    }
     write_bytes(directory / "weights.safetensors", _to_bytes(model.state_dict()))
     write_json(directory / "architecture.json", described)
 
 
-def save_verification(path: Path, inputs: Tensor, logits: Tensor) -> None:
-    """Keep a few inputs ``[batch, channels, height, width]`` and their logits ``[batch, classes]`` for `verify`."""
-    write_bytes(path, _to_bytes({"inputs": inputs, "logits": logits}))
+def _load_text(folder: Path, described: Mapping[str, Any]) -> LoadedModel:
+    from modhifi_cli.models import hf
+
+    try:
+        architecture = {"builder": described["builder"], "kwargs": described["kwargs"]}
+        name, weights = described["name"], described["weights"]
+    except KeyError as error:
+        raise DataError(
+            f"{folder / 'architecture.json'}: damaged, {error} is missing; restore the run folder."
+        ) from error
+    model = hf.restore(folder, architecture, described)
+    return LoadedModel(
+        model=model,
+        name=name,
+        preprocess=hf.text_input_of(folder, model),
+        architecture=architecture,
+        weights=weights,
+    )
+
+
+def opens_natively(run: Path) -> bool:
+    """Whether plain transformers opens the saved network's folder (of a language model)."""
+    return bool(_read_json(run / "model" / "architecture.json", "a saved model").get("native", False))
+
+
+def save_verification(path: Path, inputs: Tensor, answers: Mapping[str, Tensor]) -> None:
+    """Keep a few inputs and what the network makes of them for `verify`.
+
+    Args:
+        path: The file.
+        inputs: Images ``[batch, channels, height, width]``, or token ids ``[batch, length]`` int64.
+        answers: As `answers_of`.
+    """
+    write_bytes(path, _to_bytes({"inputs": inputs, **answers}))
+
+
+def answers_of(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """What a saved network must answer again: its ``logits``, and of a language model a greedy ``continuation``."""
+    from modhifi_cli.graph.answers import respond
+
+    with torch.inference_mode():
+        answers = {"logits": respond(model, inputs)}
+    if not inputs.is_floating_point():
+        from modhifi_cli.models import hf
+
+        answers["continuation"] = hf.continuation(model, inputs[:1], _CONTINUED)
+    return answers
 
 
 def load_verification(run: Path) -> tuple[Tensor, Tensor]:
@@ -135,11 +191,8 @@ def load_verification(run: Path) -> tuple[Tensor, Tensor]:
 
 def answer(run: str, path: str) -> None:
     """Reload a saved run, run its stored inputs and write the logits to `path`; `verify` calls it in a new process."""
-    model = load_model(run)
     inputs, _ = load_verification(Path(run))
-    with torch.inference_mode():
-        logits = model(inputs.to(next(model.parameters()).dtype))
-    write_bytes(Path(path), _to_bytes({"logits": logits}))
+    write_bytes(Path(path), _to_bytes(answers_of(load_model(run), inputs)))
 
 
 def answer_process(run: str, path: str) -> int:
@@ -154,9 +207,9 @@ def answer_process(run: str, path: str) -> int:
     return 0
 
 
-def read_answer(path: Path) -> Tensor:
-    """The logits that `answer` wrote."""
-    return _read_tensors(path)["logits"]
+def read_answer(path: Path) -> dict[str, Tensor]:
+    """What `answer` wrote."""
+    return _read_tensors(path)
 
 
 class RunDirectory:

@@ -38,6 +38,10 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "sparsity": ("a number with 0 <= sparsity < 1", lambda v: _is_number(v) and 0 <= v < 1),
     "round_to": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
     "tolerance": ("a number above 0", lambda v: _is_number(v) and v > 0),
+    "components": (
+        "mlp, attention or both, such as [mlp,attention]",
+        lambda v: isinstance(v, list) and len(v) > 0 and set(v) <= {"mlp", "attention"},
+    ),
     "batchnorm": ("reestimate or stored", lambda v: v in ("reestimate", "stored")),
     "classifier": ("keep or refit", lambda v: v in ("keep", "refit")),
     "exclude": ("a list of module names, such as [layer4,fc]", lambda v: _is_names(v)),

@@ -71,12 +71,15 @@ class ModuleEdit:
         kept_outputs: Kept output indices before the edit, ``[kept]`` int64 sorted, or None for all.
         kept_inputs: Kept input indices before the edit, ``[kept]`` int64 sorted, or None for all.
         tensors: Parameters and buffers that replace the sliced ones, by their name in the module.
+        attributes: Structural attributes that change with the widths, such as head counts; ``config.NAME`` is one of
+            the module's own copy of its configuration.
     """
 
     module: str
     kept_outputs: Tensor | None = None
     kept_inputs: Tensor | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    attributes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Note:
+    """A sentence about a task for the user and the log, such as what memory it will need."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Preprocess:
     """How an 8-bit RGB image becomes the network's input: resize, centre crop, x/255, then (x − mean) / std.
 
@@ -150,13 +160,32 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
+class TextInput:
+    """How text becomes a language model's input.
+
+    Attributes:
+        tokenizer: The network's tokenizer (transformers), or None where it has none.
+        vocabulary: Number of token ids.
+        max_length: Longest sequence the network was made for, tokens.
+        bos: Id of the token that begins a sequence, or None.
+        window: Tokens of the inputs that stand for any input (verification, counting).
+    """
+
+    tokenizer: Any
+    vocabulary: int
+    max_length: int
+    bos: int | None = None
+    window: int = 32
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A network with what its maker says about its input and how to build it again.
 
     Attributes:
-        model: The network in evaluation mode, on the CPU, float32.
+        model: The network in evaluation mode, on the CPU; float32, or what a language model was loaded in.
         name: Short name for tables and folders, ``resnet56_cifar``.
-        preprocess: Its own preprocessing.
+        preprocess: Its own preprocessing; a `TextInput` says that it is a language model.
         architecture: JSON-able description from which `modhifi_cli.models.build_architecture` makes the dense network
             with untrained weights: ``{"builder": "modhifi_cli.models.X.build", "kwargs": {...}}``.
         weights: Where the weights came from, for the report.
@@ -165,7 +194,7 @@ class LoadedModel:
 
     model: nn.Module
     name: str
-    preprocess: Preprocess
+    preprocess: Preprocess | TextInput
     architecture: Mapping[str, Any]
     weights: str
     classes: tuple[str, ...] | None = None

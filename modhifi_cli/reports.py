@@ -13,6 +13,12 @@ from modhifi_cli.records import Measurement
 _TERMS = {
     "top1": ("top-1 accuracy", True),
     "top5": ("top-5 accuracy", True),
+    "token_perplexity": ("token perplexity", False),
+    "token_agreement": ("tokens predicted as by dense", True),
+    "token_kl": ("mean KL from dense, nats a token", False),
+    "prefill_tokens_per_second": ("prefill, tokens/s", True),
+    "decode_tokens_per_second": ("decode, tokens/s", True),
+    "first_token_ms": ("time to the first token", False),
     "agreement": ("agreement with dense", True),
     "kl": ("mean KL from dense", False),
     "parameters": ("parameters", False),

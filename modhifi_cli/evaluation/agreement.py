@@ -30,7 +30,7 @@ def measure(
     Returns:
         For every network but the first ``agreement``, % of images with the same largest logit, 0 … 100, and ``kl``,
         the mean over images of KL(reference ‖ network) = Σ_c p_c (log p_c − log q_c), nats, ≥ 0. Empty with one
-        network or without images.
+        network or without images; `token_perplexity` says the same of networks that read text.
 
     Raises:
         NumericsError: If logits are NaN or infinite.
@@ -38,7 +38,7 @@ def measure(
     """
     held_out = evaluation_data is not None
     source = evaluation_data if held_out else calibration_data
-    if source is None or len(models) < 2:
+    if source is None or len(models) < 2 or not example.is_floating_point():
         return ()
     reference, *others = models
     same = dict.fromkeys(others, 0)

@@ -62,7 +62,7 @@ def measure(
     """
     batch = cpu_batch if device.type == "cpu" else gpu_batch
     _check(cpu_batch, gpu_batch, iterations, minimum_iterations, warmup, max_seconds, compile)
-    if not models:
+    if not models or not example.is_floating_point():  # of networks that read text, `generation` times words
         return ()
     images = torch.randn((batch, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(device)
     with ready_to_measure(models, device), torch.inference_mode():

@@ -30,13 +30,13 @@ def measure(
 
     Returns:
         ``top1`` and ``top5`` per network, %; `protocol` holds the counts and the standard error of the share (in
-        percentage points, binomial). Empty without `evaluation_data`.
+        percentage points, binomial). Empty without `evaluation_data`, and for networks that read text.
 
     Raises:
         DataError: If the images carry no labels, or a label is outside of the network's classes.
         NumericsError: If logits are NaN or infinite.
     """
-    if evaluation_data is None or not models:
+    if evaluation_data is None or not models or not example.is_floating_point():
         return ()
     correct = {name: torch.zeros(2, dtype=torch.int64) for name in models}
     classes = dict.fromkeys(models, 0)

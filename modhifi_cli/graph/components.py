@@ -65,8 +65,22 @@ class Refusal:
     reason: str
 
 
+def is_transposed(module: object) -> bool:
+    """Whether a module is GPT-2's linear layer, transformers' ``Conv1D``, whose weight is ``[inputs, outputs]``."""
+    # By name: transformers is heavy, and whoever holds such a module has it loaded already.
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def is_linear(module: object) -> bool:
+    """Whether a module is an ordinary linear layer, of either orientation (no subclass: those may be quantised)."""
+    return type(module) is nn.Linear or is_transposed(module)
+
+
 def output_size(module: nn.Module) -> int:
     """Length of the output (or only) channel dimension of a module that a group may touch."""
+    if is_transposed(module):
+        return module.nf
     if isinstance(module, nn.Linear):
         return module.out_features
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -76,6 +90,8 @@ def output_size(module: nn.Module) -> int:
 
 def input_size(module: nn.Module) -> int:
     """Length of the input channel dimension of a module that a group may touch."""
+    if is_transposed(module):
+        return module.weight.shape[0]
     if isinstance(module, nn.Linear):
         return module.in_features
     if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -4,6 +4,7 @@ No masks are left behind: after `apply_edit_` every module holds smaller paramet
 attributes (`in_channels`, `num_features`, …).
 """
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError, UnsupportedModelError
+from modhifi_cli.graph.components import is_transposed
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.records import Edit, ModuleEdit
 
@@ -20,6 +22,7 @@ _ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.modules.batchnorm._BatchNorm, ("num_features",)),
     (ChannelPadShortcut, ("in_channels", "out_channels")),
 )
+_TRANSPOSED_ATTRIBUTES = ("nx", "nf")
 
 
 def slice_module_(module: nn.Module, *, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
@@ -43,6 +46,14 @@ def slice_module_(module: nn.Module, *, outputs: Tensor | None = None, inputs: T
             module.num_features = outputs.numel()
     elif isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         _slice_grouped_(module, outputs)
+    elif is_transposed(module):
+        if outputs is not None:
+            _select_(module, ("weight",), 1, outputs)
+            _select_(module, ("bias",), 0, outputs)
+            module.nf = outputs.numel()
+        if inputs is not None:
+            _select_(module, ("weight",), 0, inputs)
+            module.nx = inputs.numel()
     elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
         linear = isinstance(module, nn.Linear)
         out_name, in_name = ("out_features", "in_features") if linear else ("out_channels", "in_channels")
@@ -94,6 +105,17 @@ def _replace_(module: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[name] = tensor
 
 
+def set_attribute_(module: nn.Module, name: str, value: int) -> None:
+    """Set a structural attribute of a module, in place; ``config.NAME`` on a copy of the configuration of its own."""
+    owner, _, leaf = name.rpartition(".")
+    if not owner:
+        setattr(module, leaf, value)
+        return
+    own = copy.copy(getattr(module, owner))  # layers share their configuration; another layer may keep other counts
+    setattr(own, leaf, value)
+    setattr(module, owner, own)
+
+
 def apply_module_edit_(model: nn.Module, edit: ModuleEdit) -> None:
     """Slice one module and replace the tensors that the edit carries, in place.
 
@@ -113,9 +135,15 @@ def apply_module_edit_(model: nn.Module, edit: ModuleEdit) -> None:
                 f"{edit.module}: the saved edit keeps channel {int(index.max())}, but there are {size} of them; "
                 "use the network that the edits were made on."
             )
-    slice_module_(module, outputs=edit.kept_outputs, inputs=edit.kept_inputs)
+    if edit.kept_outputs is not None or edit.kept_inputs is not None:
+        slice_module_(module, outputs=edit.kept_outputs, inputs=edit.kept_inputs)
+    for name, value in edit.attributes.items():
+        set_attribute_(module, name, value)
     for name, tensor in edit.tensors.items():
         old = getattr(module, name, None)
+        if old is None and name == "bias" and isinstance(module, nn.Linear):  # a repair may add the missing bias
+            module.bias = nn.Parameter(tensor.to(module.weight))
+            continue
         if old is None or old.shape != tensor.shape:
             raise DataError(
                 f"{edit.module}.{name}: the saved edit holds shape {tuple(tensor.shape)}, the network "
@@ -125,7 +153,7 @@ def apply_module_edit_(model: nn.Module, edit: ModuleEdit) -> None:
 
 
 def _size(module: nn.Module, dim: int) -> int:
-    names = ("out_channels", "out_features", "num_features") if dim == 0 else ("in_channels", "in_features")
+    names = ("out_channels", "out_features", "num_features", "nf") if dim == 0 else ("in_channels", "in_features", "nx")
     return next((getattr(module, name) for name in names if hasattr(module, name)), 0)
 
 
@@ -146,6 +174,8 @@ def describe_widths(model: nn.Module) -> dict[str, dict[str, int]]:
         for kind, attributes in _ATTRIBUTES:
             if isinstance(module, kind):
                 widths[name] = {attribute: getattr(module, attribute) for attribute in attributes}
+        if is_transposed(module):
+            widths[name] = {attribute: getattr(module, attribute) for attribute in _TRANSPOSED_ATTRIBUTES}
     return widths
 
 
@@ -179,8 +209,8 @@ def restore_widths_(model: nn.Module, widths: Mapping[str, Mapping[str, int]]) -
 
 
 def _counts(attributes: Mapping[str, int]) -> tuple[int, int | None]:
-    outputs = next(attributes[n] for n in ("out_channels", "out_features", "num_features") if n in attributes)
-    inputs = next((attributes[n] for n in ("in_channels", "in_features") if n in attributes), None)
+    outputs = next(attributes[n] for n in ("out_channels", "out_features", "num_features", "nf") if n in attributes)
+    inputs = next((attributes[n] for n in ("in_channels", "in_features", "nx") if n in attributes), None)
     return outputs, inputs
 
 

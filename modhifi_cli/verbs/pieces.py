@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modhifi_cli import artifacts, comparison, config, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError, NumericsError
-from modhifi_cli.records import ImageSource, LoadedModel, Measurement, Preprocess
+from modhifi_cli.records import ImageSource, LoadedModel, Measurement, Preprocess, TextInput
 
 _NOT_COMPARED = ("resume", "console", "output_dir")  # settings that may differ between a run and its continuation
 _VERIFICATION_IMAGES = 4
@@ -22,6 +22,11 @@ _VERIFICATION_IMAGES = 4
 def sources(settings: Mapping[str, Any]) -> tuple[LoadedModel, ImageSource, ImageSource | None]:
     if settings["data"] is None:
         name = settings["model"].get("name", "this model")
+        if is_decoder(settings):
+            raise ConfigError(
+                f"{name} brings no text of its own: give calibration text with data=text data.path=FILE, "
+                "data=wikitext2, data=alpaca or data=c4."
+            )
         raise ConfigError(
             f"{name} brings no images of its own: give unlabelled calibration images with data=folder "
             "data.path=FOLDER, data=arrays data.path=FILE, data=cifar10 or data=cifar100."
@@ -38,8 +43,11 @@ def image_source(
     node = settings.get(key)
     if node is None:
         return None
+    reads_text = isinstance(preprocess, TextInput)
+    if reads_text and not str(node["_target_"]).startswith("modhifi_cli.data.text."):
+        raise ConfigError(f"{key}: a language model reads text; give {key}=text {key}.path=FILE.")
     source = config.build(node)(preprocess=preprocess, labelled=labelled)
-    return source if settings["runtime"]["dtype"] == "float32" else _Cast(source, dtype_of(settings))
+    return source if reads_text or settings["runtime"]["dtype"] == "float32" else _Cast(source, dtype_of(settings))
 
 
 def wants_labels(settings: Mapping[str, Any]) -> bool:
@@ -80,7 +88,7 @@ def measure(
             models=models if shared is None else shared.models(name, models),
             evaluation_data=evaluation,
             calibration_data=calibration,
-            example=example_inputs(preprocess, 1).to(device=device, dtype=dtype_of(settings)),
+            example=_example_of(settings, preprocess, device),
             device=device,
             batch_size=settings["runtime"]["batch_size"],
             progress=console.progress,
@@ -105,14 +113,13 @@ def save_network(place: artifacts.RunDirectory, loaded: LoadedModel, model: nn.M
     artifacts.save_model(place.path / "model", loaded, model)
     saved = artifacts.load_model(place.path / "model")
     inputs = example_inputs(loaded.preprocess, _VERIFICATION_IMAGES)
-    with torch.inference_mode():
-        ours = copy.deepcopy(model).cpu().eval()
-        logits = ours(inputs.to(next(ours.parameters()).dtype))
-        again = saved(inputs.to(next(saved.parameters()).dtype))
-    if not torch.equal(logits, again):
-        difference = float((logits - again).abs().max())
+    on_cpu = all(tensor.device.type == "cpu" for tensor in model.parameters())
+    answers = artifacts.answers_of((model if on_cpu else copy.deepcopy(model).cpu()).eval(), inputs)
+    again = artifacts.answers_of(saved, inputs)
+    if not torch.equal(answers["logits"], again["logits"]):
+        difference = float((answers["logits"] - again["logits"]).abs().max())
         raise NumericsError(f"{place.path}: the saved network reloads to other logits (difference {difference:.3g}).")
-    artifacts.save_verification(place.path / "verification.safetensors", inputs, logits)
+    artifacts.save_verification(place.path / "verification.safetensors", inputs, answers)
 
 
 def export(
@@ -135,10 +142,31 @@ def write_figure(folder: Path, stem: str, kinds: Mapping[str, bytes]) -> str | N
     return f"{stem}.svg" if "svg" in kinds else None
 
 
-def example_inputs(preprocess: Preprocess, batch: int) -> Tensor:
-    """Random inputs ``[batch, channels, height, width]`` of the scale of normalised images, always the same."""
+def example_inputs(preprocess: Preprocess | TextInput, batch: int) -> Tensor:
+    """Random inputs, always the same: ``[batch, channels, height, width]`` of the scale of normalised images, or ids
+    ``[batch, window]`` int64 of a language model."""
     generator = torch.Generator().manual_seed(0)
+    if isinstance(preprocess, TextInput):
+        return torch.randint(0, preprocess.vocabulary, (batch, preprocess.window), generator=generator)
     return torch.randn((batch, len(preprocess.mean), *preprocess.size), generator=generator)
+
+
+def _example_of(settings: Mapping[str, Any], preprocess: Preprocess | TextInput, device: torch.device) -> Tensor:
+    example = example_inputs(preprocess, 1).to(device)
+    return example.to(dtype_of(settings)) if example.is_floating_point() else example
+
+
+def is_decoder(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings name a language model."""
+    return str(settings["model"]["_target_"]).startswith("modhifi_cli.models.hf.")
+
+
+def placed(model: nn.Module, settings: Mapping[str, Any], device: torch.device) -> nn.Module:
+    """The network where and in what precision the run wants it.
+
+    A language model keeps its own precision and stays on the CPU: its layers visit the device one by one.
+    """
+    return model if is_decoder(settings) else model.to(device=device, dtype=dtype_of(settings))
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

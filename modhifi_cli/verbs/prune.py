@@ -12,8 +12,8 @@ from torch import nn
 
 from modhifi_cli import artifacts, comparison, config, plots, reports
 from modhifi_cli.console import Console
-from modhifi_cli.errors import DataError, ModHiFiError
-from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress
+from modhifi_cli.errors import ConfigError, DataError, ModHiFiError
+from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress
 from modhifi_cli.verbs import pieces
 
 
@@ -37,7 +37,9 @@ def prune(
     seconds: dict[str, float] = {}
     with pieces.timed(seconds, "load"):
         loaded, calibration, evaluation = pieces.sources(settings) if shared is None else shared.sources(settings)
-        dense = copy.deepcopy(loaded.model).to(device=device, dtype=pieces.dtype_of(settings))
+        # A second copy of a large language model is made only if somebody will look at it.
+        kept = settings["measure_dense"] or not pieces.is_decoder(settings)
+        dense = pieces.placed(copy.deepcopy(loaded.model), settings, device) if kept else None
         dense_hash = weights_hash(loaded.model)
     if place is None:
         place = artifacts.RunDirectory.create(folder or pieces.new_folder("prune", loaded.name, settings, facts))
@@ -54,7 +56,7 @@ def prune(
         )
     try:
         with pieces.timed(seconds, "prune"):
-            model = loaded.model.to(device=device, dtype=pieces.dtype_of(settings))
+            model = pieces.placed(loaded.model, settings, device)
             summary, edits, predicted = _edit_(model, settings, calibration, device, done, place, dense_hash, console)
         with pieces.timed(seconds, "save"):
             pieces.save_network(place, loaded, model)
@@ -109,6 +111,9 @@ def _edit_(
             _show_plan(console, event)
         elif isinstance(event, Progress):
             console.progress(event)
+        elif isinstance(event, Note):
+            place.log(event.text)
+            console.note(event.text)
         elif isinstance(event, Edit):
             place.save_edit(event, dense_hash)
             edits.append(event)
@@ -130,6 +135,8 @@ def _events(
     """The run of our method, or of an outside one where the settings name it; both tell the same kinds of records."""
     from modhifi_cli.tasks.prune import prune_
 
+    if pieces.is_decoder(settings):
+        return _decoder_events(model, settings, calibration, device, done)
     if settings.get("outside"):
         return config.build(settings["outside"])(
             model,
@@ -161,6 +168,33 @@ def _events(
         device=device,
         seed=settings["runtime"]["seed"],
         gathering=config.build(settings["statistics"]),
+        done=done,
+    )
+
+
+def _decoder_events(
+    model: nn.Module, settings: Mapping[str, Any], calibration: ImageSource, device: torch.device, done: Sequence[Edit]
+) -> Iterator[Any]:
+    from modhifi_cli.tasks.prune_decoder import prune_decoder_
+
+    if settings.get("outside"):
+        raise ConfigError("outside methods are for networks that read images; set outside=null.")
+    return prune_decoder_(
+        model,
+        calibration=calibration,
+        sparsity=float(settings["sparsity"]),
+        target=settings["target"]["name"],
+        scoring=config.build(settings["scoring"]),
+        selection=config.build(settings["selection"]),
+        compensation=config.build(settings["compensation"]),
+        allocation=config.build(settings["allocation"]),
+        schedule=config.build(settings["schedule"]),
+        options=config.build(settings["decoder"], components=tuple(settings["components"])),
+        exclude=tuple(settings["exclude"]),
+        round_to=settings["round_to"],
+        batch_size=settings["runtime"]["batch_size"],
+        device=device,
+        seed=settings["runtime"]["seed"],
         done=done,
     )
 

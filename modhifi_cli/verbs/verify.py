@@ -1,4 +1,4 @@
-"""`modhifi verify`: reload a saved run in a fresh process and compare its logits."""
+"""`modhifi verify`: reload a saved run in a fresh process and compare its logits; of decoders its words, too."""
 
 import subprocess
 import sys
@@ -11,31 +11,67 @@ from modhifi_cli import artifacts
 from modhifi_cli.console import Console
 from modhifi_cli.errors import DataError, NumericsError
 
+_OURS = "import sys; from modhifi_cli.artifacts import answer_process; sys.exit(answer_process(*sys.argv[1:]))"
+# Nothing of this package: what a stranger would type.
+_PLAIN = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model").eval()
+inputs = load_file(sys.argv[1] + "/verification.safetensors")["inputs"]
+with torch.inference_mode():
+    logits = model(input_ids=inputs, use_cache=False).logits
+    count = int(sys.argv[3])
+    longer = model.generate(inputs[:1], attention_mask=torch.ones_like(inputs[:1]), max_new_tokens=count,
+                            min_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None)
+save_file({"logits": logits.contiguous(), "continuation": longer[:, inputs.shape[1]:].contiguous()}, sys.argv[2])
+"""
+
 
 def verify(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> None:
     saved = artifacts.run_folder(settings["run"])
     inputs, logits = artifacts.load_verification(saved)
+    stored = artifacts.read_answer(saved / "verification.safetensors")
+    readers = {"modhifi": (_OURS, ())}
+    if "continuation" in stored and artifacts.opens_natively(saved):
+        readers["transformers alone"] = (_PLAIN, (str(stored["continuation"].shape[1]),))
+    told: dict[str, Any] = {"run": str(saved)}
+    for reader, (script, more) in readers.items():
+        again = _answers(saved, script, more)
+        found = again["logits"]
+        if found.shape != logits.shape:
+            raise DataError(
+                f"run={saved}: expected logits {tuple(logits.shape)}, got {tuple(found.shape)}; it is damaged."
+            )
+        difference, scale = float((found - logits).abs().max()), float(logits.abs().max())
+        if not difference <= settings["tolerance"] * scale:
+            raise NumericsError(
+                f"run={saved}: the reloaded network differs from the saved logits by {difference:.3g} (largest logit "
+                f"{scale:.3g}, tolerance {settings['tolerance']:g} of it); the saved network is damaged, run again."
+            )
+        if "continuation" in stored and not bool((again["continuation"] == stored["continuation"]).all()):
+            raise NumericsError(
+                f"run={saved}: the reloaded network continues a text with other tokens than when it was saved; "
+                "it is damaged, run again."
+            )
+        told |= {"largest_difference": max(difference, told.get("largest_difference", 0.0)), "largest_logit": scale}
+        text = "" if "continuation" not in stored else f", {stored['continuation'].shape[1]} greedy tokens are the same"
+        console.note(
+            f"{saved}: reloaded in a fresh process{' with ' + reader if len(readers) > 1 else ''}; logits of "
+            f"{inputs.shape[0]} inputs agree (largest difference {difference:.3g}, largest logit {scale:.3g}){text}"
+        )
+    told["readers"] = list(readers)
+    console.result(told)
+
+
+def _answers(saved: Path, script: str, more: tuple[str, ...]) -> dict[str, Any]:
+    """What a fresh process makes of the stored inputs with the saved network."""
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "answer.safetensors"
-        script = "import sys; from modhifi_cli.artifacts import answer_process; sys.exit(answer_process(*sys.argv[1:]))"
         process = subprocess.run(
-            [sys.executable, "-c", script, str(saved), str(path)], capture_output=True, text=True, check=False
+            [sys.executable, "-c", script, str(saved), str(path), *more], capture_output=True, text=True, check=False
         )
         if process.returncode != 0:
             last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise DataError(f"run={saved}: the saved network cannot be loaded in a fresh process: {last}")
-        again = artifacts.read_answer(path)
-    if again.shape != logits.shape:
-        raise DataError(f"run={saved}: expected logits {tuple(logits.shape)}, got {tuple(again.shape)}; it is damaged.")
-    difference, scale = float((again - logits).abs().max()), float(logits.abs().max())
-    facts_out = {"run": str(saved), "largest_difference": difference, "largest_logit": scale}
-    if not difference <= settings["tolerance"] * scale:
-        raise NumericsError(
-            f"run={saved}: the reloaded network differs from the saved logits by {difference:.3g} (largest logit "
-            f"{scale:.3g}, tolerance {settings['tolerance']:g} of it); the saved network is damaged, run again."
-        )
-    console.note(
-        f"{saved}: reloaded in a fresh process; logits of {inputs.shape[0]} inputs agree "
-        f"(largest difference {difference:.3g}, largest logit {scale:.3g})"
-    )
-    console.result(facts_out)
+        return artifacts.read_answer(path)

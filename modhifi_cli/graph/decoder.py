@@ -1,0 +1,579 @@
+"""Causal decoders by the roles of their modules: layers, gated and plain MLPs, attention with its heads.
+
+A decoder layer is taken apart by what its modules are to each other, never by the name of the model family: who writes
+the hidden neurons and who reads them, who writes queries, keys and values and who reads the heads. Where several
+layouts of a fused projection are possible, each is a candidate, and the slicing law on a randomised float64 copy of one
+layer decides. A module that plays no known role is refused by its name.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.errors import ConfigError, UnsupportedModelError, nearest
+from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, Slot, input_size, is_linear, output_size
+from modhifi_cli.graph.law import SEED, Verdict, randomise_
+from modhifi_cli.graph.surgery import set_attribute_, slice_module_
+
+KINDS = ("attention", "mlp")  # in the order in which a decoder layer runs them
+UNITS = ("auto", "kv_group", "query_head")
+_FEW_KV_GROUPS = 4  # below this many, removing one whole KV group is too coarse a step
+
+# Roles: who writes (one name per projection), who reads. Tried in this order.
+_MLP_ROLES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
+    (("w1", "w3"), "w2"),
+    (("fc1",), "fc2"),
+    (("fc_in",), "fc_out"),
+    (("c_fc",), "c_proj"),
+    (("up_proj",), "down_proj"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+)
+_ATTENTION_ROLES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("q_proj", "k_proj", "v_proj"), "o_proj"),
+    (("q_proj", "k_proj", "v_proj"), "out_proj"),
+    (("q_proj", "k_proj", "v_proj"), "dense"),
+    (("qkv_proj",), "o_proj"),
+    (("query_key_value",), "dense"),
+    (("c_attn",), "c_proj"),
+    (("Wqkv",), "out_proj"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What can be pruned of one decoder layer together: the hidden neurons of its MLP, or the heads of its attention.
+
+    Attributes:
+        group: The components in the coordinates of the dense network; one consumer, no followers.
+        kind: ``"mlp"`` or ``"attention"``.
+        layer: Number of the decoder layer.
+        unit: What one component is, in words.
+        parent: Name of the module that holds the attributes (head counts) which change with the widths.
+        balanced: The components come in so many equal runs (one for each KV head), each of which must keep the same
+            number of components; 1 for no such constraint.
+        heads: Dense query heads, 0 for an MLP.
+        kv_heads: Dense key/value heads, 0 for an MLP.
+    """
+
+    group: ComponentGroup
+    kind: str
+    layer: int
+    unit: str
+    parent: str
+    balanced: int = 1
+    heads: int = 0
+    kv_heads: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the group: that of its consumer."""
+        return self.group.name
+
+    @property
+    def components(self) -> int:
+        """Number of components in the dense network."""
+        return self.group.components
+
+    @property
+    def consumer(self) -> Slot:
+        """Where the components are read."""
+        return self.group.consumers[0]
+
+    def head_counts(self, keep: int) -> tuple[int, int]:
+        """Query heads and KV heads when `keep` components are left."""
+        if self.balanced > 1 or self.components != self.kv_heads:
+            return keep, self.kv_heads
+        return keep * (self.heads // self.kv_heads), keep
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The layers of a causal decoder and what of them can be pruned.
+
+    Attributes:
+        layers: Names of the decoder layers in execution order.
+        parts: In execution order.
+        refused: What is left alone, and why.
+    """
+
+    layers: tuple[str, ...]
+    parts: tuple[Part, ...]
+    refused: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the network calls one of its decoder layers, apart from the hidden states."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Call":
+        """The same with tensors on a device, floating ones in another dtype if one is given."""
+        return Call(_moved(self.args, device, dtype), _moved(self.kwargs, device, dtype))
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the decoder layers: the one list of modules that is as long as the configuration says.
+
+    Raises:
+        UnsupportedModelError: If the network is no causal decoder of transformers.
+    """
+    config = getattr(model, "config", None)
+    count = None if config is None else getattr(config, "num_hidden_layers", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a sequence-to-sequence model; only causal decoders can be pruned as language "
+            "models."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(m) for m in module}) == 1:
+            if any(parameter.dim() > 1 for parameter in module[0].parameters()):
+                return tuple(f"{name}.{number}" for number in range(count))
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: no list of {count} decoder layers was found; only causal decoders whose layers stand "
+        "in one list can be pruned as language models."
+    )
+
+
+class _Enough(Exception):
+    """The forward has shown what was wanted."""
+
+
+@contextmanager
+def short_circuited(
+    model: nn.Module, layers: Sequence[str], answer: Callable[[int, Tensor, Call], Tensor]
+) -> Iterator[None]:
+    """Within it each decoder layer answers with ``answer(number, hidden states, call)`` instead of computing."""
+
+    def stand_in(number: int) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return answer(number, hidden_states, Call(args, kwargs))
+
+        return forward
+
+    modules = [model.get_submodule(name) for name in layers]
+    before = [module.__dict__.get("forward") for module in modules]
+    try:
+        for number, module in enumerate(modules):
+            module.forward = stand_in(number)
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = forward
+
+
+@torch.no_grad()
+def enter(model: nn.Module, layers: Sequence[str], tokens: Tensor) -> tuple[Tensor, list[Call]]:
+    """What the first decoder layer is given, and how every layer is called, without running any layer.
+
+    Args:
+        model: The network.
+        layers: As `decoder_layers`.
+        tokens: ``[batch, length]`` int64.
+
+    Returns:
+        Hidden states ``[batch, length, width]``, and one call for each layer.
+    """
+    entered: list[Tensor] = []
+    calls: list[Call] = []
+
+    def answer(number: int, hidden: Tensor, call: Call) -> Tensor:
+        if number == 0:
+            entered.append(hidden)
+        calls.append(call)
+        if number == len(layers) - 1:
+            raise _Enough
+        return hidden
+
+    with short_circuited(model, layers, answer):
+        try:
+            model(input_ids=tokens, use_cache=False)
+        except _Enough:
+            pass
+    return entered[0], calls
+
+
+@torch.no_grad()
+def leave(model: nn.Module, layers: Sequence[str], hidden: Tensor) -> Tensor:
+    """Logits from the hidden states behind the last decoder layer, ``[batch, length, vocabulary]``."""
+    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    with short_circuited(model, layers, lambda number, *_: hidden):
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Hidden states behind one decoder layer."""
+    output = layer(hidden, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def find_parts(
+    model: nn.Module,
+    *,
+    components: Sequence[str] = KINDS,
+    unit: str = "auto",
+    exclude: Sequence[str] = (),
+) -> Decoder:
+    """What of each decoder layer can be pruned, checked against the slicing law.
+
+    The law is checked once for each kind of layer (same modules, same shapes) on a randomised float64 copy of that
+    layer alone.
+
+    Args:
+        model: Dense network; left as found.
+        components: Which of ``"mlp"`` and ``"attention"``.
+        unit: What is removed of attention: ``"kv_group"`` a KV head with all its query heads, ``"query_head"`` the same
+            number of query heads from every KV head, ``"auto"`` the former from 4 KV heads on.
+        exclude: Names of modules (or their beginnings) to leave alone.
+
+    Raises:
+        ConfigError: If an excluded module does not exist.
+        UnsupportedModelError: If the network is no decoder, or nothing of it is understood.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for asked in exclude:
+        if not any(name == asked or name.startswith(f"{asked}.") for name in names):
+            raise ConfigError(f"exclude: the network has no module '{asked}', {nearest(asked, names)}")
+    layers = decoder_layers(model)
+    device = next(model.parameters()).device
+    _, calls = enter(model, layers, torch.arange(8, device=device)[None] % model.config.vocab_size)
+    parts: list[Part] = []
+    refused: list[Refusal] = []
+    verdicts: dict[Any, int | str] = {}
+    for number, name in enumerate(layers):
+        for kind in (kind for kind in KINDS if kind in components):
+            found = _candidates(model, name, number, kind, unit)
+            if isinstance(found, Refusal):
+                refused.append(found)
+                continue
+            asked = next((word for word in exclude if _touches(found[0], word)), None)
+            if asked is not None:
+                refused.append(Refusal(found[0].name, f"it touches {asked}, which is excluded"))
+                continue
+            layer = model.get_submodule(name)
+            shapes = tuple((key, tuple(tensor.shape)) for key, tensor in layer.named_parameters())
+            signature = (type(layer).__name__, kind, shapes, _plain(calls[number]))
+            if signature not in verdicts:
+                verdicts[signature] = _lawful(layer, name, found, calls[number])
+            verdict = verdicts[signature]
+            if isinstance(verdict, str):
+                refused.append(Refusal(found[0].name, verdict))
+            else:
+                parts.append(found[verdict])
+    if not parts:
+        reasons = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refused[:3])
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has nothing that can be pruned ({reasons or 'no component was asked for'})."
+        )
+    return Decoder(layers, tuple(parts), tuple(refused))
+
+
+def attributes_at(model: nn.Module, part: Part, keep: int) -> dict[str, int]:
+    """Attributes of the attention module that follow from its number of heads, at a width.
+
+    Args:
+        model: The network.
+        part: One of its parts.
+        keep: Components that are left.
+
+    Returns:
+        Attribute → value; empty for an MLP. ``config.…`` is an attribute of the module's own copy of the configuration,
+        for modules whose forward reads its head count there.
+    """
+    if part.kind != "attention":
+        return {}
+    module = model.get_submodule(part.parent)
+    heads, kv_heads = part.head_counts(keep)
+    dim = part.consumer.index.numel() // part.heads
+    values = {
+        "num_heads": heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_kv_heads": kv_heads,
+        "num_key_value_groups": heads // kv_heads,
+        "split_size": heads * dim,
+    }
+    found = {name: value for name, value in values.items() if isinstance(getattr(module, name, None), int)}
+    source = _source(type(module))
+    if "config.num_attention_heads" in source:
+        found["config.num_attention_heads"] = heads
+    if "config.num_key_value_heads" in source:
+        found["config.num_key_value_heads"] = kv_heads
+    return found
+
+
+def slice_part_(model: nn.Module, layout: Layout, part: Part, kept: Tensor) -> tuple[dict, dict, dict[str, int]]:
+    """Cut one part to the kept components (positions among the living ones), in place.
+
+    Returns:
+        Kept outputs and kept inputs by module name, before the cut, and the attributes of `part.parent`.
+    """
+    outputs, inputs = layout.keep_(part.group, kept)
+    for name in dict.fromkeys((*outputs, *inputs)):
+        slice_module_(model.get_submodule(name), outputs=outputs.get(name), inputs=inputs.get(name))
+    attributes = attributes_at(model, part, kept.numel())
+    for name, value in attributes.items():
+        set_attribute_(model.get_submodule(part.parent), name, value)
+    return outputs, inputs, attributes
+
+
+def component_parameters(model: nn.Module, part: Part) -> int:
+    """Parameters that go with one component: rows of its producers with their biases, columns of its consumer."""
+    total = 0
+    for slot in part.group.producers:
+        module = model.get_submodule(slot.module)
+        total += slot.entries * (input_size(module) + (module.bias is not None))
+    return total + part.consumer.entries * output_size(model.get_submodule(part.consumer.module))
+
+
+def shape_of(model: nn.Module, number: int) -> dict[str, int]:
+    """Widths of one decoder layer as it stands: ``neurons``, ``heads``, ``kv_heads``, ``head_dim``, as far as known."""
+    name = decoder_layers(model)[number]
+    found: dict[str, int] = {}
+    mlp = _candidates(model, name, number, "mlp", "auto")
+    if not isinstance(mlp, Refusal):
+        found["neurons"] = mlp[0].components
+    attention = _candidates(model, name, number, "attention", "auto")
+    if not isinstance(attention, Refusal):
+        part = attention[0]
+        dim = part.consumer.index.numel() // part.heads
+        found |= {"heads": part.heads, "kv_heads": part.kv_heads, "head_dim": dim}
+    return found
+
+
+def attention_attributes(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Head counts of every attention module as they stand, by module name: what widths alone do not say."""
+    found = {}
+    for number, name in enumerate(decoder_layers(model)):
+        attention = _candidates(model, name, number, "attention", "auto")
+        if not isinstance(attention, Refusal):
+            part = attention[0]
+            values = attributes_at(model, part, part.components)
+            if values:
+                found[part.parent] = values
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- roles
+
+
+def _candidates(model: nn.Module, layer: str, number: int, kind: str, unit: str) -> list[Part] | Refusal:
+    """The part of a kind in one layer, once for each possible layout of fused projections; or why there is none."""
+    roles = _MLP_ROLES if kind == "mlp" else _ATTENTION_ROLES
+    root = model.get_submodule(layer)
+    found: list[tuple[str, list[str], str]] = []
+    for path, module in root.named_modules():
+        parent = f"{layer}.{path}" if path else layer
+        for writers, reader in roles:
+            wanted = [*writers, reader]
+            if all(is_linear(getattr(module, name, None)) for name in wanted):
+                found.append((parent, [f"{parent}.{name}" for name in writers], f"{parent}.{reader}"))
+                break
+    if len(found) != 1:
+        if found:
+            return Refusal(found[0][0], f"{layer} has {len(found)} modules that play the role of {kind}, expected one")
+        strangers = [name for name, module in root.named_modules() if is_linear(module)]
+        first = next((name for name in strangers if ("attn" in name or "attention" in name) == (kind != "mlp")), None)
+        stranger = f"{layer}.{first}" if first else layer
+        return Refusal(stranger, f"no modules with the roles of {'an' if kind[0] == 'a' else 'a'} {kind} were found")
+    parent, writers, reader = found[0]
+    if kind == "mlp":
+        return _mlp_candidates(model, parent, writers, reader, number)
+    return _attention_candidates(model, parent, writers, reader, number, unit)
+
+
+def _mlp_candidates(
+    model: nn.Module, parent: str, writers: Sequence[str], reader: str, number: int
+) -> list[Part] | Refusal:
+    neurons = input_size(model.get_submodule(reader))
+    own = torch.arange(neurons)[:, None]
+    layouts: list[list[Tensor]]
+    sizes = {output_size(model.get_submodule(name)) for name in writers}
+    if sizes == {neurons}:
+        layouts = [[own] * len(writers)]
+    elif len(writers) == 1 and sizes == {2 * neurons}:
+        layouts = [[torch.cat([own, own + neurons], 1)], [torch.cat([2 * own, 2 * own + 1], 1)]]
+    else:
+        return Refusal(reader, f"it reads {neurons} neurons, its writers have {sorted(sizes)}")
+    return [
+        Part(
+            _group(reader, neurons, [Slot(n, i) for n, i in zip(writers, index, strict=True)], Slot(reader, own)),
+            "mlp",
+            number,
+            "hidden neuron",
+            parent,
+        )
+        for index in layouts
+    ]
+
+
+def _attention_candidates(
+    model: nn.Module, parent: str, writers: Sequence[str], reader: str, number: int, unit: str
+) -> list[Part] | Refusal:
+    module = model.get_submodule(parent)
+    dim = next((d for d in (getattr(module, n, None) for n in ("head_dim", "head_size")) if isinstance(d, int)), None)
+    width = input_size(model.get_submodule(reader))
+    if dim is None or width % dim:
+        return Refusal(parent, f"its head dimension is unknown, or does not divide the {width} features it reads")
+    heads = width // dim
+    sizes = [output_size(model.get_submodule(name)) for name in writers]
+    if len(writers) == 3:
+        if sizes[0] != width or sizes[1] != sizes[2] or sizes[1] % dim:
+            return Refusal(parent, f"its query, key and value projections have {sizes} outputs, its reader {width}")
+        kv_heads = sizes[1] // dim
+    else:
+        rest = sizes[0] - width
+        if rest <= 0 or rest % (2 * dim):
+            return Refusal(writers[0], f"its {sizes[0]} outputs are no queries, keys and values of {heads} heads")
+        kv_heads = rest // (2 * dim)
+    if heads % kv_heads:
+        return Refusal(parent, f"{heads} query heads are not shared evenly by {kv_heads} KV heads")
+    share = heads // kv_heads
+    whole = unit == "kv_group" or share == 1 or (unit == "auto" and kv_heads >= _FEW_KV_GROUPS)
+    query = torch.arange(width).view(heads, dim)
+    own = torch.arange(kv_heads * dim).view(kv_heads, dim)
+    if len(writers) == 3:
+        layouts = [[query, own, own]]
+        names = list(writers)
+    else:
+        blocks = [query, own + width, own + width + kv_heads * dim]
+        layouts = [blocks]
+        if share == 1:
+            interleaved = torch.arange(3 * width).view(heads, 3, dim)
+            layouts.append([interleaved[:, 0], interleaved[:, 1], interleaved[:, 2]])
+        names = [writers[0]] * 3
+    parts = []
+    for queries, keys, values in layouts:
+        if whole:
+            producers = [queries.reshape(kv_heads, -1), keys, values]
+            consumed, count = query.reshape(kv_heads, -1), kv_heads
+            said = "head" if share == 1 else f"KV head with its {share} query heads"
+            slots = [Slot(name, index) for name, index in zip(names, producers, strict=True)]
+        else:
+            slots, consumed, count = [Slot(names[0], queries)], query, heads
+            said = f"query head, the same number of each of {kv_heads} KV heads"
+        group = _group(reader, count, slots, Slot(reader, consumed))
+        balanced = 1 if whole else kv_heads
+        parts.append(Part(group, "attention", number, said, parent, balanced, heads, kv_heads))
+    return parts
+
+
+def _group(reader: str, count: int, producers: Sequence[Slot], consumer: Slot) -> ComponentGroup:
+    merged: dict[str, list[Tensor]] = {}
+    for slot in producers:
+        merged.setdefault(slot.module, []).append(slot.index)
+    slots = tuple(Slot(name, torch.cat(indices, 1)) for name, indices in merged.items())
+    return ComponentGroup(reader, count, slots, (), (consumer,))
+
+
+def _touches(part: Part, asked: str) -> bool:
+    return any(name == asked or name.startswith(f"{asked}.") for name in part.group.modules)
+
+
+# --------------------------------------------------------------------------------------------------------------- law
+
+
+def check_part(layer: nn.Module, prefix: str, part: Part, call: Call, *, seed: int = SEED) -> Verdict:
+    """Put a part before the slicing law on a randomised float64 copy of its decoder layer.
+
+    Args:
+        layer: The decoder layer; left as found.
+        prefix: Its name in the network.
+        part: The part, with names in the network.
+        call: How the network calls the layer.
+        seed: For drawn parameters, hidden states and components.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    cpu = torch.device("cpu")
+    dense = copy.deepcopy(layer).to(device=cpu, dtype=torch.float64).eval()
+    randomise_(dense, seed=seed)
+    home = _Rooted(prefix, dense)
+    removed = _drawn(part, generator)
+    kept = torch.ones(part.components, dtype=torch.bool)
+    kept[removed] = False
+    width = output_size(home.get_submodule(part.consumer.module))
+    hidden = torch.randn(1, 8, width, generator=generator, dtype=torch.float64)
+    call = call.to(cpu, torch.float64)
+    try:
+        with torch.no_grad():
+            before = run_layer(dense, hidden, call)
+            narrow = _Rooted(prefix, copy.deepcopy(dense))
+            reader = home.get_submodule(part.consumer.module)
+            gone = part.consumer.index[removed].flatten()
+            if isinstance(reader, nn.Linear):
+                reader.weight[:, gone] = 0
+            else:
+                reader.weight[gone] = 0
+            zeroed = run_layer(dense, hidden, call)
+            slice_part_(narrow, Layout(narrow, [part.group]), part, kept.nonzero().flatten())
+            sliced = run_layer(narrow.get_submodule(prefix), hidden, call)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
+        return Verdict(float("inf"), 0.0, str(error).splitlines()[0] if str(error) else type(error).__name__)
+    if sliced.shape != zeroed.shape:
+        return Verdict(float("inf"), 0.0, "the hidden states changed shape")
+    scale = float(before.abs().max().clamp(min=1e-300))
+    return Verdict(float((sliced - zeroed).abs().max()) / scale, float((zeroed - before).abs().max()) / scale)
+
+
+class _Rooted(nn.Module):
+    """One decoder layer under the name that it has in its network."""
+
+    def __init__(self, prefix: str, layer: nn.Module) -> None:
+        super().__init__()
+        self._prefix, self.layer = prefix, layer
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As `nn.Module.get_submodule`, with names of the network."""
+        return self.layer.get_submodule(target.removeprefix(self._prefix).removeprefix("."))
+
+
+def _lawful(layer: nn.Module, prefix: str, candidates: Sequence[Part], call: Call) -> int | str:
+    """Number of the first candidate that obeys the law, or why none does."""
+    for number, part in enumerate(candidates):
+        verdict = check_part(layer, prefix, part, call)
+        if verdict.holds:
+            return number
+    reason = verdict.failure or f"sliced and zeroed hidden states differ by {verdict.difference:.1e} of their scale"
+    return f"it fails the slicing law: {reason}"
+
+
+def _drawn(part: Part, generator: torch.Generator) -> Tensor:
+    """A third of the components, the same number of each run where they must be balanced."""
+    each = part.components // part.balanced
+    count = max(1, each // 3)
+    runs = [torch.randperm(each, generator=generator)[:count] + run * each for run in range(part.balanced)]
+    return torch.cat(runs).sort().values
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype if dtype is not None and value.is_floating_point() else value.dtype)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device, dtype) for item in value)
+    return value
+
+
+def _plain(call: Call) -> tuple[str, ...]:
+    """What of a call tells layers apart: names and types of what it hands over."""
+    return tuple(f"{key}:{type(value).__name__}" for key, value in call.kwargs.items())
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return ""

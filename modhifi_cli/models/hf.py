@@ -1,0 +1,415 @@
+"""Causal decoders of transformers: from a folder, a hub or a GGUF file, and back into a folder that transformers opens.
+
+The network stays the ordinary class of its family, and its tokenizer comes with it. What cannot be edited (quantised
+weights, encoders, sequence-to-sequence models) is refused before any weight is read. A pruned network whose layers are
+all equally wide is an ordinary folder for `AutoModelForCausalLM.from_pretrained`; any other is rebuilt by `restore`.
+"""
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
+from modhifi_cli.graph.decoder import attention_attributes, shape_of
+from modhifi_cli.graph.surgery import describe_widths, restore_widths_, set_attribute_
+from modhifi_cli.models.weights import seeded_initialisation
+from modhifi_cli.records import LoadedModel, TextInput
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+_WEIGHTS = ("*.safetensors", "*.bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+NATIVE, DENSE = "config.json", "dense_config.json"  # of an even and of an uneven pruned network
+
+
+def load(
+    *,
+    path: str | None = None,
+    gguf: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    weights: str = "default",
+    seed: int = 0,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """A causal decoder with its tokenizer.
+
+    Args:
+        path: Folder in Hugging Face's layout, or a name on the hub.
+        gguf: A GGUF file instead; its weights are dequantised, its tokenizer is taken from it.
+        name: Short name for tables and folders; None takes the last part of path or file.
+        revision: Branch, tag or commit on the hub; None is the newest. What was fetched is recorded.
+        dtype: ``"float32"``, ``"float64"``, ``"bfloat16"``, ``"float16"`` or ``"auto"``, as stored.
+        weights: ``"default"``, or ``"random"`` for untrained ones of the same configuration.
+        seed: Of random weights.
+        tokenizer: Folder or hub name of another tokenizer; None takes the network's own.
+        trust_remote_code: Whether code from the hub may run.
+
+    Raises:
+        ConfigError: If a setting is out of range, or neither path nor file is given.
+        DataError: If a folder lacks its configuration, weights or tokenizer, or the hub cannot be reached.
+        UnsupportedModelError: If it is no causal decoder, or its weights are quantised.
+    """
+    if (path is None) == (gguf is None):
+        raise ConfigError("model: give either model.path=FOLDER_OR_HUB_NAME or model.gguf=FILE.")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"model.dtype must be auto or one of {', '.join(DTYPES)}, got '{dtype}'.")
+    if weights not in ("default", "random"):
+        raise ConfigError(f"model.weights of a language model must be default or random, got '{weights}'; give "
+                          "model.path=FOLDER for other weights.")
+    place = Path(gguf or path or "").expanduser()
+    source, options = _source(path, gguf, place, weights, tokenizer)
+    options |= {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    with _quiet(), _explained(source):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(source, **options)
+        _refuse_unsuitable(config, gguf=gguf is not None)
+        wanted: Any = dtype if dtype == "auto" else DTYPES[dtype]
+        if weights == "random":
+            with seeded_initialisation(seed):
+                model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else wanted)
+            account = f"random (seed {seed}), configuration of {source}"
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
+            commit = getattr(config, "_commit_hash", None)
+            account = f"{gguf or path}" + (f" (revision {commit})" if commit else f" ({_digest(place)})")
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config  # the file's, which says nothing of the dequantised weights
+    words = _tokenizer(tokenizer or source, {} if tokenizer else options)
+    return LoadedModel(
+        model=model.eval().requires_grad_(False),
+        name=name or place.stem,
+        preprocess=_text_input(model.config, words),
+        architecture={
+            "builder": "modhifi_cli.models.hf.build",
+            "kwargs": {"config": _described(model.config), "dtype": str(model.dtype).removeprefix("torch.")},
+        },
+        weights=account,
+    )
+
+
+def build(*, config: Mapping[str, Any], dtype: str = "float32") -> nn.Module:
+    """An untrained decoder from its configuration, weights undefined.
+
+    Args:
+        config: Configuration with ``model_type``.
+        dtype: Name of the weights' type.
+
+    Raises:
+        DataError: If the configuration names no known family or does not hold together.
+    """
+    with _quiet():
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+
+        try:
+            kind = config["model_type"]
+            made = AutoConfig.for_model(kind, **{key: value for key, value in config.items() if key != "model_type"})
+            with no_init_weights():
+                model = AutoModelForCausalLM.from_config(made, dtype=DTYPES[dtype])
+        except Exception as error:  # every family validates in its own way
+            raise DataError(
+                f"the saved configuration cannot be built ({_first_line(error)}); restore the run folder."
+            ) from error
+    return model.eval().requires_grad_(False)
+
+
+def continuation(model: nn.Module, tokens: Tensor, count: int) -> Tensor:
+    """Greedy continuation with a cache, ``[batch, length]`` → ``[batch, count]`` int64; ends of text do not stop it."""
+    with _quiet(), torch.inference_mode():
+        found = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+    return found[:, tokens.shape[1] :]
+
+
+def native_config(model: nn.Module) -> Any | None:
+    """A configuration from which transformers itself builds a network of exactly these shapes, or None.
+
+    None where layers differ in width, or the family's configuration cannot say it (a bias that was added, head counts
+    that its validation refuses or ties to the width).
+    """
+    shapes = [shape_of(model, number) for number in range(model.config.num_hidden_layers)]
+    if any(shape != shapes[0] for shape in shapes):
+        return None
+    with _quiet():
+        config = _with_shape(model.config, shapes[0])
+        return config if config is not None and _same_shapes(config, model) else None
+
+
+def accepts_heads(model: nn.Module, heads: int, kv_heads: int) -> bool:
+    """Whether the family's own configuration can hold so many heads in every layer, at the dense head dimension."""
+    before = shape_of(model, 0)
+    wanted = before | {"heads": heads, "kv_heads": kv_heads}
+    with _quiet():
+        config = _with_shape(model.config, wanted)
+        if config is None:
+            return False
+        config.num_hidden_layers = 1
+        try:
+            with torch.device("meta"):
+                from transformers import AutoModelForCausalLM
+
+                return shape_of(AutoModelForCausalLM.from_config(config), 0) == wanted
+        except Exception:  # families refuse in their constructors
+            return False
+
+
+def save(model: nn.Module, directory: Path, text: TextInput) -> tuple[bool, dict[str, Any]]:
+    """Write a pruned decoder with its tokenizer and generation settings.
+
+    Args:
+        model: The network.
+        directory: An existing folder.
+        text: Its tokenizer.
+
+    Returns:
+        Whether plain transformers opens the folder, and what `restore` needs: widths and head counts.
+    """
+    native = native_config(model)
+    dense = model.config
+    described = {"widths": describe_widths(model), "attributes": attention_attributes(model)}
+    with _quiet():
+        try:
+            model.config = dense if native is None else native
+            model.save_pretrained(directory)
+        finally:
+            model.config = dense
+        if native is None:
+            (directory / NATIVE).replace(directory / DENSE)  # plain transformers would build other shapes from it
+        if text.tokenizer is not None:
+            text.tokenizer.save_pretrained(directory)
+    return native is not None, described
+
+
+def restore(directory: Path, architecture: Mapping[str, Any], described: Mapping[str, Any]) -> nn.Module:
+    """The network that `save` wrote, whatever its widths.
+
+    Raises:
+        DataError: If files are missing or do not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    model = build(**architecture["kwargs"])
+    try:
+        restore_widths_(model, described["widths"])
+        for name, values in described["attributes"].items():
+            for key, value in values.items():
+                set_attribute_(model.get_submodule(name), key, value)
+        files = sorted(directory.glob("*.safetensors"))
+        state = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{directory}: damaged architecture.json ({error}); restore the run folder.") from error
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{directory}: weights cannot be read ({error}); restore the run folder.") from error
+    for key, tensor in state.items():
+        name, _, leaf = key.rpartition(".")
+        with contextlib.suppress(AttributeError):
+            owner = model.get_submodule(name)
+            if leaf == "bias" and isinstance(owner, nn.Linear) and owner.bias is None:  # a repair added it
+                owner.bias = nn.Parameter(tensor, requires_grad=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise DataError(
+            f"{directory}: the weights do not fit architecture.json ({_first_line(error)}); restore the run folder."
+        ) from error
+    model.tie_weights()
+    tied = {key for key in missing if _is_tied(model, key, state)}
+    if unexpected or set(missing) - tied:
+        first = [*unexpected, *sorted(set(missing) - tied)][0]
+        raise DataError(f"{directory}: the weights do not fit architecture.json ({first}); restore the run folder.")
+    if (directory / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model.eval()
+
+
+def text_input_of(directory: Path, model: nn.Module) -> TextInput:
+    """The saved network's tokenizer and limits; the tokenizer is None where none was saved."""
+    present = any((directory / name).is_file() for name in _TOKENIZERS)
+    return _text_input(model.config, _tokenizer(str(directory), {}) if present else None)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _source(
+    path: str | None, gguf: str | None, place: Path, weights: str, tokenizer: str | None
+) -> tuple[str, dict[str, Any]]:
+    """What transformers is asked for, after looking whether a local folder holds what it needs."""
+    if gguf is not None:
+        if not place.is_file():
+            raise DataError(f"model.gguf: no file at {place}; give the path of a .gguf file.")
+        return str(place.parent), {"gguf_file": place.name}
+    assert path is not None
+    looks_local = place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    if not place.is_dir():
+        if looks_local:
+            raise DataError(f"model.path: no folder at {place}; give a folder with config.json, or a name on the hub.")
+        return path, {}
+    if not (place / "config.json").is_file():
+        raise DataError(f"model.path: {place} has no config.json; give the folder that save_pretrained wrote.")
+    if weights == "default" and not any(file for pattern in _WEIGHTS for file in place.glob(pattern)):
+        raise DataError(
+            f"model.path: {place} has no weights (*.safetensors); copy them there, or set model.weights=random."
+        )
+    if tokenizer is None and not any((place / name).is_file() for name in _TOKENIZERS):
+        raise DataError(
+            f"model.path: {place} has no tokenizer (tokenizer.json); copy it there, or set model.tokenizer=FOLDER."
+        )
+    return str(place), {}
+
+
+def _refuse_unsuitable(config: Any, *, gguf: bool) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    made = ", ".join(getattr(config, "architectures", None) or ()) or type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"model: {made} is a sequence-to-sequence model; only causal decoders can be pruned as language models."
+        )
+    causal = made.endswith(("ForCausalLM", "LMHeadModel", "Config"))
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
+        raise UnsupportedModelError(
+            f"model: {made} is no causal decoder; give a model that generates text (…ForCausalLM)."
+        )
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None and not gguf:
+        how = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
+        raise UnsupportedModelError(
+            f"model: the weights are quantised ({how}) and cannot be edited; give the unquantised checkpoint."
+        )
+
+
+def _tokenizer(source: str, options: Mapping[str, Any]) -> Any:
+    with _quiet(), _explained(source, what="tokenizer"):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(source, **options)
+
+
+def _text_input(config: Any, tokenizer: Any) -> TextInput:
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return TextInput(
+        tokenizer=tokenizer,
+        vocabulary=int(config.vocab_size),
+        max_length=int(longest),
+        bos=bos,
+        window=min(32, int(longest)),
+    )
+
+
+@contextlib.contextmanager
+def _explained(source: str, what: str = "model") -> Iterator[None]:
+    """One sentence for what transformers raises when it cannot find or read something."""
+    try:
+        yield
+    except (ConfigError, DataError, UnsupportedModelError):
+        raise
+    except Exception as error:  # OSError, ValueError, HTTP errors of several libraries, safetensors' own
+        local = Path(source).is_dir()
+        said = _first_line(error)
+        if not local:
+            raise DataError(
+                f"model.path={source}: the {what} could not be fetched from the hub ({type(error).__name__}: {said}); "
+                "connect to the network once, check the name, or give a local folder."
+            ) from error
+        raise DataError(f"model.path: the {what} in {source} cannot be read ({said}); copy it again.") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers reports its progress and advice on standard error; what goes wrong comes as an error anyway."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _digest(place: Path) -> str:
+    """Short hash of the weights' files, so that a report says which weights they were."""
+    files = sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin")) if place.is_dir() else [place]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"sha256 {digest.hexdigest()[:12]}"
+
+
+def _described(config: Any) -> dict[str, Any]:
+    plain = config.to_dict()
+    plain.pop("_name_or_path", None)
+    return plain
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")[:200]
+
+
+# ------------------------------------------------------------------------------------------------------------- shapes
+
+
+def _with_shape(config: Any, shape: Mapping[str, int]) -> Any | None:
+    """A copy of a configuration with other widths, or None where it has no key for them or refuses them."""
+    plain = copy.deepcopy(config).to_dict()
+    if "neurons" in shape:
+        key = next((key for key in _MLP_WIDTHS if hasattr(config, key)), None)
+        if key is None:
+            return None
+        plain[key] = shape["neurons"]
+    if "heads" in shape and shape["heads"] != config.num_attention_heads:
+        heads_key = next(key for key in ("num_attention_heads", "n_head") if key in plain)
+        plain[heads_key] = shape["heads"]
+        plain["head_dim"] = shape["head_dim"]
+    if "kv_heads" in shape and "num_key_value_heads" in plain:
+        plain["num_key_value_heads"] = shape["kv_heads"]
+    try:
+        return type(config).from_dict(plain)
+    except Exception:  # families validate in their own ways
+        return None
+
+
+def _same_shapes(config: Any, model: nn.Module) -> bool:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    except Exception:  # families refuse in their constructors
+        return False
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return ours == {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+
+
+def _is_tied(model: nn.Module, key: str, state: Mapping[str, Tensor]) -> bool:
+    tensors = model.state_dict()
+    return any(tensors[key].data_ptr() == tensors[other].data_ptr() for other in state if other in tensors)
