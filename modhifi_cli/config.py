@@ -255,8 +255,10 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
         raise ConfigError(f"modhifi {verb}: {_first_line(error)}") from error
     assert isinstance(plain, dict)
     known = _top_level_keys(verb)
-    for key in plain:
-        if key not in known:
+    for key in list(plain):
+        if key not in known and _of_an_experiment(key):
+            del plain[key]  # what an experiment says to another verb, as methods= to compare
+        elif key not in known:
             raise ConfigError(f"modhifi {verb} has no key '{key}': {nearest(key, known)}")
     for key, (default, _) in _read_verb(config_directory() / f"{verb}.yaml")[0].items():
         if default == "???" and _select(plain, key) is None:
@@ -486,6 +488,13 @@ def _inherited(verb: str) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
 def _top_level_keys(verb: str) -> frozenset[str]:
     own, chosen = _inherited(verb)
     return frozenset(key.split(".")[0] for key in [*own, *chosen])
+
+
+def _of_an_experiment(key: str) -> bool:
+    from hydra.core.hydra_config import HydraConfig
+
+    chosen = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
+    return chosen is not None and any(key in _top_level_keys(other) for other in verbs())
 
 
 def _known_keys(verb: str, overrides: Sequence[str]) -> list[str]:

@@ -69,3 +69,11 @@ def test_a_long_folder_name_is_cut_between_settings_and_not_inside_a_value():
     name = config.slug(["data.path=/somewhere/with/a/rather/long/name", "model=resnet50", "round_to=8", "sparsity=0.25"])
     assert len(name) <= 80 + 9 and re.search(r"_[0-9a-f]{8}$", name)
     assert name.rpartition("_")[0].endswith(("round_to-8", "sparsity-0.25", "model-resnet50"))
+
+
+def test_what_an_experiment_says_to_another_verb_is_left_out():
+    words = ["experiment=cifar_compare_resnet20"]
+    assert "methods" in config.compose("compare", words)
+    assert "methods" not in config.compose("prune", words)
+    with pytest.raises(ConfigError, match="modhifi prune has no key 'methods'"):
+        config.compose("prune", ["+methods=[best]"])
