@@ -67,8 +67,8 @@ def _run(words: list[str]) -> int:
     if verb == "list":
         return _list(overrides)
     sweeping = "-m" in flags or "--multirun" in flags
-    if sweeping and verb not in ("prune", "evaluate"):
-        raise ConfigError(f"modhifi {verb} runs once; -m is for prune and evaluate.")
+    if sweeping and verb not in ("prune", "unlearn", "evaluate"):
+        raise ConfigError(f"modhifi {verb} runs once; -m is for prune, unlearn and evaluate.")
     if sweeping:
         return _sweep(verb, overrides, flags)
     _outcome.clear()

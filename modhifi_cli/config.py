@@ -65,6 +65,16 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         "a list of whole numbers from 0, such as [0,1,2]",
         lambda v: isinstance(v, list) and len(v) > 0 and all(_is_int(seed) and seed >= 0 for seed in v),
     ),
+    "forget_class": (
+        "a number or name of a class, or a list of them, such as [3,5]",
+        lambda v: all(_is_int(one) or isinstance(one, str) for one in (v if isinstance(v, list) else [v])),
+    ),
+    "layers": (
+        "auto, 'last N', or a list of layers such as [layer3]",
+        lambda v: isinstance(v, str) and v != "" or _is_names(v) and len(v) > 0,
+    ),
+    "forget_target": ("a share from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+    "retain_drop": ("a share from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "output_dir": ("a folder", lambda v: isinstance(v, str) and v != ""),
     "run": ("a run folder, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
     "resume": ("the folder of an interrupted run, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
@@ -399,7 +409,7 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
 
 _ABSENT = object()
 
-_PLACEHOLDERS: Mapping[str, str] = {"run": "DIR", "path": "PATH", "weights": "FILE", "name": "NAME"}
+_PLACEHOLDERS: Mapping[str, str] = {"run": "DIR", "forget_class": "3", "path": "PATH", "weights": "FILE", "name": "NAME"}
 
 
 def _example(key: str) -> str:

@@ -13,6 +13,8 @@ from modhifi_cli.records import Measurement
 _TERMS = {
     "top1": ("top-1 accuracy", True),
     "top5": ("top-5 accuracy", True),
+    "forget_accuracy": ("forget accuracy", False),
+    "retain_accuracy": ("retain accuracy", True),
     "token_perplexity": ("token perplexity", False),
     "token_agreement": ("tokens predicted as by dense", True),
     "token_kl": ("mean KL from dense, nats a token", False),
@@ -247,6 +249,7 @@ def markdown_report(
     achieved: Mapping[str, float],
     measurements: Sequence[Measurement],
     groups: Sequence[Mapping[str, Any]] = (),
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = {},
     figures: Mapping[str, str] = {},
     warnings: Sequence[str] = (),
     exports: Sequence[Any] = (),
@@ -261,6 +264,7 @@ def markdown_report(
         achieved: Removed share by target (``params``, ``flops``, ``components``), 0 … 1.
         measurements: Of the reference and the edited network.
         groups: One mapping per group of coupled components; the keys of all are the columns, in order of appearance.
+        tables: Further tables by headline, made like that of the groups.
         figures: File beside the page by caption.
         warnings: Sentences.
         exports: `modhifi_cli.exports.ExportReport` records.
@@ -281,10 +285,11 @@ def markdown_report(
     if measurements:
         rows = [(row.label, row.before, row.after, row.change) for row in table(measurements, reference=reference)]
         sections.append("## Before and after\n\n" + _markdown_table(("", "before", "after", "change"), rows))
-    if groups:
-        columns = tuple(dict.fromkeys(key for group in groups for key in group))
-        rows = [tuple(_text(group.get(key, "")) for key in columns) for group in groups]
-        sections.append("## Groups\n\n" + _markdown_table(columns, rows))
+    for headline, lines in {"Groups": groups, **tables}.items():
+        if lines:
+            columns = tuple(dict.fromkeys(key for line in lines for key in line))
+            rows = [tuple(_text(line.get(key, "")) for key in columns) for line in lines]
+            sections.append(f"## {headline}\n\n" + _markdown_table(columns, rows))
     if figures:
         sections.append("\n\n".join(f"![{_cell(caption)}]({file})" for caption, file in figures.items()))
     if exports:

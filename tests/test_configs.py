@@ -31,6 +31,7 @@ def fill(overrides: list[str]) -> list[str]:
     firsts = []
     for word in overrides:
         key, _, value = word.partition("=")
+        value = re.sub(r"^range\((\d+),.*\)$", r"\1", value)
         firsts.append(word if value[:1] in "[{'\"" else f"{key}={value.split(',')[0]}")
     given = {word.partition("=")[0] for word in firsts}
     for word in list(firsts):
@@ -45,14 +46,17 @@ def fill(overrides: list[str]) -> list[str]:
 def test_every_choice_composes_and_binds(group, choice):
     asked = f"{group}=[{choice}]" if group in ("evaluation", "export") else f"{group}={choice}"
     path = ROOT / group / f"{choice}.yaml"
-    # An experiment is made for one verb, which its header's command names.
-    verb = re.search(r"modhifi (\w+)", config.header(path)[1][0])[1] if group == "experiment" else "prune"
-    assert config.compose(verb, [asked, *required(path, group)])["sparsity"] is not None
+    # An experiment is made for one verb, which its header's command names; a method of unlearning for another.
+    verb = "unlearn" if group == "method" else "prune"
+    if group == "experiment":
+        verb = re.search(r"modhifi (\w+)", config.header(path)[1][0])[1]
+    key, needs = ("forget_class", ["forget_class=3"]) if verb == "unlearn" else ("sparsity", [])
+    assert config.compose(verb, [asked, *needs, *required(path, group)])[key] is not None
 
 
 @pytest.mark.parametrize("verb", config.verbs())
 def test_every_verb_composes(verb):
-    needs = ["run=given"] if verb in ("verify", "replay") else []
+    needs = {"verify": ["run=given"], "replay": ["run=given"], "unlearn": ["forget_class=3"]}.get(verb, [])
     assert config.compose(verb, needs)["output_dir"] == "outputs"
 
 

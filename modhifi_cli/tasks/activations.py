@@ -52,6 +52,14 @@ class Activations:
         """Go back to the images, for another round over the network."""
         self._cut, self._carried = None, None
 
+    def position(self) -> tuple[str | None, list[Tensor] | None]:
+        """Where the calibration set stands, for `return_to`; valid as long as nothing in front of it is edited."""
+        return self._cut, self._carried
+
+    def return_to(self, position: tuple[str | None, list[Tensor] | None]) -> None:
+        """Go back to an earlier position, to try another edit of what lies behind it."""
+        self._cut, self._carried = position
+
     def walk(
         self,
         looks: Mapping[str, Look],

@@ -13,12 +13,16 @@ from modhifi_cli.tasks.gathering import held_out_images
 
 
 @torch.no_grad()
-def find_classifier(model: nn.Module, example: Tensor) -> str:
+def find_classifier(
+    model: nn.Module, example: Tensor, *, wanted: str = "classifier=refit", advice: str = "set classifier=keep"
+) -> str:
     """Name of the linear layer whose output is the network's output.
 
     Args:
         model: Network in evaluation mode.
         example: A batch it takes, ``[batch, channels, height, width]``.
+        wanted: Who asks, for messages.
+        advice: What the user can do instead, for messages.
 
     Raises:
         UnsupportedModelError: If the logits do not come straight out of a linear layer with a bias.
@@ -42,8 +46,8 @@ def find_classifier(model: nn.Module, example: Tensor) -> str:
             handle.remove()
     if name is None or linear[name].bias is None:
         raise UnsupportedModelError(
-            f"classifier=refit: the logits of {type(model).__name__} do not come straight out of a linear layer with a "
-            "bias; set classifier=keep."
+            f"{wanted}: the logits of {type(model).__name__} do not come straight out of a linear layer with a "
+            f"bias; {advice}."
         )
     return name
 

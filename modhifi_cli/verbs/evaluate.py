@@ -26,7 +26,9 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
         loaded = artifacts.load_saved(saved)
         if settings["measure_dense"]:
             models["dense"] = config.build(before["model"]).model
-        models["pruned"] = loaded.model
+        results = artifacts.read_results(saved)
+        models["unlearned" if results.get("verb") == "unlearn" else "pruned"] = loaded.model
+        pieces.name_forgotten_(settings, results.get("forget"))
     models = {name: model.to(device=device, dtype=pieces.dtype_of(settings)) for name, model in models.items()}
     calibration = pieces.image_source(settings, "data", loaded.preprocess, labelled=False)
     evaluation = pieces.image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +15,21 @@ from torch import Tensor, nn
 from modhifi_cli import artifacts, comparison, config, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError, NumericsError
-from modhifi_cli.records import ImageSource, LoadedModel, Measurement, Preprocess, TextInput
+from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Preprocess, TextInput
 
 _NOT_COMPARED = ("resume", "console", "output_dir")  # settings that may differ between a run and its continuation
 _VERIFICATION_IMAGES = 4
 
 def sources(settings: Mapping[str, Any]) -> tuple[LoadedModel, ImageSource, ImageSource | None]:
+    require_data(settings)
+    loaded = config.build(settings["model"])
+    calibration = image_source(settings, "data", loaded.preprocess, labelled=wants_labels(settings))
+    assert calibration is not None
+    return loaded, calibration, image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)
+
+
+def require_data(settings: Mapping[str, Any]) -> None:
+    """Refuse a run without calibration images before the network is loaded."""
     if settings["data"] is None:
         name = settings["model"].get("name", "this model")
         if is_decoder(settings):
@@ -31,10 +41,6 @@ def sources(settings: Mapping[str, Any]) -> tuple[LoadedModel, ImageSource, Imag
             f"{name} brings no images of its own: give unlabelled calibration images with data=folder "
             "data.path=FOLDER, data=arrays data.path=FILE, data=cifar10 or data=cifar100."
         )
-    loaded = config.build(settings["model"])
-    calibration = image_source(settings, "data", loaded.preprocess, labelled=wants_labels(settings))
-    assert calibration is not None
-    return loaded, calibration, image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)
 
 
 def image_source(
@@ -94,6 +100,13 @@ def measure(
             progress=console.progress,
         )
     return tuple(found)
+
+
+def name_forgotten_(settings: dict[str, Any], forget: Sequence[int] | None) -> None:
+    """Tell the measurement of forget and retain accuracy the classes of a run, where it was not told any."""
+    asked = settings["evaluation"].get("forget_retain")
+    if asked is not None and forget and asked["forget_class"] is None:
+        settings["evaluation"] = {**settings["evaluation"], "forget_retain": {**asked, "forget_class": list(forget)}}
 
 
 def show_measurements(console: Console, measurements: Sequence[Measurement]) -> None:
@@ -195,6 +208,32 @@ def same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             f"resume={folder}: the run was begun with other settings: {'; '.join(found[:5])}"
             f"{f' and {len(found) - 5} more' if len(found) > 5 else ''}; give the same ones, or start a new run."
         )
+
+
+def edits_so_far(place: artifacts.RunDirectory, dense_hash: str, calibration: ImageSource) -> tuple[Edit, ...]:
+    """Edits to go on from, after checking that weights and images are still those they were made with."""
+    edits, made_on = place.load_edits()
+    if edits and made_on != dense_hash:
+        raise DataError(
+            f"resume={place.path}: the dense weights have changed since (sha256 {dense_hash[:12]}, was "
+            f"{str(made_on)[:12]}); give the weights that the run began with, or start a new run."
+        )
+    before = json.loads(artifacts.read_text(place.path / "calibration.json"))
+    now = json.loads(json.dumps(dict(calibration.protocol), default=str))
+    if before.get("sha256") != now.get("sha256"):
+        raise DataError(
+            f"resume={place.path}: the calibration images have changed since the run began; "
+            "give the same images, or start a new run."
+        )
+    return edits
+
+
+def how_to_resume(verb: str, place: artifacts.RunDirectory, facts: Mapping[str, Any]) -> str:
+    """What an interrupted user types to go on."""
+    if facts.get("sweep"):
+        return "Type the same command again: finished jobs are skipped and this one goes on."
+    words = [word for word in facts["overrides"] if not word.startswith("resume=")]
+    return f"Go on with: {command_line(verb, [*words, f'resume={place.path}'])}"
 
 
 def portable(settings: Mapping[str, Any]) -> dict[str, Any]:

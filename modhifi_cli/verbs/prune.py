@@ -46,7 +46,7 @@ def prune(
         artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(settings)))
         artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
         artifacts.write_json(place.path / "calibration.json", calibration.protocol)
-    done = _edits_so_far(place, dense_hash, calibration) if resumed else ()
+    done = pieces.edits_so_far(place, dense_hash, calibration) if resumed else ()
     place.log(command)
     console.note(f"{loaded.name}: {loaded.weights}, {len(calibration)} calibration images; working in {place.path}")
     if calibration.protocol.get("skipped"):
@@ -72,16 +72,15 @@ def prune(
         )
         final = place.finish()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_resume(place, facts)) from None
+        raise KeyboardInterrupt(pieces.how_to_resume("prune", place, facts)) from None
     except ModHiFiError as error:
         with contextlib.suppress(DataError):  # a full disk may be the very cause
             place.log(f"failed: {error}")
         if not resumed:
             place.discard_if_empty()
         if place.path.is_dir():
-            console.note(
-                f"the edits made so far lie in {place.path}; once the cause is mended: {_how_to_resume(place, facts)}"
-            )
+            again = pieces.how_to_resume("prune", place, facts)
+            console.note(f"the edits made so far lie in {place.path}; once the cause is mended: {again}")
         raise
     _show_outcome(console, final, summary, measurements)
     return final
@@ -321,30 +320,3 @@ def _show_outcome(console: Console, final: Path, summary: Any, measurements: Seq
             "measurements": artifacts.measurements_to_json(measurements),
         }
     )
-
-
-def _edits_so_far(place: artifacts.RunDirectory, dense_hash: str, calibration: ImageSource) -> tuple[Edit, ...]:
-    """Edits to go on from, after checking that weights and images are still those they were made with."""
-    edits, made_on = place.load_edits()
-    if edits and made_on != dense_hash:
-        raise DataError(
-            f"resume={place.path}: the dense weights have changed since (sha256 {dense_hash[:12]}, was "
-            f"{str(made_on)[:12]}); give the weights that the run began with, or start a new run."
-        )
-    import json
-
-    before = json.loads(artifacts.read_text(place.path / "calibration.json"))
-    now = json.loads(json.dumps(dict(calibration.protocol), default=str))
-    if before.get("sha256") != now.get("sha256"):
-        raise DataError(
-            f"resume={place.path}: the calibration images have changed since the run began; "
-            "give the same images, or start a new run."
-        )
-    return edits
-
-
-def _how_to_resume(place: artifacts.RunDirectory, facts: Mapping[str, Any]) -> str:
-    if facts.get("sweep"):
-        return "Type the same command again: finished jobs are skipped and this one goes on."
-    words = [word for word in facts["overrides"] if not word.startswith("resume=")]
-    return f"Go on with: {pieces.command_line('prune', [*words, f'resume={place.path}'])}"

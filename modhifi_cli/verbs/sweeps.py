@@ -6,6 +6,7 @@ import json
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from modhifi_cli import artifacts, config
@@ -78,7 +79,6 @@ def summarise_sweep(folder: Path, style: str) -> int:
     Returns:
         Number of jobs that did not finish.
     """
-
     records = [json.loads(artifacts.read_text(path)) for path in sorted((folder / "jobs").glob("*.json"))]
     keys = list(dict.fromkeys(word.partition("=")[0] for record in records for word in record["overrides"]))
     rows = []
@@ -93,6 +93,8 @@ def summarise_sweep(folder: Path, style: str) -> int:
                 row[f"{measured['model']}_{measured['name']}"] = measured["value"]
         row |= {"folder": record["folder"], "message": record["message"]}
         rows.append(row)
+    if any("unlearned_forget_accuracy" in row for row in rows):
+        rows.append(_mean_row(rows))  # the literature's figures are means over the forgotten classes
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("folder", "message")))
     text = io.StringIO()
     writer = csv.DictWriter(text, [*columns, "folder", "message"], restval="")
@@ -100,15 +102,24 @@ def summarise_sweep(folder: Path, style: str) -> int:
     writer.writerows(rows)
     artifacts.write_text(folder / "summary.csv", text.getvalue())
     console = open_console(style)
-    changing = [key for key in keys if len({row[key] for row in rows}) > 1] or keys[-1:]
+    changing = [key for key in keys if len({row.get(key) for row in rows if row["job"] != "mean"}) > 1] or keys[-1:]
     wanted = ["removed_params", "removed_flops", "dense_top1", "pruned_top1", "pruned_agreement"]
+    wanted += [f"{model}_{kind}_accuracy" for kind in ("forget", "retain") for model in ("dense", "unlearned")]
     present = [column for column in wanted if column in columns]
     present = present or [column for column in columns if column.startswith(("dense_", "pruned_"))][:6]
     shown = ["job", *changing, "status", *present]
-    console.table(f"sweep of {len(rows)} jobs", [{key: row.get(key, "") for key in shown} for row in rows])
-    failed = [row for row in rows if not row["status"].startswith("finished")]
+    console.table(f"sweep of {len(records)} jobs", [{key: row.get(key, "") for key in shown} for row in rows])
+    failed = [row for row in rows if row["status"] and not row["status"].startswith("finished")]
     for row in failed:
         console.warning(f"job {row['job']} {row['status']}: {row['message']}")
     console.note(f"all numbers are in {folder / 'summary.csv'}")
     console.result({"folder": str(folder), "jobs": rows})
     return len(failed)
+
+
+def _mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of every number over the finished jobs."""
+    finished = [row for row in rows if row["status"].startswith("finished")]
+    numbers = [key for key in finished[0] if key != "job" and isinstance(finished[0][key], float)]
+    means = {key: fmean(row[key] for row in finished) for key in numbers if all(key in row for row in finished)}
+    return {"job": "mean", "status": "", "folder": "", "message": f"over {len(finished)} jobs"} | means

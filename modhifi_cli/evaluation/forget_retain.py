@@ -1,0 +1,102 @@
+"""Accuracy on forget and on retain classes of labelled held-out images, with the accuracy of every class."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.evaluation.forward import logits_of_batches, ready_to_measure
+from modhifi_cli.evaluation.top1 import rank_of_label
+from modhifi_cli.records import ImageSource, Measurement, Progress
+
+
+def measure(
+    *,
+    models: Mapping[str, nn.Module],
+    evaluation_data: ImageSource | None,
+    calibration_data: ImageSource | None,
+    example: Tensor,
+    device: torch.device,
+    batch_size: int,
+    progress: Callable[[Progress], None],
+    forget_class: int | Sequence[int] | None = None,
+) -> tuple[Measurement, ...]:
+    """Top-1 accuracy on the images of the forget classes, and on those of all others, in percent.
+
+    Every image may be given any class: a forgotten class is not taken out of the choice.
+
+    Args: see `modhifi_cli.evaluation.Measure`; only the labelled `evaluation_data` are read.
+        forget_class: The forgotten classes by number; an unlearn run fills in its own.
+
+    Returns:
+        ``forget_accuracy`` and ``retain_accuracy`` per network, %; `protocol` holds the counts, the standard error in
+        percentage points, and the accuracy of every class by its number. Empty without `evaluation_data`.
+
+    Raises:
+        ConfigError: If no forget class is named.
+        DataError: If the images carry no labels, or lack forget or retain classes, or a label is outside of the
+            network's classes.
+        NumericsError: If logits are NaN or infinite.
+    """
+    if evaluation_data is None or not models:
+        return ()
+    forget = torch.tensor([forget_class] if isinstance(forget_class, int) else list(forget_class or ()))
+    if not forget.numel():
+        raise ConfigError(
+            "evaluation.forget_retain.forget_class: name the forgotten classes by number, or leave forget_retain out "
+            "of evaluation=[…]; an unlearn run fills in its own."
+        )
+    given: dict[str, list[Tensor]] = {name: [] for name in models}
+    truth: list[Tensor] = []
+    classes = 0
+    batches = logits_of_batches(
+        models,
+        evaluation_data,
+        place="evaluation_data",
+        stage="forget and retain",
+        device=device,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    with ready_to_measure(models, device):
+        for logits, labels in batches:
+            if labels is None:
+                raise DataError(
+                    "evaluation_data: forget_retain needs a label for every image, got images without labels; "
+                    "give a labelled set, or leave forget_retain out of evaluation=[…]."
+                )
+            for name, scores in logits.items():
+                classes = max(classes, scores.shape[1])
+                given[name].append(rank_of_label(scores, labels.cpu(), name=name) < 1)
+            truth.append(labels.cpu())
+    labels = torch.cat(truth)
+    forgotten = torch.isin(labels, forget)
+    for kind, chosen in (("forget", forgotten), ("retain", ~forgotten)):
+        if not bool(chosen.any()):
+            raise DataError(
+                f"evaluation_data: forget_retain needs images of {kind} classes, got none among {len(labels)}; give "
+                "images of all classes, or leave forget_retain out of evaluation=[…]."
+            )
+    shared = {"forget_class": forget.tolist(), "device": str(device), "data": dict(evaluation_data.protocol)}
+    found = []
+    for name in models:
+        right = torch.cat(given[name])
+        per_class = {
+            int(cls): round(100 * float(right[labels == cls].double().mean()), 4) for cls in labels.unique().tolist()
+        }
+        for term, chosen in (("forget_accuracy", forgotten), ("retain_accuracy", ~forgotten)):
+            found.append(_share(name, term, right[chosen], {"per_class": per_class, **shared}))
+    return tuple(found)
+
+
+def _share(model: str, term: str, right: Tensor, protocol: Mapping[str, Any]) -> Measurement:
+    share = float(right.double().mean())
+    counts = {
+        "correct": int(right.sum()),
+        "samples": len(right),
+        "standard_error": 100 * sqrt(share * (1 - share) / len(right)),
+    }
+    return Measurement(model, term, 100 * share, "%", {**counts, **protocol})

@@ -1,0 +1,181 @@
+"""Contrast: weights that keep a layer's outputs on the retain rows and move those on the forget rows, in closed form.
+
+    W' = argmin  E_r‖W'x − Wx‖² + β E_f‖W'x − t‖² + λ‖W' − W‖²
+
+with E_r and E_f the means over the rows of retain and forget samples and t the output that a forget row shall have.
+Only two second moments and E_f[t xᵀ] are needed, so t may differ from row to row. The constant (a bias, or the mean of
+a BatchNorm behind the layer) is one more feature that is always 1 and that the ridge leaves alone. Float64.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modhifi_cli.errors import NumericsError
+from modhifi_cli.numerics.linalg import solve_shared
+from modhifi_cli.numerics.moments import second_moment
+from modhifi_cli.records import Statistics
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What the outputs on the forget rows shall be, as far as the closed form has to know it.
+
+    Attributes:
+        cross: E_f[t xᵀ], ``[outputs, features]`` float64, output × input units.
+        mean: E_f[t], ``[outputs]`` float64, output units.
+    """
+
+    cross: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """An edited layer.
+
+    Attributes:
+        weight: W', ``[outputs, features]`` float64.
+        constant: What is to be added to the layer's outputs beside the change of the weight, ``[outputs]`` float64;
+            zero where the constant may not change.
+        moved: Share of E_f‖t − y‖² that the edit has removed, 0 … 1 for the rows it was fitted on: how far the forget
+            rows went.
+        lost: E_r‖y' − y‖² as a share of the retain outputs' variance: what that costs the others.
+    """
+
+    weight: Tensor
+    constant: Tensor
+    moved: float
+    lost: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Forget samples that resemble the same retain class: mean maps, position by position.
+
+    Attributes:
+        share: Of the forget samples, 0 … 1; all groups together 1.
+        inputs: Mean of their rows at each position, ``[features, positions]`` float64.
+        outputs: Mean output of the retain class they resemble, ``[outputs, positions]`` float64.
+    """
+
+    share: float
+    inputs: Tensor
+    outputs: Tensor
+
+
+def aim_at(
+    weight: Tensor,
+    bias: Tensor,
+    forget: Statistics,
+    groups: Sequence[Group],
+    *,
+    retain_outputs: Tensor,
+    forget_outputs: Tensor,
+    nearest: float = 0.0,
+    spread: float = 0.0,
+) -> Aim:
+    """The output that each forget row shall have, position by position of its map.
+
+        t = spread · (y − ȳ_f) + (1 − nearest) · ȳ_r + nearest · ȳ_k
+
+    with ȳ_f and ȳ_r the mean outputs of forget and retain samples at that position and ȳ_k that of the retain class k
+    which the sample resembles most. ``nearest = spread = 0`` is the retain mean.
+
+    Args:
+        weight: ``[outputs, features]``.
+        bias: ``[outputs]``.
+        forget: Moments of the forget rows, not centred.
+        groups: The forget samples by the class they resemble.
+        retain_outputs: ȳ_r, ``[outputs, positions]`` float64; likewise `forget_outputs`, ȳ_f.
+        nearest: 0 … 1.
+        spread: 0 … 1: how much of what tells forget samples apart from each other stays.
+    """
+    weight, bias = weight.double(), bias.double()
+    cross = spread * (weight @ second_moment(forget, centred=False) + torch.outer(bias, forget.mean))
+    mean = spread * (weight @ forget.mean + bias)
+    for group in groups:
+        fixed = (1 - nearest) * retain_outputs + nearest * group.outputs - spread * forget_outputs
+        cross += group.share / fixed.shape[1] * (fixed @ group.inputs.T)
+        mean += group.share * fixed.mean(1)
+    return Aim(cross, mean)
+
+
+def contrast(
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    retain: Statistics,
+    forget: Statistics,
+    aim: Aim,
+    beta: float,
+    ridge: float,
+    constant: bool = True,
+    name: str = "layer",
+) -> Contrast:
+    """Solve the contrast of one layer.
+
+    With x̃ = (x, 1), W̃ = (W, b) and Δ̃ = W̃' − W̃ the optimum is Δ̃ (S̃_r + β S̃_f + Λ) = β (E_f[t x̃ᵀ] − W̃ S̃_f), so that
+    β = 0 changes nothing, exactly.
+
+    Args:
+        weight: W, ``[outputs, features]``.
+        bias: b, ``[outputs]``; zeros for a layer without one.
+        retain: Moments of the retain rows, not centred.
+        forget: Moments of the forget rows, not centred.
+        aim: t on the forget rows, bias included.
+        beta: β ≥ 0.
+        ridge: λ ≥ 0, times the mean energy of a feature on the retain rows.
+        constant: Whether the constant part of the output may change as well.
+        name: Layer name, for messages.
+
+    Raises:
+        NumericsError: If β or the ridge is negative or not finite, or weights or moments are not finite.
+    """
+    for term, value in (("beta", beta), ("ridge", ridge)):
+        if not 0 <= value < float("inf"):
+            raise NumericsError(f"{name}: {term} must be a finite number from 0, got {value:g}; change method.{term}.")
+    weight, bias = weight.double(), bias.double()
+    s_r, s_f = (_widened(statistics, constant) for statistics in (retain, forget))
+    whole = torch.cat([weight, bias[:, None]], 1) if constant else weight
+    wanted = torch.cat([aim.cross, aim.mean[:, None]], 1) if constant else aim.cross - torch.outer(bias, forget.mean)
+    for what, tensor in (("the weight", whole), ("the moments of the retain rows", s_r),
+                         ("the moments of the forget rows", s_f), ("the aim", wanted)):  # fmt: skip
+        if not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(f"{name}: {what} must be finite, got NaN or infinity; check weights and images.")
+    features = weight.shape[1]
+    matrix = s_r + beta * s_f
+    matrix.diagonal()[:features] += ridge * s_r.diagonal()[:features].mean()
+    pull = wanted - whole @ s_f
+    change = solve_shared(matrix, beta * pull)
+    moved, lost = _shares(weight, change, pull, s_f, retain, s_r, features)
+    return Contrast(
+        weight=weight + change[:, :features],
+        constant=change[:, features] if constant else torch.zeros_like(bias),
+        moved=moved,
+        lost=lost,
+    )
+
+
+def _widened(statistics: Statistics, constant: bool) -> Tensor:
+    """E[x̃ x̃ᵀ] with x̃ = (x, 1), or E[x xᵀ]."""
+    moment = second_moment(statistics, centred=False)
+    if not constant:
+        return moment
+    top = torch.cat([moment, statistics.mean[:, None]], 1)
+    bottom = torch.cat([statistics.mean, statistics.mean.new_ones(1)])
+    return torch.cat([top, bottom[None]])
+
+
+def _shares(
+    weight: Tensor, change: Tensor, pull: Tensor, s_f: Tensor, retain: Statistics, s_r: Tensor, features: int
+) -> tuple[float, float]:
+    # E_f‖t − y − Δx̃‖² − E_f‖t − y‖² needs no E‖t‖²; the share is taken of the largest such gain, that of β → ∞.
+    gain = float((change * (2 * pull - change @ s_f)).sum())
+    most = float((solve_shared(s_f, pull) * pull).sum())
+    energy = float(((weight @ second_moment(retain, centred=True)) * weight).sum())
+    cost = float(((change @ s_r) * change).sum())
+    tiny = torch.finfo(torch.float64).tiny
+    return min(1.0, max(0.0, gain / max(most, tiny))), max(0.0, cost) / max(energy, tiny)

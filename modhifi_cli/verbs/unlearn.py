@@ -1,0 +1,299 @@
+"""`modhifi unlearn`: from settings to a run folder with the network that forgot, its edits, its page and its numbers."""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modhifi_cli import artifacts, config, reports
+from modhifi_cli.console import Console
+from modhifi_cli.errors import ConfigError, DataError, ModHiFiError
+from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress
+from modhifi_cli.verbs import pieces
+
+
+def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
+    from modhifi_cli.graph.surgery import weights_hash
+    from modhifi_cli.tasks.unlearn import forget_classes
+
+    asked, settings = settings, dict(settings)
+    command = pieces.command_line("unlearn", facts["overrides"])
+    resumed = settings["resume"]
+    repeat = pieces.command_line("unlearn", [word for word in facts["overrides"] if not word.startswith("resume=")])
+    place = artifacts.RunDirectory.reopen(resumed) if resumed else None
+    if place is not None:
+        pieces.same_settings(place.path, asked)
+    device = pieces.device_of(settings)
+    seconds: dict[str, float] = {}
+    with pieces.timed(seconds, "load"):
+        pieces.require_data(settings)
+        loaded = config.build(settings["model"])
+        model = loaded.model.to(device=device, dtype=pieces.dtype_of(settings)).eval()
+        calibration = pieces.image_source(settings, "data", loaded.preprocess, labelled=True)
+        evaluation = pieces.image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)
+        dense, dense_hash = copy.deepcopy(model), weights_hash(loaded.model)
+        labels = _labels(model, calibration, settings, loaded, device, console)
+    if loaded.classes is not None and len(loaded.classes) != labels.classes:
+        raise ConfigError(
+            f"{loaded.name} names {len(loaded.classes)} classes but has {labels.classes} logits; use weights and "
+            "model.num_classes that belong together."
+        )
+    forget = forget_classes(settings["forget_class"], loaded.classes, labels.classes)
+    pieces.name_forgotten_(settings, forget)
+    if place is None:
+        place = artifacts.RunDirectory.create(folder or pieces.new_folder("unlearn", loaded.name, settings, facts))
+        artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(asked)))
+        artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
+        artifacts.write_json(place.path / "calibration.json", calibration.protocol)
+    done = pieces.edits_so_far(place, dense_hash, calibration) if resumed else ()
+    place.log(command)
+    console.note(f"{loaded.name}: {loaded.weights}; {labels.account}; working in {place.path}")
+    console.note(f"to be forgotten: {', '.join(_class_name(cls, loaded.classes) for cls in forget)}")
+    try:
+        with pieces.timed(seconds, "unlearn"):
+            summary, edits = _edit_(
+                model, settings, calibration, labels.values, forget, device, done, place, dense_hash, console
+            )
+        with pieces.timed(seconds, "save"):
+            pieces.save_network(place, loaded, model)
+            exported = pieces.export(place, settings, model, loaded.preprocess)
+        with pieces.timed(seconds, "evaluate"):
+            beside = {"dense": dense} if settings["measure_dense"] else {}
+            models = {**beside, "unlearned": model}
+            measurements = pieces.measure(settings, models, calibration, evaluation, loaded.preprocess, device, console)
+        _write_outcome(
+            place,
+            settings,
+            loaded,
+            labels,
+            forget,
+            summary,
+            edits,
+            measurements,
+            exported,
+            seconds,
+            repeat,
+            calibration,
+        )
+        final = place.finish()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(pieces.how_to_resume("unlearn", place, facts)) from None
+    except ModHiFiError as error:
+        with contextlib.suppress(DataError):  # a full disk may be the very cause
+            place.log(f"failed: {error}")
+        if not resumed:
+            place.discard_if_empty()
+        raise
+    _show_outcome(console, final, settings, forget, summary, measurements)
+    return final
+
+
+def _labels(
+    model: nn.Module,
+    calibration: ImageSource,
+    settings: Mapping[str, Any],
+    loaded: LoadedModel,
+    device: torch.device,
+    console: Console,
+) -> Any:
+    from modhifi_cli.tasks.labelling import Labels, image_labels
+
+    found = None
+    for event in image_labels(
+        model,
+        calibration,
+        mode=settings["data"]["labels"],
+        device=device,
+        batch_size=settings["runtime"]["batch_size"],
+        names=loaded.classes,
+    ):
+        if isinstance(event, Progress):
+            console.progress(event)
+        elif isinstance(event, Labels):
+            found = event
+    assert found is not None, "labelling ended without labels"
+    return found
+
+
+def _edit_(
+    model: nn.Module,
+    settings: Mapping[str, Any],
+    calibration: ImageSource,
+    labels: torch.Tensor,
+    forget: Sequence[int],
+    device: torch.device,
+    done: Sequence[Edit],
+    place: artifacts.RunDirectory,
+    dense_hash: str,
+    console: Console,
+) -> tuple[Any, list[Edit]]:
+    """Run the task; every edit goes to disk as it comes. The summary, and all edits."""
+    from modhifi_cli.tasks.unlearn import Finetune, Trial, UnlearnPlan, UnlearnSummary, unlearn_
+
+    method = config.build(settings["method"])
+    edits, summary = list(done), None
+    for event in unlearn_(
+        model,
+        calibration=calibration,
+        labels=labels,
+        forget=forget,
+        method=method,
+        layers=settings["layers"],
+        forget_target=float(settings["forget_target"]),
+        retain_drop=float(settings["retain_drop"]),
+        finetune=Finetune(**settings["finetune"]),
+        batch_size=settings["runtime"]["batch_size"],
+        device=device,
+        seed=settings["runtime"]["seed"],
+        gathering=config.build(settings["statistics"]),
+        done=done,
+    ):
+        if isinstance(event, UnlearnPlan):
+            console.note(
+                f"edits {len(event.layers)} layers with {event.forget_samples} forget and {event.retain_samples} "
+                f"retain samples: {', '.join(event.layers)}"
+            )
+        elif isinstance(event, Progress):
+            console.progress(event)
+        elif isinstance(event, Trial):
+            console.note(
+                f"{method.strength} {event.strength:g}: forget {event.forget:.1%}, retain {event.retain:.1%} of "
+                f"{event.images} calibration images"
+            )
+        elif isinstance(event, Edit):
+            place.save_edit(event, dense_hash)
+            edits.append(event)
+            place.log(f"edit {event.name}")
+        elif isinstance(event, UnlearnSummary):
+            summary = event
+    assert summary is not None, "the task ended without a summary"
+    for text in summary.warnings:
+        place.log(f"warning: {text}")
+        console.warning(text)
+    if summary.finetuned:
+        console.warning(_finetuned(summary))
+    return summary, edits
+
+
+def _write_outcome(
+    place: artifacts.RunDirectory,
+    settings: Mapping[str, Any],
+    loaded: LoadedModel,
+    labels: Any,
+    forget: Sequence[int],
+    summary: Any,
+    edits: Sequence[Edit],
+    measurements: Sequence[Measurement],
+    exported: Sequence[Any],
+    seconds: Mapping[str, float],
+    command: str,
+    calibration: ImageSource,
+) -> None:
+    from modhifi_cli.tasks.unlearn import trials_as_rows
+
+    method = str(settings["method"]["_target_"]).rpartition(".")[2]
+    hidden = ("trials", "warnings", "strength", "edits", "finetuned")
+    layers = [{"layer": edit.name} | {k: v for k, v in edit.facts.items() if k not in hidden} for edit in edits]
+    trials = trials_as_rows(summary.trials, summary.strength_name)
+    warnings = [*summary.warnings, *([_finetuned(summary)] if summary.finetuned else [])]
+    artifacts.write_json(
+        place.path / "results.json",
+        {
+            "format_version": artifacts.FORMAT_VERSION,
+            "verb": "unlearn",
+            "model": loaded.name,
+            "weights": loaded.weights,
+            "forget": list(forget),
+            "classes": None if loaded.classes is None else list(loaded.classes),
+            "method": method,
+            "strength": {summary.strength_name: summary.strength},
+            "finetuned_epochs": summary.finetuned,
+            "labels": labels.origin,
+            "layers": layers,
+            "trials": trials,
+            "measurements": artifacts.measurements_to_json(measurements),
+            "exports": [{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
+            "calibration": dict(calibration.protocol),
+            "warnings": warnings,
+            "seconds": dict(seconds),
+        },
+    )
+    own = ", ".join(f"{key} {value}" for key, value in settings["method"].items() if not key.startswith("_"))
+    asked: dict[str, Any] = {
+        "forget_class": ", ".join(_class_name(cls, loaded.classes) for cls in forget),
+        "weights": loaded.weights,
+        "calibration": labels.account,
+        "method": f"{method} ({own})",
+        summary.strength_name: summary.strength,
+        "layers": settings["layers"],
+        "fine-tuning": _finetuned(summary) if summary.finetuned else "none",
+    }
+    text = reports.markdown_report(
+        title=f"{loaded.name}, {asked['forget_class']} unlearned",
+        asked=asked,
+        achieved={},
+        measurements=[_without_classes(measurement) for measurement in measurements],
+        tables={
+            "Accuracy of every class, %": _per_class(measurements, loaded.classes),
+            "Layers": layers,
+            "Tried on calibration images": trials,
+        },
+        warnings=warnings,
+        exports=exported,
+        repeat=command,
+    )
+    artifacts.write_text(place.path / "report.md", text)
+    place.log("finished")
+
+
+def _per_class(measurements: Sequence[Measurement], classes: Sequence[str] | None) -> list[dict[str, Any]]:
+    columns = {m.model: m.protocol["per_class"] for m in measurements if "per_class" in m.protocol}
+    numbers = sorted({cls for column in columns.values() for cls in column})
+    return [
+        {"class": _class_name(cls, classes)} | {model: column.get(cls) for model, column in columns.items()}
+        for cls in numbers
+    ]
+
+
+def _without_classes(measurement: Measurement) -> Measurement:
+    protocol = {key: value for key, value in measurement.protocol.items() if key != "per_class"}
+    return dataclasses.replace(measurement, protocol=protocol)
+
+
+def _show_outcome(
+    console: Console,
+    final: Path,
+    settings: Mapping[str, Any],
+    forget: Sequence[int],
+    summary: Any,
+    measurements: Sequence[Measurement],
+) -> None:
+    console.note(f"{summary.strength_name} {summary.strength:g} on {len(summary.layers)} layers")
+    pieces.show_measurements(console, measurements)
+    console.note(f"the new network lies in {final / 'model'}; the report in {final / 'report.md'}")
+    console.result(
+        {
+            "folder": str(final),
+            "forget": list(forget),
+            summary.strength_name: summary.strength,
+            "finetuned_epochs": summary.finetuned,
+            "warnings": list(summary.warnings),
+            "measurements": artifacts.measurements_to_json(measurements),
+        }
+    )
+
+
+def _finetuned(summary: Any) -> str:
+    return (
+        f"fine-tuned for {summary.finetuned} epochs on retain samples after the edit: these results are not those of a "
+        "closed form alone."
+    )
+
+
+def _class_name(cls: int, classes: Sequence[str] | None) -> str:
+    return str(cls) if classes is None or classes[cls] == str(cls) else f"{cls} ({classes[cls]})"

@@ -1,0 +1,140 @@
+"""`modhifi unlearn` end to end on the embedded network: the run's folder, verify, replay, evaluate, resume, sweeps."""
+
+import json
+
+import pytest
+import torch
+
+from modhifi_cli import artifacts, load_model
+from modhifi_cli.cli import main
+from modhifi_cli.graph.surgery import weights_hash
+
+SMALL = ["data.num_samples=200", "evaluation_data.num_samples=150", "console=plain"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def unlearn(*words: str) -> int:
+    return main(["unlearn", *SMALL, *words])
+
+
+def only_run(folder, pattern="unlearn/embedded/*"):
+    (found,) = (folder / "outputs").glob(pattern)
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run that tests may read but not change."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert unlearn(f"output_dir={folder / 'outputs'}", "forget_class=3") == 0
+    return only_run(folder)
+
+
+def test_a_run_forgets_keeps_and_tells(finished):
+    results = artifacts.read_results(finished)
+    assert results["verb"] == "unlearn" and results["forget"] == [3]
+    assert results["classes"] == [str(digit) for digit in range(10)]
+    found = {(m["model"], m["name"]): m["value"] for m in results["measurements"]}
+    assert found["unlearned", "forget_accuracy"] <= 5
+    assert found["unlearned", "retain_accuracy"] >= found["dense", "retain_accuracy"] - 2
+    report = (finished / "report.md").read_text()
+    assert "Accuracy of every class" in report and "fine-tuning | none" in report
+    assert json.loads((finished / "calibration.json").read_text())["sha256"]
+
+
+def test_verify_and_replay_take_the_run(finished, here, capsys):
+    assert main(["verify", f"run={finished}"]) == 0
+    assert main(["replay", f"run={finished}", "console=json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["equals_saved_model"] is True
+
+
+def test_evaluate_names_the_network_and_knows_its_class(finished, here, capsys):
+    assert main(["evaluate", f"run={finished}", "evaluation=[forget_retain]", "console=json"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    before = artifacts.read_results(finished)["measurements"]
+    assert [(m["model"], m["name"], m["value"]) for m in last["measurements"]] == [
+        (m["model"], m["name"], m["value"]) for m in before
+    ]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(finished, here, monkeypatch, capsys):
+    save, left = artifacts.RunDirectory.save_edit, [2]
+
+    def save_or_stop(run, edit, dense_hash):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        save(run, edit, dense_hash)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts.RunDirectory, "save_edit", save_or_stop)
+        assert unlearn("forget_class=3") == 130
+    folder = only_run(here)
+    again = f"modhifi unlearn {' '.join(SMALL)} forget_class=3 resume={folder.relative_to(here)}"
+    assert again in capsys.readouterr().err
+    assert unlearn("forget_class=3", f"resume={folder}") == 0
+    assert weights_hash(load_model(only_run(here))) == weights_hash(load_model(finished))
+
+
+def test_a_run_without_labels_takes_the_networks_own_predictions_and_says_so(here):
+    assert unlearn("forget_class=3", "data.labels=model") == 0
+    assert "the dense network's own predictions" in (only_run(here) / "report.md").read_text()
+    assert artifacts.read_results(only_run(here))["labels"] == "model"
+
+
+def test_finetuning_is_marked_wherever_the_result_is_shown(here, capsys):
+    assert unlearn("forget_class=3", "finetune.epochs=1", "method.beta=0.3") == 0
+    marked = "fine-tuned for 1 epochs on retain samples"
+    assert marked in capsys.readouterr().out
+    assert marked in (only_run(here) / "report.md").read_text()
+    results = artifacts.read_results(only_run(here))
+    assert results["finetuned_epochs"] == 1 and any(marked in text for text in results["warnings"])
+
+
+def test_a_sweep_over_classes_ends_with_their_mean(here, capsys):
+    words = ["-m", "forget_class=range(0,3)", "method.beta=0.3"]
+    assert unlearn(*words) == 0
+    (path,) = (here / "outputs" / "sweeps").glob("*/summary.csv")
+    lines = path.read_text().splitlines()
+    assert len(lines) == 5 and lines[-1].startswith("mean")
+    assert "mean" in capsys.readouterr().out
+
+
+def test_exports_of_a_network_that_forgot_are_checked(here):
+    assert unlearn("forget_class=[3,5]", "method.beta=0.3", "export=[torch_export]") == 0
+    (export,) = artifacts.read_results(only_run(here))["exports"]
+    assert export["max_difference"] <= 1e-4 * export["max_logit"]
+
+
+def test_float64_runs_and_reloads(here):
+    assert unlearn("forget_class=3", "method=modhifi_u", "method.fraction=0.1", "runtime.dtype=float64") == 0
+    assert next(load_model(only_run(here)).parameters()).dtype == torch.float64
+
+
+WRONG = {
+    "no class": ([], "forget_class must be given, e.g. forget_class=3"),
+    "a class that is not there": (["forget_class=12"], "there is no class 12; the classes are 0 to 9"),
+    "too few samples": (["forget_class=3", "data.num_samples=20"], "forget samples, got"),
+    "all classes": (["forget_class=[0,1,2,3,4,5,6,7,8,9]"], "none is left to keep"),
+    "labels of another head": (
+        ["forget_class=1", "model.num_classes=3", "model.weights=random"], "network has 3 logits",
+    ),
+    "a wrong share": (["forget_class=3", "forget_target=2"], "forget_target must be a share from 0 to 1; got 2"),
+    "no images": (["forget_class=3", "model=resnet20_cifar", "model.weights=random"], "brings no images of its own"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words, expected", WRONG.values(), ids=WRONG.keys())
+def test_what_a_user_can_mend_is_one_sentence_and_leaves_nothing(here, capsys, words, expected):
+    samples = [word for word in SMALL if not any(word.split("=")[0] == given.split("=")[0] for given in words)]
+    if "model=resnet20_cifar" in words:
+        samples = ["console=plain"]
+    assert main(["unlearn", *samples, *words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and expected in lines[0]
+    assert not list((here / "outputs").glob("unlearn/*/*"))
