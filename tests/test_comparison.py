@@ -249,3 +249,23 @@ def test_remembered_logits_run_the_network_once_per_batch(tiny_convnet):
         first, again, other = remembered(images), remembered(images.clone()), remembered(images + 1)
     assert len(calls) == 2
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_only_methods_that_look_at_classes_are_handed_labels(here, monkeypatch):
+    opened = []
+    load = config.build({"_target_": "modhifi_cli.data.digits.load", "_partial_": True}).func
+
+    def watched(**settings):
+        if settings.get("labels"):  # of calibration images
+            opened.append(settings["labelled"])
+        return load(**settings)
+
+    monkeypatch.setattr("modhifi_cli.data.digits.load", watched)
+    words = ["methods=[magnitude,discedit_sp,tvsprune]", "budgets=[0.3]", "seeds=[0]", "data.num_samples=128"]
+    assert compare(*words, "evaluation=[top1]") == 0
+    assert opened == [False, True], "one set without labels and one with, which two methods share"
+    told = {}
+    for cell in (only_folder(here) / "cells").iterdir():
+        told[cell.name.split("_0.3")[0]] = artifacts.read_results(cell)["calibration"].get("labels")
+    whose = {name: labels and labels.rpartition(", ")[2] for name, labels in told.items()}
+    assert sorted(whose.values(), key=str) == [None, "labels of the source", "labels of the source"], told
