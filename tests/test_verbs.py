@@ -362,3 +362,10 @@ def test_labels_are_opened_for_a_score_of_classes_alone(here, capsys):
     assert main(["prune", "preset=discedit_sp", *words, "console=plain"]) == 2
     assert "spoiled.npz [labels]: expected whole-number class indices" in capsys.readouterr().err
     assert not list((here / "outputs").glob("prune/embedded/*incomplete"))
+
+
+@pytest.mark.parametrize("scoring", ["discedit_sp", "tvsprune"])
+def test_a_score_of_classes_is_not_for_language_models(scoring, capsys):
+    words = ["model=hf", "model.path=nowhere", "data=text", "data.path=nowhere.txt", f"scoring={scoring}"]
+    assert main(["prune", *words, "console=plain"]) == 2
+    assert "this scoring tells the classes of images apart, and a language model reads" in capsys.readouterr().err

@@ -22,8 +22,9 @@ _VERIFICATION_IMAGES = 4
 
 def sources(settings: Mapping[str, Any]) -> tuple[LoadedModel, ImageSource, ImageSource | None]:
     require_data(settings)
+    labelled = wants_labels(settings)
     loaded = config.build(settings["model"])
-    calibration = image_source(settings, "data", loaded.preprocess, labelled=wants_labels(settings))
+    calibration = image_source(settings, "data", loaded.preprocess, labelled=labelled)
     assert calibration is not None
     return loaded, calibration, image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)
 
@@ -57,9 +58,20 @@ def image_source(
 
 
 def wants_labels(settings: Mapping[str, Any]) -> bool:
-    """Whether the method of a run looks at the classes of its calibration images; only then are labels opened."""
+    """Whether the method of a run looks at the classes of its calibration images; only then are labels opened.
+
+    Raises:
+        ConfigError: If it does and the network reads text, which has no classes.
+    """
     node = None if settings.get("outside") else settings.get("scoring")
-    return node is not None and getattr(config.build(node), "needs_labels", False)
+    if node is None or not getattr(config.build(node), "needs_labels", False):
+        return False
+    if is_decoder(settings):
+        raise ConfigError(
+            "this scoring tells the classes of images apart, and a language model reads text; choose another scoring, "
+            "such as scoring=singleton."
+        )
+    return True
 
 
 class _Cast:
