@@ -2,6 +2,7 @@
 
     python scripts/bench_stages.py                          # ResNet-56 at 32 px and ResNet-50 at 224 px, random weights
     python scripts/bench_stages.py --model resnet50 --images 64 --positions 49
+    python scripts/bench_stages.py --model resnet50 --images 128 --preset best
 
 One process per network, since memory is measured on the process. Everything is compared within one run, because
 absolute times on a shared machine mean little: quote the ratios. Weights and images are random, which changes what is
@@ -88,22 +89,23 @@ class RandomImages:
             yield batch, None
 
 
-def measure(model_name: str, images: int, batch: int, positions: int, sparsity: float, carry: float) -> None:
+def measure(
+    model_name: str, images: int, batch: int, positions: int, sparsity: float, carry: float, preset: str
+) -> None:
     """Print the table of one network. Runs in a process of its own."""
     import torch
 
+    from modhifi_cli import config
     from modhifi_cli.graph.segments import Segments
     from modhifi_cli.numerics import moments
-    from modhifi_cli.numerics.allocation import Uniform
     from modhifi_cli.numerics.batchnorm import BatchNormMoments
-    from modhifi_cli.numerics.compensation import PerKernel
-    from modhifi_cli.numerics.schedule import geometric
-    from modhifi_cli.numerics.scoring import Singleton
-    from modhifi_cli.numerics.selection import Union
+    from modhifi_cli.numerics.cross import CrossMoments
     from modhifi_cli.records import Edit
-    from modhifi_cli.tasks.gathering import Gathering
+    from modhifi_cli.tasks import curves, dense_reference
     from modhifi_cli.tasks import prune as task
+    from modhifi_cli.tasks.gathering import Gathering
 
+    steps = config.compose("prune", [f"preset={preset}"])
     if model_name.endswith("_cifar"):
         from modhifi_cli.models.cifar_resnet import load
 
@@ -128,6 +130,9 @@ def measure(model_name: str, images: int, batch: int, positions: int, sparsity: 
     BatchNormMoments.update = clock.timed("BatchNorm moments", BatchNormMoments.update)
     moments.ConvMoments.update = clock.timed("second moments", moments.ConvMoments.update)
     moments.RowMoments.update = clock.timed("second moments", moments.RowMoments.update)
+    CrossMoments.update = clock.timed("cross moments with the dense outputs", CrossMoments.update)
+    dense_reference._solve_ = clock.timed("solver towards the dense network", dense_reference._solve_)
+    curves.elimination = clock.timed("error curves: elimination", curves.elimination)
     solving = 0.0
     started = time.perf_counter()
     with clock.stage("rest"):
@@ -136,11 +141,9 @@ def measure(model_name: str, images: int, batch: int, positions: int, sparsity: 
             calibration=source,
             sparsity=sparsity,
             target="flops",
-            scoring=Singleton(),
-            selection=Union(),
-            compensation=PerKernel(),
-            allocation=Uniform(),
-            schedule=functools.partial(geometric, iterations=1),
+            **{key: config.build(steps[key]) for key in ("scoring", "selection", "compensation", "allocation", "schedule")},
+            batchnorm=steps["batchnorm"],
+            classifier=steps["classifier"],
             batch_size=batch,
             gathering=Gathering(positions_per_image=positions or None, carry_gigabytes=carry),
         ):
@@ -150,13 +153,14 @@ def measure(model_name: str, images: int, batch: int, positions: int, sparsity: 
     clock.seconds["rest"] -= solving
     clock.seconds["solver (scores, selection, repair)"] = solving
     rows = f"{positions} positions an image" if positions else "all positions (exact)"
-    print(f"\n{model_name}: {images} images of {size} px, {rows}, {sparsity:g} of FLOPs, {torch.get_num_threads()} threads")
+    print(f"\n{model_name}, preset={preset}: {images} images of {size} px, {rows}, {sparsity:g} of FLOPs, {torch.get_num_threads()} threads")
     print(f"one plain forward over them: {forward:.2f} s; memory before the run {before:.2f} GB")
     print(f"{'stage':<38}{'seconds':>9}{'forwards':>10}{'peak GB':>9}")
     for name, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
         print(f"{name:<38}{seconds:>9.2f}{seconds / forward:>10.2f}{clock.peak.get(name, float('nan')):>9.2f}")
     print(f"{'whole run':<38}{total:>9.2f}{total / forward:>10.2f}{max(clock.peak.values()):>9.2f}")
-    without = total - solving - clock.seconds["groups and law"]
+    solvers = solving + clock.seconds["solver towards the dense network"] + clock.seconds["error curves: elimination"]
+    without = total - solvers - clock.seconds["groups and law"]
     print(f"{'statistics and BatchNorm alone':<38}{without:>9.2f}{without / forward:>10.2f}")
 
 
@@ -169,10 +173,12 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=0, help="rows an image and convolution; 0 for all")
     parser.add_argument("--sparsity", type=float, default=0.4, help="share of FLOPs to remove")
     parser.add_argument("--carry", type=float, default=1.0, help="largest activation carried, 10⁹ bytes")
+    parser.add_argument("--preset", default="paper", help="whose steps are run: paper, best, fast, …")
     parser.add_argument("--here", action="store_true", help="measure in this process")
     settings = parser.parse_args()
     if settings.here:
-        measure(settings.model, settings.images, settings.batch, settings.positions, settings.sparsity, settings.carry)
+        sizes = (settings.images, settings.batch, settings.positions)
+        measure(settings.model, *sizes, settings.sparsity, settings.carry, settings.preset)
         return
     cases = CASES
     if settings.model:
@@ -180,7 +186,8 @@ def main() -> None:
         cases = ({key: getattr(settings, key) for key in keys},)
     for case in cases:
         arguments = [f"--{key}={value}" for key, value in case.items()]
-        arguments += [f"--sparsity={settings.sparsity}", f"--carry={settings.carry}", "--here"]
+        arguments += [f"--sparsity={settings.sparsity}", f"--carry={settings.carry}", f"--preset={settings.preset}"]
+        arguments += ["--here"]
         subprocess.run([sys.executable, __file__, *arguments], check=True)
 
 
