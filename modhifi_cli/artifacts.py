@@ -22,6 +22,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError, ModHiFiError
+from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.records import Edit, LoadedModel, Measurement, ModuleEdit, Preprocess, TextInput
 
 FORMAT_VERSION = 1
@@ -374,6 +375,26 @@ def read_text(path: Path) -> str:
 def read_results(run: Path) -> dict[str, Any]:
     """The content of a run's ``results.json``."""
     return _read_json(run / "results.json", "a saved run")
+
+
+def save_latency_table(path: Path, table: LatencyTable) -> None:
+    """Write a latency table as JSON."""
+    write_json(path, {"format_version": FORMAT_VERSION, **table.to_json()})
+
+
+def load_latency_table(path: str | os.PathLike[str]) -> LatencyTable:
+    """The latency table that a run kept.
+
+    Raises:
+        DataError: If there is no such file, or it is no latency table.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(
+            f"target.table={file}: no such file; give the latency_table.json of a run with target=latency, or leave "
+            "target.table out to measure one."
+        )
+    return LatencyTable.from_json(_read_json(file, "a latency table"), str(file))
 
 
 def measurements_to_json(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:

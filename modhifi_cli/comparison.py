@@ -325,6 +325,8 @@ def _write(
             values |= {m["name"]: m["value"] for m in results["measurements"] if m["model"] == "pruned"}
             if "speedup" in values:
                 values["time_saved"] = 100 * (1 - 1 / values["speedup"])
+            elif "removed_latency" in values:
+                values["time_saved"] = values["removed_latency"]
         cells.append({key: value for key, value in record.items() if key not in ("path", "title")} | values)
     rows = reports.comparison_rows(cells)
     own = {measured.name: measured.value for measured in dense}

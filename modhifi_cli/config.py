@@ -29,13 +29,20 @@ _GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
     "schedule": ("sparsity",),
     "outside": (
         "model", "calibration", "sparsity", "target", "batchnorm", "exclude", "round_to", "batch_size", "device",
-        "done",
+        "done", "latency",
     ),
 }  # fmt: skip
+
+_TARGETS = ("params", "flops", "components", "latency")
 
 # Keys that hold one number or name, with what they must be. Keys of a `_target_` are the business of its function.
 _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "sparsity": ("a number with 0 <= sparsity < 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "target.name": ("params, flops, components or latency", lambda v: v in _TARGETS),
+    "target.batch_size": ("a whole number from 1, or null", lambda v: v is None or (_is_int(v) and v >= 1)),
+    "target.rounds": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
+    "target.max_seconds": ("a number above 0", lambda v: _is_number(v) and v > 0),
+    "target.table": ("a latency_table.json, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
     "round_to": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
     "tolerance": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "components": (
@@ -54,7 +61,6 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "runtime.seed": ("a whole number from 0", lambda v: _is_int(v) and v >= 0),
     "console.style": ("rich, plain or json", lambda v: v in ("rich", "plain", "json")),
     "data.labels": ("auto, given or model", lambda v: v in ("auto", "given", "model")),
-    "target.name": ("params, flops or components", lambda v: v in ("params", "flops", "components")),
     "schedule.iterations": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
     "methods": ("a list of presets, such as [paper,magnitude_batchnorm]", lambda v: _is_names(v) and len(v) > 0),
     "budgets": (

@@ -129,6 +129,7 @@ _COMPARED = {
     "removed_params": ("parameters removed", "%"),
     "removed_flops": ("FLOPs removed", "%"),
     "removed_components": ("components removed", "%"),
+    "removed_latency": ("time removed", "%"),
     "top1": ("top-1", "%"),
     "agreement": ("agreement", "%"),
     "kl": ("KL", "nats"),

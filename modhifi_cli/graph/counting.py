@@ -40,6 +40,42 @@ def count(model: nn.Module, example: Tensor) -> Counts:
     return Counts(parameters, counter.get_total_flops() // (2 * example.shape[0]))
 
 
+class LayerWidths:
+    """How wide every layer is that a group touches, for any number of components that the groups keep.
+
+    Args:
+        model: The dense network.
+        groups: Its groups, in the order in which `keep` counts are given.
+
+    Attributes:
+        modules: Names of the layers, ``[layers]``.
+        sizes: Components of each group in the dense network, ``[groups]`` int64.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[ComponentGroup]) -> None:
+        self.sizes = np.array([group.components for group in groups], dtype=np.int64)
+        self.modules = list(dict.fromkeys(name for group in groups for name in group.modules))
+        row = {name: i for i, name in enumerate(self.modules)}
+        self._removed_out = np.zeros((len(self.modules), len(groups)), dtype=np.int64)
+        self._removed_in = np.zeros_like(self._removed_out)
+        for column, group in enumerate(groups):
+            for slot in (*group.producers, *group.followers):
+                self._removed_out[row[slot.module], column] += slot.entries
+            for slot in group.consumers:
+                self._removed_in[row[slot.module], column] += slot.entries
+        modules = [model.get_submodule(name) for name in self.modules]
+        self._out = np.array([output_size(module) for module in modules], dtype=np.int64)
+        self._in = np.array([independent_inputs(module) for module in modules], dtype=np.int64)
+
+    def at(self, keep: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Output and independent input widths, each ``[layers]`` int64, when group g keeps ``keep[g]`` components.
+
+        The input width is 1 where inputs go with outputs (BatchNorm, grouped convolution).
+        """
+        removed = self.sizes - np.asarray(keep, dtype=np.int64)
+        return self._out - self._removed_out @ removed, self._in - self._removed_in @ removed
+
+
 class CostModel:
     """Parameters and MACs as a function of how many components each group keeps.
 
@@ -54,20 +90,11 @@ class CostModel:
 
     def __init__(self, model: nn.Module, example: Tensor, groups: Sequence[ComponentGroup]) -> None:
         self.dense = count(model, example)
-        self._sizes = np.array([group.components for group in groups], dtype=np.int64)
-        touched = list(dict.fromkeys(name for group in groups for name in group.modules))
-        row = {name: i for i, name in enumerate(touched)}
-        self._removed_out = np.zeros((len(touched), len(groups)), dtype=np.int64)
-        self._removed_in = np.zeros_like(self._removed_out)
-        for column, group in enumerate(groups):
-            for slot in (*group.producers, *group.followers):
-                self._removed_out[row[slot.module], column] += slot.entries
-            for slot in group.consumers:
-                self._removed_in[row[slot.module], column] += slot.entries
-        positions = _positions(model, example, touched)
+        self.widths = LayerWidths(model, groups)
+        self._sizes = self.widths.sizes
+        touched = self.widths.modules
+        positions = output_positions(model, example, touched)
         modules = [model.get_submodule(name) for name in touched]
-        self._out = np.array([output_size(module) for module in modules], dtype=np.int64)
-        self._in = np.array([_independent_inputs(module) for module in modules], dtype=np.int64)
         self._params_pair = np.array([_pair_parameters(module) for module in modules])
         self._params_out = np.array([_output_parameters(module) for module in modules])
         self._macs_pair = self._params_pair * np.array([positions[name] for name in touched])
@@ -89,15 +116,13 @@ class CostModel:
         return 1.0 - counts.macs / self.dense.macs
 
     def _touched(self, keep: np.ndarray) -> Counts:
-        removed = self._sizes - keep
-        outputs = self._out - self._removed_out @ removed
-        inputs = self._in - self._removed_in @ removed
+        outputs, inputs = self.widths.at(keep)
         pairs = outputs * inputs
         parameters = (pairs * self._params_pair + outputs * self._params_out).sum()
         return Counts(int(round(parameters)), int(round((pairs * self._macs_pair).sum())))
 
 
-def _independent_inputs(module: nn.Module) -> int:
+def independent_inputs(module: nn.Module) -> int:
     """Input width that shrinks on its own: 1 where the inputs go with the outputs (BatchNorm, grouped convolution)."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "groups", 1) > 1:
         return 1
@@ -109,7 +134,7 @@ def _pair_parameters(module: nn.Module) -> float:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return 0.0
     weight = getattr(module, "weight", None)
-    return 0.0 if weight is None else weight.numel() / (output_size(module) * _independent_inputs(module))
+    return 0.0 if weight is None else weight.numel() / (output_size(module) * independent_inputs(module))
 
 
 def _output_parameters(module: nn.Module) -> float:
@@ -119,7 +144,7 @@ def _output_parameters(module: nn.Module) -> float:
     return 0.0 if getattr(module, "bias", None) is None else 1.0
 
 
-def _positions(model: nn.Module, example: Tensor, names: Sequence[str]) -> dict[str, int]:
+def output_positions(model: nn.Module, example: Tensor, names: Sequence[str]) -> dict[str, int]:
     """How many rows per input each module computes (output positions of a convolution)."""
     positions = dict.fromkeys(names, 0)
 

@@ -13,6 +13,18 @@ from modhifi_cli.errors import ConfigError
 RemovedShare = Callable[[Sequence[int]], float]
 
 
+class UnreachableShare(ConfigError):
+    """Even the smallest widths do not remove the wanted share.
+
+    Attributes:
+        reachable: Share that they remove.
+    """
+
+    def __init__(self, message: str, reachable: float) -> None:
+        super().__init__(message)
+        self.reachable = reachable
+
+
 @dataclass(frozen=True)
 class Uniform:
     """The same share of every group, found by bisection; single groups then move by one step to come nearer.
@@ -34,6 +46,7 @@ class Uniform:
         sparsity: float,
         step: int,
         curves: Sequence[Sequence[float]] | None = None,
+        stepwise: bool = False,
     ) -> list[int]:
         """Widths of all groups.
 
@@ -44,6 +57,7 @@ class Uniform:
             sparsity: Wanted share, in [0, 1).
             step: Widths are multiples of it, or the present width where that is smaller or unchanged.
             curves: Unused.
+            stepwise: Unused.
 
         Returns:
             Components that each group keeps.
@@ -91,6 +105,7 @@ class Global:
         sparsity: float,
         step: int,
         curves: Sequence[Sequence[float]] | None = None,
+        stepwise: bool = False,
     ) -> list[int]:
         """Widths of all groups.
 
@@ -101,6 +116,8 @@ class Global:
             sparsity: Wanted share, in [0, 1).
             step: Widths are multiples of it, or the present width where that is smaller or unchanged.
             curves: For each group its relative error after the removal of 0, 1, 2, … of the present components.
+            stepwise: Whether the share moves in jumps (measured time), so that what a few components save says
+                nothing of what more of them save: then a group looks down its whole ladder.
 
         Returns:
             Components that each group keeps.
@@ -121,7 +138,8 @@ class Global:
         rungs, widths = [0] * len(sizes), list(present)
         share = removed_share(widths)
         while share < sparsity:
-            move = self._cheapest(ladders, rungs, widths, present, curves, removed_share, share)
+            cheapest = self._cheapest_jump if stepwise else self._cheapest
+            move = cheapest(ladders, rungs, widths, present, curves, removed_share, share)
             if move is None:
                 break
             group, rung = move
@@ -157,6 +175,33 @@ class Global:
             return None
         return best[1], best[2]
 
+    def _cheapest_jump(
+        self,
+        ladders: Sequence[Sequence[int]],
+        rungs: Sequence[int],
+        widths: Sequence[int],
+        present: Sequence[int],
+        curves: Sequence[Sequence[float]],
+        removed_share: RemovedShare,
+        share: float,
+    ) -> tuple[int, int] | None:
+        """As `_cheapest`, with what is saved asked for every rung that a group could go down to."""
+        best: tuple[float, int, int] | None = None
+        for group, ladder in enumerate(ladders):
+            error = curves[group][present[group] - widths[group]]
+            for rung in _ahead(rungs[group], len(ladder)):
+                saved = removed_share([*widths[:group], ladder[rung], *widths[group + 1 :]]) - share
+                rise = max(curves[group][present[group] - ladder[rung]] - error, 0.0)
+                if saved > 0 and (best is None or rise / saved < best[0]):
+                    best = (rise / saved, group, rung)
+        return None if best is None else (best[1], best[2])
+
+
+def _ahead(rung: int, rungs: int) -> list[int]:
+    """Rungs below one, dense at first and then sparser: all of a short ladder, some of a long one."""
+    steps = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64]
+    return [rung + step for step in steps if rung + step < rungs]
+
 
 def _ladder(present: int, smallest: int, step: int, stride: int) -> list[int]:
     """Widths a group can be reduced to, from the present one down: multiples of `step`, about `stride` steps apart."""
@@ -167,9 +212,10 @@ def _ladder(present: int, smallest: int, step: int, stride: int) -> list[int]:
 
 def _refuse_unreachable(reachable: float, sparsity: float) -> None:
     if reachable < sparsity:
-        raise ConfigError(
+        raise UnreachableShare(
             f"sparsity={sparsity:g} cannot be reached: the groups that may be pruned give at most {reachable:.3f}; "
-            "lower sparsity, exclude fewer modules, lower round_to or allocation.floor."
+            "lower sparsity, exclude fewer modules, lower round_to or allocation.floor.",
+            reachable,
         )
 
 

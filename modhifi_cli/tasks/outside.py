@@ -18,13 +18,15 @@ import torch_pruning
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, nearest
-from modhifi_cli.graph.counting import count
+from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.records import Edit, ImageSource, ModuleEdit, Progress
 from modhifi_cli.tasks.activations import Activations
-from modhifi_cli.tasks.prune import NEAR, TARGETS, Plan, PlannedGroup, Summary, free_memory
+from modhifi_cli.evaluation.latency_table import LatencyTable
+from modhifi_cli.tasks.pricing import COUNTED, TARGETS, LatencySettings, Pricing
+from modhifi_cli.tasks.prune import NEAR, Plan, PlannedGroup, Summary, discover, free_memory
 
 IMPORTANCES = ("magnitude", "bn_scale")
 _TRIALS = 16  # of the bisection: 2^-16 of the pruning ratio is less than one channel of any network here
@@ -73,7 +75,8 @@ def torch_pruning_(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     done: Sequence[Edit] = (),
-) -> Iterator[Plan | Progress | Edit | Summary]:
+    latency: LatencySettings | None = None,
+) -> Iterator[Plan | Progress | Edit | LatencyTable | Summary]:
     """Prune `model` in place with Torch-Pruning's high-level pruner, its ratio bisected until the budget is met.
 
     Fang et al., "DepGraph: Towards Any Structural Pruning" (arXiv:2301.12900). Layers that write the network's output
@@ -83,7 +86,8 @@ def torch_pruning_(
         model: Dense network in evaluation mode; moved to `device` and edited as the generator is consumed.
         calibration: Unlabelled images for BatchNorm; Torch-Pruning itself sees one input only, for tracing.
         sparsity: Share to be removed, in [0, 1).
-        target: What the share counts: ``"params"``, ``"flops"`` or ``"components"``.
+        target: What the share counts: ``"params"``, ``"flops"``, ``"components"`` or ``"latency"`` (by our table; no
+            narrowed network is timed before the cut).
         importance: ``"magnitude"`` (group L2 norm) or ``"bn_scale"`` (absolute BatchNorm weights, Network Slimming).
         whole_network: Whether channels are ranked across layers; otherwise each layer loses the same share, some of
             them one step more where the budget lies between two steps.
@@ -93,9 +97,10 @@ def torch_pruning_(
         batch_size: Images a forward.
         device: Where the forwards run.
         done: Edits of an interrupted run with the same settings: they are applied again.
+        latency: How time is measured, for ``target="latency"``.
 
     Yields:
-        The plan, progress, one `Edit` per group that loses channels, one named ``batchnorm``, and a summary.
+        The plan, progress, the latency table, one `Edit` per group that loses channels, one named ``batchnorm``, and a summary.
 
     Raises:
         ConfigError: If a setting is out of range or names a module that does not exist.
@@ -112,11 +117,19 @@ def torch_pruning_(
     example = (images if len(images) > 1 else torch.cat([images, images.flip(-1)]))[:2].to(device)
     excluded = _excluded(model, exclude)
     segments = Segments(model, example)
-    search = _Search(
-        sparsity,
-        target,
-        lambda ratio, raised: _cut(model, example, ratio, raised, importance, whole_network, excluded, round_to),
-    )
+    pricing: Pricing | None = None
+    if target not in COUNTED:
+        _, groups, _ = discover(model, example, exclude=exclude)
+        pricing = Pricing(target, CostModel(model, example[:1], groups), model, example[:1], groups, latency)
+        yield from pricing.prepare()
+
+    def cut(ratio: float, raised: Mapping[str, float]) -> _Cut:
+        found = _cut(model, example, ratio, raised, importance, whole_network, excluded, round_to)
+        if pricing is not None:
+            found.removed[target] = pricing.removed_share_of(found.model)
+        return found
+
+    search = _Search(sparsity, target, cut)
     if sparsity > 0:
         yield from search.bisect_ratio()
         if not whole_network:
@@ -124,8 +137,9 @@ def torch_pruning_(
     yield Progress("torch-pruning", "done", 1, 1)
     best = search.best
     if best is None:
-        yield Plan((), (), dict.fromkeys(TARGETS, 0.0))
-        yield Summary(dict.fromkeys(TARGETS, 0.0))
+        nothing = {"table": 0.0, "predicted": 0.0} if pricing is not None else None
+        yield Plan((), (), dict.fromkeys(COUNTED, 0.0))
+        yield Summary(dict.fromkeys(COUNTED, 0.0), latency=nothing)
         return
     yield Plan(best.groups, (), best.removed)
     waiting = list(done)
@@ -148,7 +162,12 @@ def torch_pruning_(
         f"sparsity={sparsity:g} of {target} was asked for and {best.removed[target]:.3f} reached: no pruning ratio of "
         "Torch-Pruning came closer."
     )
-    yield Summary(best.removed, (warning,) if missed else ())
+    saved = best.removed.get("latency")
+    yield Summary(
+        {name: best.removed[name] for name in COUNTED},
+        (warning,) if missed else (),
+        None if saved is None else {"table": saved, "predicted": saved},
+    )
 
 
 class _Search:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
+from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal
 from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.dependency import find_groups
@@ -27,8 +28,8 @@ from modhifi_cli.tasks.dense_reference import DenseNetwork, layers_behind, rebui
 from modhifi_cli.tasks.gathering import Gathering
 from modhifi_cli.tasks.group_edit import Run, edit_group_, forget_refreshed_, tensor_edits, weighted_consumers
 from modhifi_cli.tasks.labelling import Labels, image_labels
+from modhifi_cli.tasks.pricing import COUNTED, TARGETS, LatencySettings, Pricing
 
-TARGETS = ("params", "flops", "components")
 NEAR = 0.01  # a target counts as reached within one percentage point
 
 
@@ -50,7 +51,8 @@ class Plan:
     Attributes:
         groups: Every group with its width at the end of the schedule.
         refused: What is left alone, and why.
-        predicted: Share that the widths remove: ``{"params": …, "flops": …, "components": …}``, 0 … 1.
+        predicted: Share that the widths remove: ``{"params": …, "flops": …, "components": …}``, 0 … 1; with
+            ``"latency"``, by the table, where that is the target.
         predicted_error: Group → relative error of its consumers, summed over them, that its width costs on the dense
             network with the best subset and joint weights; empty unless error curves were asked for.
         predicted_impact: Group → squared change of the logits as a share of their variance if it alone is cut so.
@@ -72,10 +74,13 @@ class Summary:
     Attributes:
         achieved: Share removed, counted on the edited network: params, flops, components, each 0 … 1.
         warnings: Sentences the user must see (a target missed, dead outputs).
+        latency: Share of time that the widths should save, 0 … 1, where time was the target: what the ``"table"`` says
+            and what is ``"predicted"`` once narrowed networks were timed. Whether they do is for the clock to say.
     """
 
     achieved: Mapping[str, float]
     warnings: tuple[str, ...] = ()
+    latency: Mapping[str, float] | None = None
 
 
 def discover(
@@ -121,15 +126,18 @@ def prune_(
     seed: int = 0,
     gathering: Gathering | None = None,
     done: Sequence[Edit] = (),
-) -> Iterator[Plan | Progress | Edit | Summary]:
+    latency: LatencySettings | None = None,
+) -> Iterator[Plan | Progress | Edit | LatencyTable | Summary]:
     """Prune `model` in place, yielding the plan, progress, one `Edit` per edited group, and a summary.
+
+    With ``target="latency"`` the table is yielded whenever it has changed; a continued run must be given the last one.
 
     Args:
         model: Dense network, evaluation mode. It is moved to `device` and edited as the generator is consumed; an
             edit is complete when it is yielded.
         calibration: Images; labels are taken from it, or predicted, only for a scoring that `needs_labels`.
         sparsity: Share to be removed, in [0, 1).
-        target: What the share counts: ``"params"``, ``"flops"`` or ``"components"``.
+        target: What the share counts: ``"params"``, ``"flops"``, ``"components"`` or ``"latency"``.
         scoring, selection, compensation: The method's steps, from `modhifi_cli.numerics`.
         allocation: Widths of all groups for a wanted share.
         schedule: Wanted share → share after each pass.
@@ -144,6 +152,7 @@ def prune_(
         seed: For everything that is drawn.
         gathering: How statistics are gathered.
         done: Edits of an interrupted run with the same settings: they are applied, not computed.
+        latency: How time is measured, for ``target="latency"``.
 
     Raises:
         ConfigError: If a setting is out of range or the target cannot be reached.
@@ -167,6 +176,8 @@ def prune_(
             )
         raise UnsupportedModelError(f"the network has no group of channels that can be pruned ({reasons or 'none'}).")
     costs = CostModel(model, example[:1], groups)
+    pricing = Pricing(target, costs, model, example[:1], groups, latency)
+    yield from pricing.prepare()
     two = getattr(compensation, "reference", "current") == "dense"
 
     def activations(of: nn.Module, cuts: Segments) -> Activations:
@@ -204,10 +215,11 @@ def prune_(
         return allocation(
             sizes,
             present,
-            lambda keep: costs.removed_share(keep, target),
+            pricing.removed_share,
             sparsity=share,
             step=round_to,
             curves=curves or None,
+            stepwise=pricing.stepwise,
         )
 
     aims: DenseLogits | None = None
@@ -218,11 +230,14 @@ def prune_(
     shapes: list[list[float]] = []
     if allocation.needs_curves:
         yield from error_curves(run, groups, curves, shapes)
-    final = widths(shares[-1], sizes, curves)
+    yield from pricing.settle(
+        sparsity, lambda share: widths(share, sizes, curves), name=f"{allocation!r} round_to={round_to}"
+    )
+    final = widths(pricing.aim(shares[-1]), sizes, curves)
     yield Plan(
         _planned(groups, final),
         refused,
-        {name: costs.removed_share(final, name) for name in TARGETS},
+        {name: costs.removed_share(final, name) for name in COUNTED} | {target: pricing.removed_share(final)},
         _at_widths(groups, shapes, final),
         _at_widths(groups, curves, final),
         labels.account if labels is not None else "",
@@ -236,7 +251,7 @@ def prune_(
         if allocation.needs_curves and iteration:
             curves = []
             yield from error_curves(run, groups, curves, [])
-        keep = widths(share, [run.layout.alive(group).numel() for group in groups], curves)
+        keep = widths(pricing.aim(share), [run.layout.alive(group).numel() for group in groups], curves)
         for number, group in enumerate(groups):
             yield Progress("groups", group.name, iteration * len(groups) + number, total)
             if keep[number] == run.layout.alive(group).numel():
@@ -271,7 +286,7 @@ def prune_(
     if waiting:
         raise DataError(f"the saved run holds {len(waiting)} edits more than these settings make; it is another run's.")
     yield Progress("groups", "done", total, total)
-    yield _summary(model, example, costs, groups, run.layout, sparsity, target, round_to)
+    yield _summary(model, example, costs, groups, run.layout, sparsity, pricing, round_to)
 
 
 def _check_settings(
@@ -360,17 +375,22 @@ def _summary(
     groups: Sequence[ComponentGroup],
     layout: Layout,
     sparsity: float,
-    target: str,
+    pricing: Pricing,
     round_to: int,
 ) -> Summary:
     counts = count(model, example[:1])
-    kept = sum(layout.alive(group).numel() for group in groups)
+    alive = [layout.alive(group).numel() for group in groups]
+    kept = sum(alive)
     achieved = {
         "params": 1 - counts.parameters / costs.dense.parameters,
         "flops": 1 - counts.macs / costs.dense.macs,
         "components": 1 - kept / sum(group.components for group in groups),
     }
     warnings = ()
+    if pricing.table is not None:
+        shares = {"table": pricing.removed_share(alive), "predicted": pricing.expected_share(alive)}
+        return Summary(achieved, latency=shares)
+    target = pricing.target
     if abs(achieved[target] - sparsity) > NEAR:
         warnings = (
             f"sparsity={sparsity:g} of {target} was asked for and {achieved[target]:.3f} reached: widths come in steps "

@@ -14,7 +14,7 @@ from modhifi_cli import artifacts, comparison, config, plots, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress
-from modhifi_cli.verbs import pieces
+from modhifi_cli.verbs import pieces, timing
 
 
 def prune(
@@ -57,7 +57,10 @@ def prune(
     try:
         with pieces.timed(seconds, "prune"):
             model = pieces.placed(loaded.model, settings, device)
-            summary, edits, predicted = _edit_(model, settings, calibration, device, done, place, dense_hash, console)
+            times = timing.Times(settings, facts, place)
+            summary, edits, predicted = _edit_(
+                model, settings, calibration, device, done, place, dense_hash, console, times
+            )
         with pieces.timed(seconds, "save"):
             pieces.save_network(place, loaded, model)
             exported = pieces.export(place, settings, model, loaded.preprocess)
@@ -67,6 +70,8 @@ def prune(
             measurements = pieces.measure(
                 settings, models, calibration, evaluation, loaded.preprocess, device, console, shared
             )
+        with pieces.timed(seconds, "latency"):
+            summary = times.clocked(summary, dense, model, loaded.preprocess, device, console)
         _write_outcome(
             place, settings, loaded, summary, edits, predicted, measurements, exported, seconds, repeat, calibration
         )
@@ -95,11 +100,13 @@ def _edit_(
     place: artifacts.RunDirectory,
     dense_hash: str,
     console: Console,
+    times: timing.Times,
 ) -> tuple[Any, list[Edit], dict[str, float]]:
     """Run the task; every edit is on disk before the next group starts. Summary, edits, and the errors it predicted."""
+    from modhifi_cli.evaluation.latency_table import LatencyTable
     from modhifi_cli.tasks.prune import Plan, Summary
 
-    events = _events(model, settings, calibration, device, done)
+    events = _events(model, settings, calibration, device, done, times.latency())
     edits, summary, warned = list(done), None, set()
     predicted: dict[str, float] = {}
     if done:
@@ -117,6 +124,8 @@ def _edit_(
             place.save_edit(event, dense_hash)
             edits.append(event)
             place.log(f"edit {event.name}: kept {event.kept.numel()}, removed {event.removed.numel()}")
+        elif isinstance(event, LatencyTable):
+            times.keep(event)
         elif isinstance(event, Summary):
             summary = event
         for text in getattr(event, "warnings", ()):
@@ -129,7 +138,12 @@ def _edit_(
 
 
 def _events(
-    model: nn.Module, settings: Mapping[str, Any], calibration: ImageSource, device: torch.device, done: Sequence[Edit]
+    model: nn.Module,
+    settings: Mapping[str, Any],
+    calibration: ImageSource,
+    device: torch.device,
+    done: Sequence[Edit],
+    latency: Any,
 ) -> Iterator[Any]:
     """The run of our method, or of an outside one where the settings name it; both tell the same kinds of records."""
     from modhifi_cli.tasks.prune import prune_
@@ -148,6 +162,7 @@ def _events(
             batch_size=settings["runtime"]["batch_size"],
             device=device,
             done=done,
+            latency=latency,
         )
     return prune_(
         model,
@@ -168,6 +183,7 @@ def _events(
         seed=settings["runtime"]["seed"],
         gathering=config.build(settings["statistics"]),
         done=done,
+        latency=latency,
     )
 
 
@@ -249,6 +265,7 @@ def _write_outcome(
             "target": target,
             "sparsity": settings["sparsity"],
             "achieved": achieved,
+            "latency": summary.latency,
             "measurements": artifacts.measurements_to_json(measurements),
             "groups": groups,
             "predicted_error": dict(predicted),
@@ -271,6 +288,8 @@ def _write_outcome(
         node = settings[name]
         own = ", ".join(f"{key} {value}" for key, value in node.items() if not key.startswith("_"))
         asked[name] = str(node["_target_"]).rpartition(".")[2] + (f" ({own})" if own else "")
+    if summary.latency is not None:
+        asked |= timing.told(summary.latency)
     figures = pieces.write_figure(place.path, "groups", _group_figure(loaded.name, edits, predicted))
     text = reports.markdown_report(
         title=f"{loaded.name}, sparsity {settings['sparsity']:g} of {target}",

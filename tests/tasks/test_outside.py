@@ -160,8 +160,8 @@ def test_settings_out_of_range_are_one_sentence(option_a):
         run(option_a, importance="magnitud")
     with pytest.raises(ConfigError, match=r"sparsity .* must lie in \[0, 1\), got 1"):
         run(option_a, sparsity=1.0)
-    with pytest.raises(ConfigError, match="run to a share of params, flops, components, got 'latency'"):
-        run(option_a, target="latency")
+    with pytest.raises(ConfigError, match="run to a share of params, flops, components, latency, got 'speed'"):
+        run(option_a, target="speed")
     with pytest.raises(ConfigError, match="exclude: the network has no module 'layer9'"):
         run(option_a, exclude=["layer9"])
     with pytest.raises(DataError, match="holds no image"):

@@ -1,0 +1,140 @@
+"""Time as a target: where the table of a run comes from and is kept, and what the clock says in the end."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modhifi_cli import artifacts
+from modhifi_cli.console import Console
+from modhifi_cli.records import Preprocess
+from modhifi_cli.verbs import pieces
+
+FILE = "latency_table.json"
+_FAR = 0.03  # a prediction that is farther off than that is a warning
+
+
+class Times:
+    """The latency table of one run, as far as its target needs one.
+
+    Args:
+        settings: Of the run.
+        facts: `config.job_facts()`: the jobs of a sweep and the cells of a comparison share a table, so that they take
+            the same widths.
+        place: The run's folder.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], facts: Mapping[str, Any], place: artifacts.RunDirectory) -> None:
+        self._asked = settings["target"]
+        self._own = place.path / FILE
+        self._shared: Path | None = None
+        if facts.get("sweep"):
+            same = {key: settings[key] for key in ("model", "exclude", "target", "runtime")}
+            digest = hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()[:8]
+            self._shared = Path(facts["sweep"]) / f"latency_table_{digest}.json"
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the target is time."""
+        return "latency" in (self._asked["name"], self._asked.get("of"))
+
+    def latency(self) -> Any:
+        """How the task shall measure; with the run's own table first (a continued run must not measure again)."""
+        from modhifi_cli.evaluation import latency_probe
+        from modhifi_cli.tasks.pricing import LatencySettings
+
+        if not self.wanted:
+            return None
+        given = [path for path in (self._own, self._asked["table"], self._shared) if path is not None]
+        found = [path for path in given if path == self._asked["table"] or Path(path).is_file()]
+        table = artifacts.load_latency_table(found[0]) if found else None
+        if table is not None and not self._own.is_file():
+            self.keep(table)
+        return LatencySettings(
+            self._asked["batch_size"],
+            self._asked["rounds"],
+            float(self._asked["max_seconds"]),
+            table,
+            latency_probe.stopwatch,
+        )
+
+    def keep(self, table: Any) -> None:
+        """Put the table into the run's folder, and where the other runs of a sweep look for it."""
+        artifacts.save_latency_table(self._own, table)
+        if self._shared is not None:
+            artifacts.save_latency_table(self._shared, table)
+
+    def clocked(
+        self,
+        summary: Any,
+        dense: nn.Module,
+        model: nn.Module,
+        preprocess: Preprocess,
+        device: torch.device,
+        console: Console,
+    ) -> Any:
+        """The summary with the share of time that the new network really saves, and a warning if that surprises."""
+        from modhifi_cli.evaluation import latency_probe
+        from modhifi_cli.tasks.pricing import measured_here
+
+        if summary.latency is None:
+            return summary
+        table = artifacts.load_latency_table(self._own)
+        if not measured_here(table, device):
+            told = f"{table.protocol.get('device')}, {table.protocol.get('threads')} threads"
+            warning = f"the latency table is that of another machine ({told}), so the share of time was not checked."
+            console.warning(warning)
+            return dataclasses.replace(summary, warnings=(*summary.warnings, warning))
+        batch = int(table.protocol["batch"])
+        found: latency_probe.Saved | None = None
+        for event in latency_probe.saved_share(
+            dense.eval(),
+            model.eval(),
+            pieces.example_inputs(preprocess, 1).to(next(model.parameters())),
+            batch=batch,
+            rounds=2 * self._asked["rounds"],
+            max_seconds=float(self._asked["max_seconds"]),
+            stopwatch=latency_probe.stopwatch,
+        ):
+            if isinstance(event, latency_probe.Saved):
+                found = event
+            else:
+                console.progress(event)
+        assert found is not None
+        warnings = summary.warnings
+        predicted = summary.latency["predicted"]
+        if abs(found.share - predicted) > _FAR:
+            warning = (
+                f"the widths were expected to save {predicted:.1%} of the time and save {found.share:.1%} (80 % of the "
+                f"rounds between {found.low:.1%} and {found.high:.1%})."
+            )
+            console.warning(warning)
+            warnings = (*warnings, warning)
+        measured = {"measured": found.share, "p10": found.low, "p90": found.high, "rounds": found.rounds}
+        kept = {key: table.protocol[key] for key in ("batch", "device", "threads", "clock")}
+        return dataclasses.replace(
+            summary,
+            achieved={**summary.achieved, "latency": found.share},
+            latency={**summary.latency, **measured, "dense_ms": table.dense_ms, **kept},
+            warnings=warnings,
+        )
+
+
+def told(shares: Mapping[str, Any]) -> dict[str, str]:
+    """Lines of the report: the share of time by the table, as predicted before the cut, and as measured."""
+    lines = {
+        "time saved, by the table": f"{shares['table']:.1%}",
+        "time saved, predicted from networks timed before the cut": f"{shares['predicted']:.1%}",
+    }
+    if "measured" in shares:
+        lines["time saved, measured"] = (
+            f"{shares['measured']:.1%} (median of {shares['rounds']} rounds, 80 % of them between {shares['p10']:.1%} "
+            f"and {shares['p90']:.1%}; batch of {shares['batch']}, {shares['device']}, {shares['threads']} threads, "
+            f"{shares['clock']} clock)"
+        )
+    return lines
