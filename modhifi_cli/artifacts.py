@@ -270,10 +270,21 @@ class RunDirectory:
         """Edits saved so far, in order, and the hash of the dense weights they belong to (None without edits)."""
         return load_edits(self.path)
 
+    def inside(self, name: str) -> "RunDirectory":
+        """A place for edits of its own inside this folder, such as a trial's; it goes when this run is finished."""
+        inner = RunDirectory(self.path / name)
+        inner.path = inner.final
+        make_folder(inner.path / "edits")
+        return inner
+
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that ended before its first edit: nothing in it is worth resuming."""
-        if not any((self.path / "edits").glob("*.safetensors")):
-            shutil.rmtree(self.path, ignore_errors=True)
+        if not any(self.path.glob("**/edits/*.safetensors")):
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder of a run that has come to nothing."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def finish(self, *, edits: bool = True) -> Path:
         """Gather the edits into one file and give the folder its name.
@@ -287,7 +298,8 @@ class RunDirectory:
         if edits:
             self._gather_edits()
         with _disk(self.final):
-            shutil.rmtree(self.path / "edits", ignore_errors=True)
+            for passing in ("edits", "trials"):
+                shutil.rmtree(self.path / passing, ignore_errors=True)
             os.replace(self.path, self.final)
         self.path = self.final
         return self.final
@@ -395,6 +407,19 @@ def load_latency_table(path: str | os.PathLike[str]) -> LatencyTable:
             "target.table out to measure one."
         )
     return LatencyTable.from_json(_read_json(file, "a latency table"), str(file))
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object that a run wrote.
+
+    Args:
+        path: The file.
+        what: What it should be, for messages.
+
+    Raises:
+        DataError: If it is missing or damaged.
+    """
+    return _read_json(path, what)
 
 
 def measurements_to_json(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:

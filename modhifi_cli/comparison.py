@@ -228,6 +228,11 @@ def _cells(
     for method in settings["methods"]:
         if method not in presets:
             raise ConfigError(f"methods: there is no preset '{method}'; {nearest(method, presets)}")
+    if settings["target"]["name"] == "max_drop":
+        raise ConfigError(
+            "modhifi compare runs methods to the same budgets, and target=max_drop has none; "
+            "choose target=params, flops, components or latency."
+        )
     for word in overrides:
         key = word.partition("=")[0].lstrip("+~")
         if key in _SET_HERE:

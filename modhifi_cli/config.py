@@ -33,12 +33,21 @@ _GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-_TARGETS = ("params", "flops", "components", "latency")
+_SEARCHED = None  # in place of a share that the run shall find
+_TARGETS = ("params", "flops", "components", "latency", "max_drop")
+_SPARSITY = 0.4  # where nothing is said and a share is wanted
 
 # Keys that hold one number or name, with what they must be. Keys of a `_target_` are the business of its function.
 _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "sparsity": ("a number with 0 <= sparsity < 1", lambda v: _is_number(v) and 0 <= v < 1),
-    "target.name": ("params, flops, components or latency", lambda v: v in _TARGETS),
+    "sparsity": (
+        "a number with 0 <= sparsity < 1 (none with target=max_drop)",
+        lambda v: v is _SEARCHED or (_is_number(v) and 0 <= v < 1),
+    ),
+    "target.name": ("params, flops, components, latency or max_drop", lambda v: v in _TARGETS),
+    "target.value": ("points of agreement, above 0 and below 100", lambda v: _is_number(v) and 0 < v < 100),
+    "target.of": ("params, flops or latency", lambda v: v in ("params", "flops", "latency")),
+    "target.trials": ("a whole number from 2", lambda v: _is_int(v) and v >= 2),
+    "target.held_out": ("a share with 0 < held_out <= 0.5", lambda v: _is_number(v) and 0 < v <= 0.5),
     "target.batch_size": ("a whole number from 1, or null", lambda v: v is None or (_is_int(v) and v >= 1)),
     "target.rounds": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
     "target.max_seconds": ("a number above 0", lambda v: _is_number(v) and v > 0),
@@ -287,6 +296,7 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
     if "evaluation_data" in known:
         plain.setdefault("evaluation_data", None)  # evaluation_data=none leaves nothing behind
     _resolve_auto_data(plain)
+    _resolve_sparsity(plain)
     for key, (expected, fits) in _NUMBERS.items():
         value = _select(plain, key)
         if value is not _ABSENT and not fits(value):
@@ -551,6 +561,28 @@ def _resolve_auto_data(plain: dict[str, Any]) -> None:
                 plain[key] = None
         elif isinstance(node, dict) and "_target_" not in node or key in plain and node is None:
             plain[key] = None
+
+
+def _resolve_sparsity(plain: dict[str, Any]) -> None:
+    """`sparsity: auto` is 0.4, or nothing where the share is what the run shall find; then it may not be given.
+
+    Afterwards a share that has to be found is None.
+    """
+    if _select(plain, "target.name") != "max_drop":
+        if plain.get("sparsity") == "auto":
+            plain["sparsity"] = _SPARSITY
+        elif "sparsity" in plain and plain["sparsity"] is None:
+            raise ConfigError(
+                f"sparsity must be given with target={_select(plain, 'target.name')}: the share that is removed, "
+                "0 <= sparsity < 1; only target=max_drop finds it itself."
+            )
+        return
+    if plain.get("sparsity") not in ("auto", None):
+        raise ConfigError(
+            f"sparsity={plain['sparsity']} makes no sense with target=max_drop, which finds the share itself; leave it "
+            "out, or choose target=params, flops, components or latency."
+        )
+    plain["sparsity"] = _SEARCHED
 
 
 def _check_targets(plain: Any, path: str = "") -> None:

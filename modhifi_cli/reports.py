@@ -256,6 +256,7 @@ def markdown_report(
     exports: Sequence[Any] = (),
     repeat: str = "",
     reference: str = "dense",
+    trials: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The page of a run: what was asked, what was reached, what it cost, how it was measured, how to repeat it.
 
@@ -271,6 +272,7 @@ def markdown_report(
         exports: `modhifi_cli.exports.ExportReport` records.
         repeat: The command that does it again.
         reference: The network that counts as before.
+        trials: One mapping with the same keys per copy that was pruned to find the share.
 
     Returns:
         Markdown, ending in a newline. Sections without content are left out.
@@ -283,6 +285,10 @@ def markdown_report(
     if achieved:
         shares = [(name, f"{100 * share:.2f} %") for name, share in achieved.items()]
         sections.append("## Removed\n\n" + _markdown_table(("of", "share"), shares))
+    if trials:
+        heads = tuple(trials[0])
+        rows = [tuple(_text(trial[head]) for head in heads) for trial in trials]
+        sections.append("## Trials\n\n" + _markdown_table(heads, rows))
     if measurements:
         rows = [(row.label, row.before, row.after, row.change) for row in table(measurements, reference=reference)]
         sections.append("## Before and after\n\n" + _markdown_table(("", "before", "after", "change"), rows))

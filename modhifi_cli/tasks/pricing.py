@@ -235,12 +235,13 @@ class Pricing:
         spent = table.fixed_ms + table.scale * alone + table.per_element_ms * table.elements(widths)
         return 1.0 - spent / table.dense_ms
 
-    def _unreachable(self, share: float, reachable: float) -> ConfigError:
+    def _unreachable(self, share: float, reachable: float) -> UnreachableShare:
         assert self.table is not None
         smallest = dict.fromkeys(self.table.layers, (1, 1))
         fixed = 1 - self.table.removed_share(smallest)
-        return ConfigError(
+        return UnreachableShare(
             f"sparsity={share:g} of latency cannot be reached: the largest share possible is {reachable:.3f}, since "
             f"{fixed:.0%} of the {self.table.dense_ms:.3g} ms of a forward pass does not depend on the widths and the "
-            "rest is bounded by round_to and allocation.floor; lower sparsity, or exclude fewer modules."
+            "rest is bounded by round_to and allocation.floor; lower sparsity, or exclude fewer modules.",
+            reachable,
         )

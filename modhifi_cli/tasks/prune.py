@@ -7,7 +7,7 @@ an `Edit` that can be replayed without data.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ class Plan:
             network with the best subset and joint weights; empty unless error curves were asked for.
         predicted_impact: Group → squared change of the logits as a share of their variance if it alone is cut so.
         labels: Where the classes of the calibration images come from; empty where no step looks at classes.
+        impact_at: Any other share → the sum of the impacts at its widths; None without error curves.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -65,6 +66,7 @@ class Plan:
     predicted_error: Mapping[str, float] = field(default_factory=dict)
     predicted_impact: Mapping[str, float] = field(default_factory=dict)
     labels: str = ""
+    impact_at: Callable[[float], float] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,14 @@ class Summary:
         warnings: Sentences the user must see (a target missed, dead outputs).
         latency: Share of time that the widths should save, 0 … 1, where time was the target: what the ``"table"`` says
             and what is ``"predicted"`` once narrowed networks were timed. Whether they do is for the clock to say.
+        predicted_impact: Squared change of the logits as a share of their variance that the plan's error curves add up
+            to; None without them.
     """
 
     achieved: Mapping[str, float]
     warnings: tuple[str, ...] = ()
     latency: Mapping[str, float] | None = None
+    predicted_impact: float | None = None
 
 
 def discover(
@@ -234,6 +239,11 @@ def prune_(
         sparsity, lambda share: widths(share, sizes, curves), name=f"{allocation!r} round_to={round_to}"
     )
     final = widths(pricing.aim(shares[-1]), sizes, curves)
+    on_dense = curves
+
+    def impact_at(share: float) -> float:
+        return sum(_at_widths(groups, on_dense, widths(pricing.aim(share), sizes, on_dense)).values())
+
     yield Plan(
         _planned(groups, final),
         refused,
@@ -241,7 +251,9 @@ def prune_(
         _at_widths(groups, shapes, final),
         _at_widths(groups, curves, final),
         labels.account if labels is not None else "",
+        impact_at if curves else None,
     )
+    impact = impact_at(shares[-1]) if curves else None
 
     waiting = list(done)
     edits = 0
@@ -286,7 +298,9 @@ def prune_(
     if waiting:
         raise DataError(f"the saved run holds {len(waiting)} edits more than these settings make; it is another run's.")
     yield Progress("groups", "done", total, total)
-    yield _summary(model, example, costs, groups, run.layout, sparsity, pricing, round_to)
+    yield replace(
+        _summary(model, example, costs, groups, run.layout, sparsity, pricing, round_to), predicted_impact=impact
+    )
 
 
 def _check_settings(

@@ -14,7 +14,7 @@ from modhifi_cli import artifacts, comparison, config, plots, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress
-from modhifi_cli.verbs import pieces, timing
+from modhifi_cli.verbs import drop, pieces, timing
 
 
 def prune(
@@ -58,9 +58,25 @@ def prune(
         with pieces.timed(seconds, "prune"):
             model = pieces.placed(loaded.model, settings, device)
             times = timing.Times(settings, facts, place)
-            summary, edits, predicted = _edit_(
-                model, settings, calibration, device, done, place, dense_hash, console, times
-            )
+            trials: list[dict[str, Any]] = []
+            if settings["target"]["name"] == "max_drop":
+                summary, edits, predicted, trials = drop.search_(
+                    model,
+                    settings,
+                    calibration,
+                    device,
+                    place,
+                    dense_hash,
+                    console,
+                    edit_=lambda ours, asked, images, before, inner: _edit_(
+                        ours, asked, images, device, before, inner, dense_hash, console, times
+                    ),
+                    plan=lambda ours, asked, images: _plan(ours, asked, images, device, console, times),
+                )
+            else:
+                summary, edits, predicted = _edit_(
+                    model, settings, calibration, device, done, place, dense_hash, console, times
+                )
         with pieces.timed(seconds, "save"):
             pieces.save_network(place, loaded, model)
             exported = pieces.export(place, settings, model, loaded.preprocess)
@@ -73,8 +89,9 @@ def prune(
         with pieces.timed(seconds, "latency"):
             summary = times.clocked(summary, dense, model, loaded.preprocess, device, console)
         _write_outcome(
-            place, settings, loaded, summary, edits, predicted, measurements, exported, seconds, repeat, calibration
-        )
+            place, settings, loaded, summary, edits, predicted, measurements, exported, seconds, repeat, calibration,
+            trials,
+        )  # fmt: skip
         final = place.finish()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(pieces.how_to_resume("prune", place, facts)) from None
@@ -135,6 +152,28 @@ def _edit_(
                 console.warning(text)
     assert summary is not None, "the task ended without a summary"
     return summary, edits, predicted
+
+
+def _plan(
+    model: nn.Module,
+    settings: Mapping[str, Any],
+    calibration: ImageSource,
+    device: torch.device,
+    console: Console,
+    times: timing.Times,
+) -> Any:
+    """The plan of a run, which is then abandoned before its first edit; the latency table it measured is kept."""
+    from modhifi_cli.evaluation.latency_table import LatencyTable
+    from modhifi_cli.tasks.prune import Plan
+
+    for event in _events(model, settings, calibration, device, (), times.latency()):
+        if isinstance(event, Progress):
+            console.progress(event)
+        elif isinstance(event, LatencyTable):
+            times.keep(event)
+        elif isinstance(event, Plan):
+            return event
+    raise AssertionError("the task made no plan")
 
 
 def _events(
@@ -245,6 +284,7 @@ def _write_outcome(
     seconds: Mapping[str, float],
     command: str,
     calibration: ImageSource,
+    trials: Sequence[Mapping[str, Any]],
 ) -> None:
     groups = [
         {"group": edit.name, "pass": edit.iteration, "kept": edit.kept.numel(), "removed": edit.removed.numel()}
@@ -266,6 +306,7 @@ def _write_outcome(
             "sparsity": settings["sparsity"],
             "achieved": achieved,
             "latency": summary.latency,
+            "trials": [dict(trial) for trial in trials],
             "measurements": artifacts.measurements_to_json(measurements),
             "groups": groups,
             "predicted_error": dict(predicted),
@@ -283,6 +324,10 @@ def _write_outcome(
     asked |= labelled
     asked |= {key: settings[key] for key in ("sparsity", "batchnorm", "classifier", "round_to", "exclude")}
     asked["target"] = target
+    if target == "max_drop":
+        told = ", ".join(f"{key} {settings['target'][key]}" for key in ("value", "of", "trials", "held_out"))
+        asked["target"] = f"max_drop ({told})"
+        del asked["sparsity"]
     steps = ("scoring", "selection", "compensation", "allocation", "schedule")
     for name in ("outside",) if settings.get("outside") else steps:
         node = settings[name]
@@ -292,7 +337,7 @@ def _write_outcome(
         asked |= timing.told(summary.latency)
     figures = pieces.write_figure(place.path, "groups", _group_figure(loaded.name, edits, predicted))
     text = reports.markdown_report(
-        title=f"{loaded.name}, sparsity {settings['sparsity']:g} of {target}",
+        title=f"{loaded.name}, {_asked_for(settings)}",
         asked=asked,
         achieved=achieved,
         measurements=measurements,
@@ -301,9 +346,18 @@ def _write_outcome(
         warnings=warnings,
         exports=exported,
         repeat=command,
+        trials=trials,
     )
     artifacts.write_text(place.path / "report.md", text)
     place.log("finished")
+
+
+def _asked_for(settings: Mapping[str, Any]) -> str:
+    """What the run was to remove, in a few words."""
+    target = settings["target"]
+    if target["name"] == "max_drop":
+        return f"as few {target['of']} as {target['value']:g} points of agreement allow"
+    return f"sparsity {settings['sparsity']:g} of {target['name']}"
 
 
 def _group_figure(model: str, edits: Sequence[Edit], predicted: Mapping[str, float]) -> dict[str, bytes]:
