@@ -198,9 +198,9 @@ def test_latency_gives_a_second_frontier_and_no_labels_give_agreement(here):
         (["sparsity=0.4"], r"compare sets sparsity itself for every cell; give budgets=\[…\] instead"),
         (["preset=paper"], r"compare sets preset itself for every cell; give methods=\[…\] instead"),
         (["resume=x"], "compare sets resume itself for every cell; leave it out"),
-        (["method=[paper]"], "modhifi compare has no key 'method': did you mean 'methods'"),
+        (["method=[paper]"], "modhifi compare has no key 'method': did you mean 'method' or 'methods'"),
         (["model=resnet20_cifar", "model.weights=random"], "resnet20_cifar brings no images of its own"),
-        (["-m"], "-m is for prune and evaluate"),
+        (["-m"], "-m is for prune, unlearn and evaluate"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_any_work(words, sentence, capsys):

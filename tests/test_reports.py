@@ -42,10 +42,10 @@ def test_one_network_stands_in_its_own_column():
 
 def test_terms_nobody_knows_keep_their_name_and_make_no_judgement():
     rows = reports.table(
-        [Measurement("dense", "token_perplexity", 5.0, ""), Measurement("pruned", "token_perplexity", 6.0, "")]
+        [Measurement("dense", "grue_count", 5.0, ""), Measurement("pruned", "grue_count", 6.0, "")]
     )
 
-    assert (rows[0].label, rows[0].after, rows[0].change) == ("token perplexity", "6", "+20.0 % (1.20× more)")
+    assert (rows[0].label, rows[0].after, rows[0].change) == ("grue count", "6", "+20.0 % (1.20× more)")
     assert rows[0].better is None
 
 

@@ -280,7 +280,7 @@ def test_a_sweep_records_failures_and_skips_what_is_finished(here, capsys):
     assert prune(*words) == 2
     rows = summary(here)
     assert [row["status"] for row in rows] == ["finished", "failed", "finished"]
-    assert "0 <= sparsity < 1; got 1.5." in rows[1]["message"]
+    assert "0 <= sparsity < 1 (none with target=max_drop); got 1.5." in rows[1]["message"]
     assert abs(float(rows[2]["removed_params"]) - 0.4) < 0.01
     assert prune(*words) == 2
     assert [row["status"] for row in summary(here)] == ["finished before", "failed", "finished before"]

@@ -37,7 +37,8 @@ from modhifi_cli.records import Consumer, Edit, ImageSource, ModuleEdit, Note, P
 from modhifi_cli.tasks.decoder_flow import Flow, TokenMoments
 from modhifi_cli.tasks.decoder_widths import Widths
 from modhifi_cli.tasks.gathering import Gathered
-from modhifi_cli.tasks.prune import NEAR, TARGETS, Plan, PlannedGroup, Summary
+from modhifi_cli.tasks.pricing import COUNTED
+from modhifi_cli.tasks.prune import NEAR, Plan, PlannedGroup, Summary
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def prune_decoder_(
     yield Plan(
         tuple(_planned(part, keep) for part, keep in zip(parts, final, strict=True)),
         decoder.refused,
-        {name: widths.removed_share(final, name) for name in TARGETS},
+        {name: widths.removed_share(final, name) for name in COUNTED},
         predicted_impact=predicted,
     )
     for warning in widths.warnings:
@@ -584,8 +585,8 @@ def _check_settings(
 ) -> None:
     if not 0 <= sparsity < 1:
         raise ConfigError(f"sparsity is the share that is removed and must lie in [0, 1), got {sparsity:g}.")
-    if target not in TARGETS:
-        raise ConfigError(f"target must be one of {', '.join(TARGETS)}, got '{target}'.")
+    if target not in COUNTED:
+        raise ConfigError(f"target must be one of {', '.join(COUNTED)}, got '{target}'.")
     if round_to < 1 or batch_size < 1:
         raise ConfigError(f"round_to and batch_size must be at least 1, got {round_to} and {batch_size}.")
     if options.reference == "dense" and len(shares) > 1:

@@ -322,7 +322,7 @@ def test_a_network_without_a_linear_classifier_cannot_be_refitted():
 @pytest.mark.parametrize(
     ("setting_", "message"),
     [
-        ({"target": "memory"}, "target must be one of params, flops, components, got 'memory'"),
+        ({"target": "memory"}, "target must be one of params, flops, components, latency, got 'memory'"),
         ({"batchnorm": "train"}, "batchnorm must be 'reestimate' or 'stored', got 'train'"),
         ({"classifier": "train"}, "classifier must be 'keep' or 'refit', got 'train'"),
         ({"round_to": 0}, "round_to and batch_size must be at least 1, got 0 and 8"),
