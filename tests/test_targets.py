@@ -1,6 +1,7 @@
 """`modhifi prune` with targets that are measured: time, and the drop in agreement; on machines whose time is known."""
 
 import json
+import re
 
 import pytest
 
@@ -132,9 +133,8 @@ def test_a_comparison_takes_shares_of_time_as_budgets(tmp_path):
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_sentence_and_leaves_nothing(words, sentence, capsys, tmp_path):
-    import re
-
+def test_a_mistake_is_one_sentence_and_leaves_nothing(words, sentence, capsys, tmp_path, machine):
+    machine.fixed = 50.0
     assert prune(*words) == 2
     assert re.search(sentence, capsys.readouterr().err)
     assert not list(tmp_path.glob("outputs/prune/embedded/*"))
@@ -144,3 +144,105 @@ def test_a_file_that_is_no_table_is_named(capsys, tmp_path):
     (tmp_path / "table.json").write_text('{"kinds": 3}')
     assert prune(*TIMED, "target.table=table.json") == 2
     assert "table.json: not a latency table" in capsys.readouterr().err
+
+
+BOUND = ["target=max_drop", "target.value=20", "target.trials=3", "data.num_samples=80"]
+
+
+def test_a_bound_on_the_drop_is_kept_by_the_network_that_is_saved(tmp_path):
+    import torch
+
+    from modhifi_cli.data import digits
+    from modhifi_cli.data.parts import Part
+    from modhifi_cli.models import embedded
+    from modhifi_cli.tasks.max_drop import measured_drop
+
+    assert prune(*BOUND, "preset=paper") == 0
+    folder = only_run(tmp_path)
+    results = artifacts.read_results(folder)
+    (taken,) = [trial for trial in results["trials"] if trial["verdict"] == "taken"]
+    assert not (folder / "trials").exists()
+    dense = embedded.load()
+    held_out = Part(digits.load(preprocess=dense.preprocess, num_samples=80), share=0.25, held_out=True)
+    images = torch.cat([batch for batch, _ in held_out.batches(80)])
+    with torch.inference_mode():
+        drop = measured_drop(dense.model(images), artifacts.load_model(folder)(images))
+    assert drop <= 20 and f"{drop:.2f}" == taken["measured drop, points"]
+    assert results["achieved"]["flops"] == pytest.approx(float(taken["asked, flops"].rstrip("%")) / 100, abs=0.03)
+    page = (folder / "report.md").read_text()
+    assert "## Trials" in page and "as few flops as 20 points of agreement allow" in page and "| taken |" in page
+    assert main(["replay", f"run={folder}", "console=plain"]) == 0
+
+
+def test_finished_trials_are_not_pruned_again(tmp_path, monkeypatch):
+    assert prune(*BOUND, "preset=paper") == 0
+    whole = only_run(tmp_path)
+    edits = len(artifacts.load_edits(whole)[0])
+    restore = interrupt_after(monkeypatch, edits + 3)  # in the second trial, or while the first is taken over
+    assert prune(*BOUND, "preset=paper", "output_dir=cut") == 130
+    restore()
+    begun = only_run(tmp_path, "cut/prune/embedded/*")
+    before = json.loads((begun / "trials" / "trials.json").read_text())["trials"]
+    assert before
+    saved, save = [], RunDirectory.save_edit
+
+    def counted(self, *arguments):
+        saved.append(self.path)
+        save(self, *arguments)
+
+    monkeypatch.setattr(RunDirectory, "save_edit", counted)
+    assert prune(*BOUND, "preset=paper", "output_dir=cut", f"resume={begun}") == 0
+    assert not [path for path in saved if path.name == "00"]
+    finished = only_run(tmp_path, "cut/prune/embedded/*")
+    assert weights_hash(artifacts.load_model(finished)) == weights_hash(artifacts.load_model(whole))
+    assert artifacts.read_results(finished)["trials"] == artifacts.read_results(whole)["trials"]
+
+
+def test_a_bound_that_no_cut_keeps_leaves_nothing(tmp_path, monkeypatch, capsys):
+    from modhifi_cli.tasks import max_drop
+
+    monkeypatch.setattr(max_drop, "measured_drop", lambda dense, other: 37.5)
+    assert prune(*BOUND, "preset=magnitude", "target.trials=2") == 2
+    said = capsys.readouterr().err
+    assert re.search(r"target.value=20 cannot be kept: even 2\.0% fewer flops cost 37\.50 points of agreement on the 20 "
+                     r"held-out images \(one image is 5\.00\); raise target.value", said)
+    assert not list(tmp_path.glob("outputs/prune/embedded/*"))
+
+
+def test_a_bound_is_searched_over_time_too(tmp_path):
+    words = [*BOUND, "preset=best", "target.of=latency", *TIMED[1:], "target.trials=2"]
+    assert prune(*words) == 0
+    results = artifacts.read_results(only_run(tmp_path))
+    assert results["achieved"]["latency"] == results["latency"]["measured"] > 0
+    assert all(trial["predicted drop, points"] != "" for trial in results["trials"])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([*BOUND, "sparsity=0.3"], "sparsity=0.3 makes no sense with target=max_drop, which finds the share itself"),
+        (["target=flops", "sparsity=null"], "sparsity must be given with target=flops"),
+        ([*BOUND, "target.value=0"], "target.value must be points of agreement, above 0 and below 100; got 0"),
+        ([*BOUND, "target.of=components"], "target.of must be params, flops or latency; got 'components'"),
+        ([*BOUND, "target.held_out=0.9"], "target.held_out must be a share with 0 < held_out <= 0.5; got 0.9"),
+        ([*BOUND, "target.trials=1"], "target.trials must be a whole number from 2; got 1"),
+        ([*BOUND, "data.num_samples=3"], "3 calibration images cannot be parted"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_mistake_with_a_bound_is_one_sentence_and_leaves_nothing(words, sentence, capsys, tmp_path):
+    assert prune(*words) == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.glob("outputs/prune/embedded/*"))
+
+
+def test_a_comparison_has_no_bound_on_the_drop(capsys):
+    assert main(["compare", *SMALL, *BOUND, "methods=[magnitude]", "budgets=[0.3]", "seeds=[0]"]) == 2
+    assert "target=max_drop has none; choose target=params, flops, components or latency" in capsys.readouterr().err
+
+
+def test_help_teaches_measured_targets(capsys):
+    assert main(["prune", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "target=latency sparsity=0.3" in said and "target=max_drop target.value=1" in said
+    assert "components, flops, latency, max_drop, params" in said

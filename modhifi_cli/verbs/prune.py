@@ -60,6 +60,11 @@ def prune(
             times = timing.Times(settings, facts, place)
             trials: list[dict[str, Any]] = []
             if settings["target"]["name"] == "max_drop":
+                if pieces.is_decoder(settings):
+                    raise ConfigError(
+                        "target=max_drop is for networks that read images; give sparsity and target=params, flops or "
+                        "components."
+                    )
                 summary, edits, predicted, trials = drop.search_(
                     model,
                     settings,
