@@ -414,6 +414,12 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
                 f"{key} needs the choice {choice}, which is not made here; make it with {group}=[…,{choice}], or leave "
                 "the key out."
             )
+        theirs = [other for other in verbs() if other != verb and group in _top_level_keys(other)]
+        if theirs and group not in _top_level_keys(verb):
+            whose = " and ".join(f"modhifi {other}" for other in theirs)
+            near = nearest(key, _top_level_keys(verb))
+            near = f": {near}" if near.startswith("did you mean") else ""
+            return ConfigError(f"modhifi {verb} has no key '{key}', which is for {whose}{near} (modhifi {verb} --help)")
         near = nearest(key, known)
         return ConfigError(f"modhifi {verb} has no key '{key}': {near} (modhifi {verb} --help)")
     if isinstance(error, HydraException) and "Ambiguous value" in text:

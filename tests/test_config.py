@@ -77,3 +77,8 @@ def test_what_an_experiment_says_to_another_verb_is_left_out():
     assert "methods" not in config.compose("prune", words)
     with pytest.raises(ConfigError, match="modhifi prune has no key 'methods'"):
         config.compose("prune", ["+methods=[best]"])
+
+
+def test_a_key_of_another_verb_is_said_to_be_so():
+    with pytest.raises(ConfigError, match="modhifi prune has no key 'method', which is for modhifi unlearn"):
+        config.compose("prune", ["method=contrast"])
