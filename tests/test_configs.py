@@ -46,10 +46,13 @@ def fill(overrides: list[str]) -> list[str]:
 def test_every_choice_composes_and_binds(group, choice):
     asked = f"{group}=[{choice}]" if group in ("evaluation", "export") else f"{group}={choice}"
     path = ROOT / group / f"{choice}.yaml"
-    # An experiment is made for one verb, which its header's command names.
-    verb = re.search(r"modhifi (\w+)", config.header(path)[1][0])[1] if group == "experiment" else "prune"
-    settings = config.compose(verb, [asked, *required(path, group)])
-    assert (settings["sparsity"] is None) == (asked == "target=max_drop")
+    # An experiment is made for one verb, which its header's command names; a method of unlearning for another.
+    verb = "unlearn" if group == "method" else "prune"
+    if group == "experiment":
+        verb = re.search(r"modhifi (\w+)", config.header(path)[1][0])[1]
+    key, needs = ("forget_class", ["forget_class=3"]) if verb == "unlearn" else ("sparsity", [])
+    settings = config.compose(verb, [asked, *needs, *required(path, group)])
+    assert (settings[key] is None) == (asked == "target=max_drop")
 
 
 @pytest.mark.parametrize("verb", config.verbs())

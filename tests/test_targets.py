@@ -163,7 +163,7 @@ def test_a_bound_on_the_drop_is_kept_by_the_network_that_is_saved(tmp_path):
     (taken,) = [trial for trial in results["trials"] if trial["verdict"] == "taken"]
     assert not (folder / "trials").exists()
     dense = embedded.load()
-    held_out = Part(digits.load(preprocess=dense.preprocess, num_samples=80), share=0.25, held_out=True)
+    held_out = Part(digits.load(preprocess=dense.preprocess, num_samples=80, labelled=False), share=0.25, held_out=True)
     images = torch.cat([batch for batch, _ in held_out.batches(80)])
     with torch.inference_mode():
         drop = measured_drop(dense.model(images), artifacts.load_model(folder)(images))
