@@ -33,11 +33,13 @@ class TokenWindows:
         windows: Each ``[length]`` int64; all of one length for calibration.
         context: For each window, how many of its first tokens are context only and not scored (0: all but the first).
         protocol: As `ImageSource`; ``sha256`` is that of the tokens.
+        text: How the text was read; it carries the tokenizer.
     """
 
     windows: Sequence[Tensor]
     context: Sequence[int]
     protocol: Mapping[str, Any]
+    text: TextInput | None = None
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -164,7 +166,7 @@ def load(
     }
     if not labelled:
         protocol |= {"seed": seed}
-    return TokenWindows(windows, context, protocol)
+    return TokenWindows(windows, context, protocol, preprocess)
 
 
 def overlap(calibration: TokenWindows, evaluation: TokenWindows) -> float:

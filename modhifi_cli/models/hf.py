@@ -8,6 +8,7 @@ all equally wide is an ordinary folder for `AutoModelForCausalLM.from_pretrained
 import contextlib
 import copy
 import hashlib
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,8 @@ def load(
             model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
             commit = getattr(config, "_commit_hash", None)
             account = f"{gguf or path}" + (f" (revision {commit})" if commit else f" ({_digest(place)})")
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config  # the file's, which says nothing of the dequantised weights
+    if gguf is not None:
+        _forget_quantisation_(model)
     words = _tokenizer(tokenizer or source, {} if tokenizer else options)
     return LoadedModel(
         model=model.eval().requires_grad_(False),
@@ -348,11 +349,24 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # some bars ask nobody
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _forget_quantisation_(model: nn.Module) -> None:
+    """The weights of a GGUF file are dequantised, but transformers goes on calling them quantised and saves nothing."""
+    for owner, name in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model, "is_quantized"),
+    ):
+        if name in vars(owner):
+            delattr(owner, name)
 
 
 def _digest(place: Path) -> str:

@@ -82,14 +82,23 @@ class Flow:
         return other
 
     @contextmanager
-    def at_work(self, number: int) -> Iterator[nn.Module]:
-        """The layer on the device; afterwards it is back where it was."""
+    def at_work(self, number: int, *, keep: bool = False) -> Iterator[nn.Module]:
+        """The layer on the device; afterwards it is back where it was, unless it is to be kept there."""
         layer = self.model.get_submodule(self.layers[number])
         layer.to(self.device)
         try:
             yield layer
         finally:
-            layer.to(self._home)
+            if not keep:
+                layer.to(self._home)
+
+    def call(self, number: int, hidden: Tensor) -> Call:
+        """How a layer is called for hidden states of any number of sequences, on the device."""
+        shape = tuple(hidden.shape[:2])
+        if shape not in self._calls:
+            tokens = torch.zeros(shape, dtype=torch.int64, device=self._home)
+            self._calls[shape] = [call.to(self.device) for call in enter(self.model, self.layers, tokens)[1]]
+        return self._calls[shape][number]
 
     @torch.no_grad()
     def look(self, layer: nn.Module, number: int, looks: Mapping[nn.Module, Look], item: str) -> Iterator[Progress]:

@@ -69,7 +69,7 @@ class Widths:
         }
 
     def removed_share(self, keep: Sequence[int], target: str) -> float:
-        """Share removed: of ``"params"`` or ``"flops"`` of the decoder layers, of ``"model_params"``, ``"components"``."""
+        """Share removed of ``"params"`` or ``"flops"`` of the layers, of ``"model_params"`` or of ``"components"``."""
         return float((self._sizes - np.asarray(keep)) @ self._cost[target])
 
     def restrict_heads(self, accepts: Callable[[int, int], bool]) -> None:

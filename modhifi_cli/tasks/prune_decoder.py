@@ -34,6 +34,7 @@ from modhifi_cli.numerics.linalg import feature_index
 from modhifi_cli.numerics.moments import reorder
 from modhifi_cli.numerics.regression import Regression, kept_weight, regressions
 from modhifi_cli.records import Consumer, Edit, ImageSource, ModuleEdit, Note, Progress, Statistics
+from modhifi_cli.tasks.decoder_curves import decoder_curves
 from modhifi_cli.tasks.decoder_flow import Flow, TokenMoments
 from modhifi_cli.tasks.decoder_widths import Widths
 from modhifi_cli.tasks.gathering import Gathered
@@ -76,7 +77,7 @@ class DecoderOptions:
 
 
 @dataclass
-class _Run:
+class DecoderRun:
     """Everything the steps share; the network in it is edited in place."""
 
     model: nn.Module
@@ -147,7 +148,7 @@ def prune_decoder_(
     decoder = find_parts(model, components=options.components, unit=options.unit, exclude=exclude)
     parts = decoder.parts
     flow = Flow(model, decoder.layers, calibration, batch_size=batch_size, device=device, offload=options.offload)
-    run = _Run(
+    run = DecoderRun(
         model=model,
         decoder=decoder,
         flow=flow,
@@ -166,8 +167,6 @@ def prune_decoder_(
     yield Note(_memory_estimate(run, len(calibration), length))
     curves: list[list[float]] = []
     if allocation.needs_curves:
-        from modhifi_cli.tasks.decoder_curves import decoder_curves
-
         yield from decoder_curves(run, curves)
     sizes = [part.components for part in parts]
     final = widths.at(shares[-1], sizes, curves)
@@ -211,7 +210,7 @@ def prune_decoder_(
 
 
 def _edit_layer_(
-    run: _Run, number: int, iteration: int, keep: dict[str, int], waiting: list[Edit]
+    run: DecoderRun, number: int, iteration: int, keep: dict[str, int], waiting: list[Edit]
 ) -> Iterator[Progress | Edit]:
     """Edit what is to be edited of one layer, and let the tokens go on behind it."""
     parts = [part for part in run.decoder.parts if part.layer == number]
@@ -235,7 +234,7 @@ def _edit_layer_(
 
 
 def _edit_part_(
-    run: _Run,
+    run: DecoderRun,
     part: Part,
     layer: nn.Module,
     iteration: int,
@@ -250,7 +249,7 @@ def _edit_part_(
     gathered: Gathered | None = None
     missing: Missing | None = None
     if run.needs_statistics:
-        moments = TokenMoments(part.name, _features(reader), run.compensation.wants_held_out)
+        moments = TokenMoments(part.name, features_of_reader(reader), run.compensation.wants_held_out)
         if reference is None:
             yield from run.flow.look(layer, part.layer, {reader: moments.update}, part.name)
         else:
@@ -259,7 +258,7 @@ def _edit_part_(
         gathered = moments.result()
     gathered_at = time.perf_counter()
     order = run.layout.input_order(part.consumer, alive)
-    consumer = _consumer(run, part, reader, alive, order, gathered)
+    consumer = consumer_of(run, part, reader, alive, order, gathered)
     producers = [_filters(run, part, slot, alive) for slot in part.group.producers]
     generator = torch.Generator().manual_seed(run.seed + 1_000_003 * iteration + 7_919 * part.layer)
     scores = run.scoring([consumer], producers, generator=generator)
@@ -339,7 +338,7 @@ class _Reference:
     the target). What the target has beyond y is gathered as E[missing · xᵀ].
     """
 
-    def __init__(self, run: _Run, number: int, layer: nn.Module) -> None:
+    def __init__(self, run: DecoderRun, number: int, layer: nn.Module) -> None:
         import copy
 
         self._run, self._number = run, number
@@ -469,7 +468,7 @@ def select_balanced(
 
 
 def _repaired(
-    run: _Run,
+    run: DecoderRun,
     part: Part,
     consumer: Consumer,
     kept: Tensor,
@@ -506,9 +505,10 @@ def _repaired(
     return weight, constant, facts
 
 
-def _consumer(
-    run: _Run, part: Part, reader: nn.Module, alive: Tensor, order: Tensor, gathered: Gathered | None
+def consumer_of(
+    run: DecoderRun, part: Part, reader: nn.Module, alive: Tensor, order: Tensor, gathered: Gathered | None
 ) -> Consumer:
+    """A part's consumer as the numerics see it, living components in order; without statistics where none are needed."""
     weight = reader.weight.detach()
     weight = (weight.T if is_transposed(reader) else weight).to(torch.float64)
     nothing = Statistics(0, torch.zeros(order.numel(), dtype=torch.float64))
@@ -524,11 +524,12 @@ def _consumer(
     )
 
 
-def _features(reader: nn.Module) -> int:
+def features_of_reader(reader: nn.Module) -> int:
+    """Features that a linear layer of either orientation reads."""
     return reader.weight.shape[0] if is_transposed(reader) else reader.in_features
 
 
-def _filters(run: _Run, part: Part, slot: Any, alive: Tensor) -> Tensor:
+def _filters(run: DecoderRun, part: Part, slot: Any, alive: Tensor) -> Tensor:
     """A producer's weights by component, ``[components, weights]`` float64."""
     module = run.model.get_submodule(slot.module)
     weight = module.weight.detach()
@@ -554,7 +555,7 @@ def _write_bias_(reader: nn.Module, constant: Tensor) -> Tensor:
     return reader.bias.detach().cpu().clone()
 
 
-def _apply_done_(run: _Run, part: Part, iteration: int, keep: int, edit: Edit) -> None:
+def _apply_done_(run: DecoderRun, part: Part, iteration: int, keep: int, edit: Edit) -> None:
     if (edit.name, edit.iteration, edit.kept.numel()) != (part.name, iteration, keep):
         raise DataError(
             f"the saved run's edit of '{edit.name}' (pass {edit.iteration}, {edit.kept.numel()} kept) does not fit "
@@ -601,7 +602,7 @@ def _check_weights(model: nn.Module) -> None:
             raise NumericsError(f"the weights of '{name}' hold NaN or infinite values; use another checkpoint.")
 
 
-def _memory_estimate(run: _Run, sequences: int, length: int) -> str:
+def _memory_estimate(run: DecoderRun, sequences: int, length: int) -> str:
     """What the run will need where the layers run: one layer, the tokens that wait, and the widest statistics."""
     layer = run.model.get_submodule(run.decoder.layers[0])
     layer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in layer.parameters())

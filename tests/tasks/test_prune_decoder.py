@@ -8,7 +8,8 @@ import torch
 
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.graph.surgery import apply_edit_, weights_hash
-from modhifi_cli.numerics.allocation import Uniform
+from modhifi_cli.models.hf import native_config
+from modhifi_cli.numerics.allocation import Global, Uniform
 from modhifi_cli.numerics.compensation import Joint, NoCompensation, PerKernel
 from modhifi_cli.numerics.schedule import geometric
 from modhifi_cli.numerics.scoring import Energy, Fluctuation, Singleton
@@ -191,3 +192,33 @@ def test_wrong_settings_are_named():
     edits, _ = prune(tiny("llama"))
     with pytest.raises(DataError, match="does not fit these settings"):
         prune(tiny("llama"), sparsity=0.1, done=edits)
+
+
+def test_uneven_widths_follow_what_each_part_costs_the_predictions():
+    dense, model = tiny("llama", num_hidden_layers=3), tiny("llama", num_hidden_layers=3)
+    _, others = prune(model, sparsity=0.3, allocation=Global(floor=0.1))
+    plan = next(event for event in others if isinstance(event, Plan))
+    assert abs(others[-1].achieved["params"] - 0.3) < 0.02
+    assert len({group.keep for group in plan.groups if "mlp" in group.name}) > 1
+    assert all(value >= 0 for value in plan.predicted_impact.values())
+    assert native_config(model) is None and native_config(dense) is not None
+
+
+def test_error_curves_rise_and_leave_the_network_as_it_was():
+    model = tiny("gpt2")
+    before = weights_hash(model)
+    stream = prune_decoder_(
+        model,
+        calibration=tokens(),
+        sparsity=0.2,
+        target="params",
+        scoring=Singleton(),
+        selection=Greedy(),
+        compensation=Joint(),
+        allocation=Global(),
+        schedule=functools.partial(geometric, iterations=1),
+        options=BOTH,
+    )
+    plan = next(event for event in stream if isinstance(event, Plan))
+    assert weights_hash(model) == before
+    assert set(plan.predicted_impact) == {group.name for group in plan.groups}
