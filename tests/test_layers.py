@@ -32,7 +32,8 @@ LAYERS = {
 # Layer 7 is one room in three files, and errors is above records.
 ALLOWED_SIBLINGS = {("cli", "verbs"), ("__main__", "cli"), ("records", "errors"), ("cli", "__init__")}
 HEAVY = (
-    "torchvision", "timm", "transformers", "datasets", "lm_eval", "pandas", "onnx", "onnxruntime", "sklearn", "matplotlib",
+    "torchvision", "timm", "transformers", "datasets", "lm_eval", "pandas", "onnx", "onnxruntime", "sklearn",
+    "matplotlib",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

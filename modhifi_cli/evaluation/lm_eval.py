@@ -1,6 +1,6 @@
 """Zero-shot tasks of lm-eval on the networks in memory, under lm-eval's own names and versions; also from local files.
 
-Where there is no hub, a folder of JSONL files stands in for a task's data: NAME.jsonl with ``query, choices, gold``, with
+Where there is no hub, a folder of JSONL files stands in for tasks' data: NAME.jsonl with ``query, choices, gold``, with
 ``context_options, continuation, gold``, with ``context, continuation``, or HellaSwag's own fields. Such a task is named
 ``NAME_local``, since its wording and its documents are not lm-eval's own.
 """
@@ -68,7 +68,7 @@ def measure(
     text = getattr(evaluation_data or calibration_data, "text", None)
     if text is None or text.tokenizer is None:
         raise UnsupportedModelError(
-            "lm_eval needs the network's tokenizer, which comes with data=text or evaluation_data=text; give one of them."
+            "lm_eval needs the network's tokenizer, which comes with data=text or evaluation_data=text; give one."
         )
     with _quiet():
         import lm_eval

@@ -191,7 +191,8 @@ def save(model: nn.Module, directory: Path, text: TextInput) -> tuple[bool, dict
     with _quiet():
         try:
             model.config = dense if native is None else native
-            model.save_pretrained(directory)
+            # The tensors' present names for ourselves; for others those that the family's checkpoints have on the hub.
+            model.save_pretrained(directory, save_original_format=native is not None)
         finally:
             model.config = dense
         if native is None:
@@ -210,6 +211,12 @@ def restore(directory: Path, architecture: Mapping[str, Any], described: Mapping
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if described.get("native"):
+        with _quiet(), _explained(str(directory)):
+            from transformers import AutoModelForCausalLM
+
+            dtype = DTYPES[architecture["kwargs"]["dtype"]]
+            return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval().requires_grad_(False)
     model = build(**architecture["kwargs"])
     try:
         restore_widths_(model, described["widths"])

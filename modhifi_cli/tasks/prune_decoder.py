@@ -508,7 +508,7 @@ def _repaired(
 def consumer_of(
     run: DecoderRun, part: Part, reader: nn.Module, alive: Tensor, order: Tensor, gathered: Gathered | None
 ) -> Consumer:
-    """A part's consumer as the numerics see it, living components in order; without statistics where none are needed."""
+    """A part's consumer as the numerics see it, living components in order; statistics where there are any."""
     weight = reader.weight.detach()
     weight = (weight.T if is_transposed(reader) else weight).to(torch.float64)
     nothing = Statistics(0, torch.zeros(order.numel(), dtype=torch.float64))
