@@ -91,6 +91,9 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "forget_target": ("a share from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "retain_drop": ("a share from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "output_dir": ("a folder", lambda v: isinstance(v, str) and v != ""),
+    "audit.reference": (
+        "a weights file or a run folder, or null", lambda v: v is None or (isinstance(v, str) and v != ""),
+    ),
     "run": ("a run folder, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
     "resume": ("the folder of an interrupted run, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
 }  # fmt: skip

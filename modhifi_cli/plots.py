@@ -1,7 +1,8 @@
-"""Figures as bytes: frontiers of a comparison, and the errors of a run's groups. Plain numbers in, PNG and SVG out.
+"""Figures as bytes: frontiers of a comparison, the errors of a run's groups, the page of an audit.
 
-Nothing is shown and nothing is written here; matplotlib is imported when a figure is drawn, without a display. Colours
-are those of Okabe and Ito, which colour-blind readers tell apart; markers and names at the curves say the same again.
+Plain numbers in, PNG and SVG out. Nothing is shown and nothing is written here; matplotlib is imported when a figure is
+drawn, without a display. Colours are those of Okabe and Ito, which colour-blind readers tell apart; markers and names
+at the curves say the same again.
 """
 
 import io
@@ -14,6 +15,13 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES = ("-", "--", ":")
 _GREY = "#555555"
+_AUDITED = {  # colour and marker of the networks of an audit
+    "dense": ("#000000", "o"),
+    "edited": ("#D55E00", "s"),
+    "head_only": ("#56B4E9", "^"),
+    "reference": ("#009E73", "D"),
+}
+_MOST_CLASSES = 12  # of one panel of an audit
 _MOST_BARS = 120  # groups of one figure: more cannot be read, the table has them all
 
 
@@ -126,6 +134,138 @@ def group_errors(
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, ncols=2)
     return _rendered(figure)
+
+
+def audit(report: Mapping[str, Any], *, title: str) -> dict[str, bytes]:
+    """One page of an audit: what can be read inside, relearning, what the forget images become, every class.
+
+    Args:
+        report: `modhifi_cli.tasks.audit.AuditReport` as plain mappings and lists.
+        title: Headline.
+
+    Returns:
+        ``{"png": bytes, "svg": bytes}``.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.0, 8.0), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{title}\n{report['verdict']['level']}", x=0.01, ha="left", fontsize=11)
+    inside, relearn, becomes, classes = figure.subplots(2, 2).flatten()
+    _draw_readouts(inside, report)
+    _draw_relearning(relearn, report)
+    where = "evaluation" if "evaluation" in report["accuracy"]["dense"] else "calibration"
+    _draw_becomes(becomes, report, where)
+    _draw_classes(classes, report, where)
+    for axes in (inside, relearn, becomes, classes):
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.set_axisbelow(True)
+    return _rendered(figure)
+
+
+def _draw_readouts(axes: Any, report: Mapping[str, Any]) -> None:
+    """Recall of the forgotten classes by depth: solid the linear probe, dotted the class mean."""
+    # The control has the dense network's features, so one line stands for both.
+    names = {"dense": "dense = head-only", "edited": "edited", "reference": "reference"}
+    places = list(dict.fromkeys(one["depth"] for one in report["readouts"]))
+    for model, label in names.items():
+        own = {one["depth"]: one for one in report["readouts"] if one["model"] == model}
+        known = [number for number, place in enumerate(places) if place in own]
+        if not known:
+            continue
+        colour, marker = _AUDITED[model]
+        for key, line in (("probe", "-"), ("class_mean", ":")):
+            values = [own[places[number]][key] for number in known]
+            size = 2.0 if model == "dense" else 1.0  # it may lie exactly under the edited network's
+            axes.plot(known, values, line, color=colour, marker=marker, markersize=5 * size, linewidth=1.4 * size,
+                      label=label if line == "-" else None)  # fmt: skip
+    chance = report["protocol"]["chance of a probe, %"]
+    axes.axhline(chance, color=_GREY, linewidth=1.0, linestyle=(0, (6, 3)), zorder=0)
+    axes.set_xticks(range(len(places)), places, fontsize=8)
+    axes.set_ylim(0, 103)
+    axes.set_ylabel("recall of the forgotten classes, %")
+    axes.set_title("readable inside: linear probe solid, class mean dotted, chance dashed", loc="left", fontsize=9)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_relearning(axes: Any, report: Mapping[str, Any]) -> None:
+    """The fastest attack on every network."""
+    for model, label in (("head_only", "head-only"), ("edited", "edited"), ("reference", "reference")):
+        curves = report["relearn"].get(model, {}).get("curves", [])
+        if curves:
+            best = min(curves, key=lambda curve: (curve["reached"] is None, curve["reached"] or 0))
+            colour, marker = _AUDITED[model]
+            # The control is drawn broad and underneath: an edit of the classifier alone lies exactly on it.
+            size = 2.5 if model == "head_only" else 1.0
+            axes.plot(
+                best["steps"],
+                best["forget"],
+                color=colour,
+                marker=marker,
+                markersize=4 * size,
+                linewidth=1.4 * size,
+                label=f"{label}, fresh row" if best["row"] == "fresh" else label,
+            )
+    back = report["protocol"]["relearn"]["back at forget, retain accuracy, %"][0]
+    axes.axhline(back, color=_GREY, linewidth=1.0, linestyle=(0, (6, 3)), zorder=0)
+    axes.set_ylim(0, 103)
+    axes.set_xlim(-0.5, report["protocol"]["relearn"]["most steps"] + 0.5)
+    axes.set_xlabel("relearn steps")
+    axes.set_ylabel("forget accuracy, %")
+    axes.set_title("relearning from a few images (dashed: counts as back)", loc="left", fontsize=9)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_becomes(axes: Any, report: Mapping[str, Any], where: str) -> None:
+    models = [model for model in ("dense", "edited", "head_only", "reference") if model in report["becomes"]]
+    shares = {}
+    for model in models:
+        counts = report["becomes"][model][where]
+        shares[model] = [100 * count / max(1, sum(counts)) for count in counts]
+    order = sorted(range(len(shares["edited"])), key=lambda cls: -max(shares[model][cls] for model in models))
+    shown = sorted(order[:_MOST_CLASSES])
+    _bars(axes, report, models, [[shares[model][cls] for cls in shown] for model in models], shown)
+    axes.set_ylabel("share of the forget images, %")
+    axes.set_title(f"what the forget images become ({where} images)", loc="left", fontsize=9)
+
+
+def _draw_classes(axes: Any, report: Mapping[str, Any], where: str) -> None:
+    models = [model for model in ("dense", "edited", "reference") if model in report["per_class"]]
+    of = {model: report["per_class"][model][where] for model in models}
+    known = [cls for cls, value in enumerate(of["dense"]) if value is not None]
+    order = sorted(known, key=lambda cls: (cls not in report["forget"], -abs(of["edited"][cls] - of["dense"][cls])))
+    shown = sorted(order[:_MOST_CLASSES])
+    _bars(axes, report, models, [[of[model][cls] for cls in shown] for model in models], shown)
+    axes.set_ylabel("accuracy, %")
+    more = "" if len(shown) == len(known) else f", the {len(shown)} that changed most"
+    axes.set_title(f"every class ({where} images{more})", loc="left", fontsize=9)
+
+
+def _bars(
+    axes: Any,
+    report: Mapping[str, Any],
+    models: Sequence[str],
+    heights: Sequence[Sequence[float]],
+    shown: Sequence[int],
+) -> None:
+    width = 0.8 / len(models)
+    for number, model in enumerate(models):
+        places = [at + (number - (len(models) - 1) / 2) * width for at in range(len(shown))]
+        label = model.replace("_", "-")
+        axes.bar(places, heights[number], width, label=label, color=_AUDITED[model][0])
+    classes = report["classes"]
+    labels = [str(cls) if classes is None else classes[cls] for cls in shown]
+    axes.set_xticks(range(len(shown)), labels, fontsize=8, rotation=35 if max(map(len, labels)) > 3 else 0, ha="right")
+    for at, cls in zip(axes.get_xticklabels(), shown, strict=True):
+        at.set_fontweight("bold" if cls in report["forget"] else "normal")
+    axes.set_ylim(0, 118)  # room for the legend above full bars
+    axes.set_yticks(range(0, 101, 20))
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8, ncols=len(models), loc="upper right")
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -366,3 +366,153 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
 
 def _signed(value: float, digits: int) -> str:
     return f"{'−' if value < 0 else '+'}{abs(value):.{digits}f}"
+
+
+_AUDITED = {"dense": "dense", "edited": "edited", "head_only": "head-only", "reference": "reference"}
+_MOST_CLASSES = 30  # rows of a table of classes; the JSON file has them all
+
+
+def audit_page(
+    *, title: str, report: Mapping[str, Any], figures: Mapping[str, str] = {}, repeat: str = ""
+) -> str:
+    """The page of an audit: the verdict with its grounds, every figure beside what it means, and how it was measured.
+
+    Args:
+        title: Headline.
+        report: `modhifi_cli.tasks.audit.AuditReport` as plain mappings and lists.
+        figures: File beside the page by caption.
+        repeat: The command that does it again.
+
+    Returns:
+        Markdown, ending in a newline.
+    """
+    verdict, found = report["verdict"], report["figures"]
+    models = [name for name in _AUDITED if name in found]
+    heads = [_AUDITED[name] for name in models]
+    sections = [f"# {title}", f"**{verdict['level'][:1].upper()}{verdict['level'][1:]}.**"]
+    sections.append("\n".join(f"- {_cell(sentence)}" for sentence in verdict["sentences"]))
+    sections += [f"![{_cell(caption)}]({file})" for caption, file in figures.items()]
+
+    names = list(dict.fromkeys(name for model in models for name in found[model]))
+    gaps = report["gaps"].get("edited", {})
+    lines = []
+    for name in names:
+        line = [name, *(_figure_text(name, found[model].get(name)) for model in models)]
+        lines.append((*line, _figure_text(name, gaps.get(name), signed=True)) if gaps else tuple(line))
+    head = ("figure", *heads, "edited − reference") if gaps else ("figure", *heads)
+    text = _markdown_table(head, lines)
+    meanings = [f"- **{name}**: {_cell(meaning)}." for name, meaning in report["definitions"].items()]
+    sections.append(
+        f"## Figures\n\n{text}\n\nShares in %, relearn steps in steps (– where the attack did not succeed, or was not "
+        "made), TV in 0 … 1. "
+        "Names behind a comma are places in the network, in execution order.\n\n" + "\n".join(meanings)
+    )
+
+    rows = [
+        (
+            one["depth"], _AUDITED[one["model"]], str(one["features"]), f"{one['probe']:.1f}",
+            f"{one['probe_balanced']:.1f}", f"{one['class_mean']:.1f}", f"{one['class_mean_balanced']:.1f}",
+            f"{one['tv']:.2f}",
+        )
+        for one in sorted(report["readouts"], key=lambda one: models.index(one["model"]))
+    ]  # fmt: skip
+    head = ("place", "network", "features", "probe, forget", "all", "class mean, forget", "all", "TV")
+    sections.append(
+        f"## What can be read inside\n\n{_markdown_table(head, rows)}\n\nRecall in %: of the forgotten classes, and "
+        f"the mean over all classes of the probe; chance is {report['protocol']['chance of a probe, %']:.1f} %."
+    )
+
+    where = "evaluation" if "evaluation" in report["accuracy"]["dense"] else "calibration"
+    sections.append(_becomes_section(report, models, heads, where))
+    sections.append(_per_class_section(report, models, heads, where))
+
+    if report["membership"]:
+        rows = [
+            (
+                _AUDITED[name], f"{one['confidence_accuracy']:.1f} ± {one['confidence_accuracy_error']:.1f}",
+                f"{one['forget_as_non_members']:.1f}", f"{one['forget_evaluation_as_non_members']:.1f}",
+                f"{one['loss_forget']:.1f} ± {one['loss_forget_error']:.1f}",
+                f"{one['loss_retain']:.1f} ± {one['loss_retain_error']:.1f}",
+            )
+            for name, one in report["membership"].items()
+        ]  # fmt: skip
+        head = ("network", "MIA check", "MIA", "MIA of evaluation images", "loss forget", "loss retain")
+        told = _markdown_table(head, rows) + "\n\nIn %, ± one standard error; "
+    else:
+        told = ""
+    sections.append(f"## Membership\n\n{told}{_cell(report['protocol']['membership'])}.")
+
+    rows = [
+        (f"softmax: {pair}", f"{sides['forget']:.3f}", f"{sides['retain']:.3f}")
+        for pair, sides in report["distances"]["output"].items()
+    ]
+    rows += [
+        (f"features, {depth}: dense, edited", f"{bound:.3f}", "")
+        for depth, bound in report["distances"]["features"].items()
+    ]
+    sections.append(
+        f"## Distances between networks\n\n{_markdown_table(('between', 'forget images', 'retain images'), rows)}\n\n"
+        "Softmax: mean total variation between the answers to one image. Features: lower bound on the total variation "
+        "between the two networks' features of the forget images."
+    )
+    protocol = [(name, _text(value)) for name, value in report["protocol"].items()]
+    protocol.append(("seconds", _text(report["seconds"])))
+    sections.append("## How it was measured\n\n" + _markdown_table(("", ""), protocol))
+    if repeat:
+        sections.append(f"## Again\n\n```\n{repeat}\n```")
+    return "\n\n".join(sections) + "\n"
+
+
+def audit_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The figures of an audit that fit a terminal, one row a figure: of the places only the last one."""
+    found = report["figures"]
+    models = [name for name in _AUDITED if name in found]
+    rows = []
+    for name in dict.fromkeys(name for model in models for name in found[model]):
+        if "," not in name or name.endswith(", penultimate"):
+            row = {"figure": name} | {_AUDITED[model]: _figure_text(name, found[model].get(name)) for model in models}
+            rows.append(row)
+    return rows
+
+
+def class_name(cls: int, classes: Sequence[str] | None) -> str:
+    """``3 (cat)``, or the number alone where nobody knows names."""
+    return str(cls) if classes is None or classes[cls] == str(cls) else f"{cls} ({classes[cls]})"
+
+
+def _becomes_section(report: Mapping[str, Any], models: Sequence[str], heads: Sequence[str], where: str) -> str:
+    counts = {model: report["becomes"][model][where] for model in models}
+    total = sum(counts["dense"])
+    order = sorted(range(len(counts["dense"])), key=lambda cls: (-counts["edited"][cls], -counts["dense"][cls], cls))
+    shown = [cls for cls in order if any(counts[model][cls] for model in models)][:_MOST_CLASSES]
+    rows = [(class_name(cls, report["classes"]), *(str(counts[model][cls]) for model in models)) for cls in shown]
+    return (
+        f"## What the forget images become\n\n{_markdown_table(('given class', *heads), rows)}\n\n"
+        f"Of {total} {where} images of the forgotten classes; classes that no network gives are left out."
+    )
+
+
+def _per_class_section(report: Mapping[str, Any], models: Sequence[str], heads: Sequence[str], where: str) -> str:
+    of = {model: report["per_class"][model][where] for model in models}
+    known = [cls for cls in range(len(of["dense"])) if of["dense"][cls] is not None]
+    shown, left = known, ""
+    if len(known) > _MOST_CLASSES:
+        change = {cls: abs(of["edited"][cls] - of["dense"][cls]) for cls in known}
+        shown = sorted(sorted(known, key=lambda cls: -change[cls])[:_MOST_CLASSES])
+        left = f" The {_MOST_CLASSES} that changed most; audit.json has all {len(known)}."
+    rows = [
+        (
+            class_name(cls, report["classes"]) + (", forgotten" if cls in report["forget"] else ""),
+            *(f"{of[model][cls]:.1f}" for model in models),
+        )
+        for cls in shown
+    ]
+    table = _markdown_table(("class", *heads), rows)
+    return f"## Every class\n\n{table}\n\nAccuracy on {where} images, %.{left}"
+
+
+def _figure_text(name: str, value: float | None, *, signed: bool = False) -> str:
+    if value is None:
+        return "–"
+    digits = 2 if name.startswith("TV") else 1
+    return _signed(value, digits) if signed else f"{value:.{digits}f}"

@@ -47,18 +47,20 @@ def test_every_choice_composes_and_binds(group, choice):
     asked = f"{group}=[{choice}]" if group in ("evaluation", "export") else f"{group}={choice}"
     path = ROOT / group / f"{choice}.yaml"
     # An experiment is made for one verb, which its header's command names; a method of unlearning for another.
-    verb = "unlearn" if group == "method" else "prune"
+    verb = {"method": "unlearn", "audit": "audit"}.get(group, "prune")
     if group == "experiment":
         verb = re.search(r"modhifi (\w+)", config.header(path)[1][0])[1]
-    key, needs = ("forget_class", ["forget_class=3"]) if verb == "unlearn" else ("sparsity", [])
+    key, needs = {"unlearn": ("forget_class", ["forget_class=3"]), "audit": ("run", ["run=given"])}.get(
+        verb, ("sparsity", [])
+    )
     settings = config.compose(verb, [asked, *needs, *required(path, group)])
     assert (settings[key] is None) == (asked == "target=max_drop")
 
 
 @pytest.mark.parametrize("verb", config.verbs())
 def test_every_verb_composes(verb):
-    needs = {"verify": ["run=given"], "replay": ["run=given"], "unlearn": ["forget_class=3"]}.get(verb, [])
-    assert config.compose(verb, needs)["output_dir"] == "outputs"
+    needs = {"unlearn": ["forget_class=3"]} | dict.fromkeys(("verify", "replay", "audit"), ["run=given"])
+    assert config.compose(verb, needs.get(verb, []))["output_dir"] == "outputs"
 
 
 @pytest.mark.parametrize(("file", "command"), COMMANDS, ids=lambda value: value)

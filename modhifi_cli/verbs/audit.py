@@ -1,0 +1,231 @@
+"""`modhifi audit`: what an unlearning run has made its network forget, and what is still inside."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modhifi_cli import artifacts, config, plots, reports
+from modhifi_cli.console import Console
+from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.records import ImageSource, LoadedModel, Measurement
+from modhifi_cli.tasks.audit import AuditReport
+from modhifi_cli.tasks.labelling import Labels, image_labels
+from modhifi_cli.verbs import pieces
+
+
+def audit(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
+    asked, settings = settings, dict(settings)
+    saved = artifacts.run_folder(settings["run"])
+    forget = _forgotten(saved)
+    device = pieces.device_of(settings)
+    before = pieces.settings_of(saved)
+    for key in ("data", "evaluation_data"):
+        settings.setdefault(key, before.get(key))
+    loaded, dtype = _dense(saved, before), pieces.dtype_of(settings)
+    dense, edited = loaded.model.to(dtype), artifacts.load_model(saved).to(dtype)
+    calibration, labels = _labelled(settings, loaded, dense, device, console)
+    evaluation = pieces.image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)
+    report = make_audit(
+        settings, before["model"], loaded, dense, edited,
+        calibration=calibration, labels=labels, evaluation=evaluation, forget=forget, device=device, console=console,
+    )  # fmt: skip
+    command = pieces.command_line("audit", facts["overrides"])
+    place = artifacts.RunDirectory.create(folder or pieces.new_folder("audit", loaded.name, settings, facts))
+    artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(asked)))
+    artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
+    write_audit(place.path, report, model=loaded.name, repeat=command)
+    artifacts.write_json(
+        place.path / "results.json",
+        {
+            "format_version": artifacts.FORMAT_VERSION,
+            "verb": "audit",
+            "model": loaded.name,
+            "run": str(saved),
+            "forget": list(forget),
+            "classes": None if loaded.classes is None else list(loaded.classes),
+            "verdict": report.verdict.level,
+            "measurements": artifacts.measurements_to_json(audit_measurements(report)),
+        },
+    )
+    final = place.finish(edits=False)
+    show_audit(console, report)
+    console.note(f"the audit lies in {final / 'audit.md'}")
+    console.result({"folder": str(final), "verdict": report.verdict.level, "figures": report.figures})
+    return final
+
+
+def make_audit(
+    settings: Mapping[str, Any],
+    model: Mapping[str, Any],
+    loaded: LoadedModel,
+    dense: nn.Module,
+    edited: nn.Module,
+    *,
+    calibration: ImageSource,
+    labels: Labels,
+    evaluation: ImageSource | None,
+    forget: tuple[int, ...],
+    device: torch.device,
+    console: Console,
+) -> AuditReport:
+    """Run the audit as the settings' `audit` group asks for it; every verb that edits a classifier may call it.
+
+    Args:
+        settings: Of the verb, with `audit` and `runtime`.
+        model: Settings of the dense network, which a reference file is read into.
+        loaded: Description of the dense network.
+        dense: The dense network in the run's dtype.
+        edited: The edited one.
+        calibration: Images, in the order of the labels.
+        labels: Their classes.
+        evaluation: Labelled images, or None.
+        forget: The forgotten classes.
+        device: Where forwards run.
+        console: Shown progress.
+    """
+    from modhifi_cli.tasks.audit import AuditSettings
+    from modhifi_cli.tasks.audit import audit as audited
+
+    reference = _reference(settings["audit"]["reference"], model, loaded)
+    parts = ("probe", "relearn", "membership", "verdict")
+    events = audited(
+        dense,
+        edited,
+        calibration=calibration,
+        calibration_labels=labels.values,
+        labels_account=labels.account,
+        evaluation=evaluation,
+        forget=forget,
+        classes=loaded.classes,
+        reference=None if reference is None else reference.to(pieces.dtype_of(settings)),
+        device=device,
+        batch_size=settings["runtime"]["batch_size"],
+        seed=settings["runtime"]["seed"],
+        settings=AuditSettings(**{part: config.build(settings["audit"][part]) for part in parts}),
+    )
+    report = None
+    for event in events:
+        if isinstance(event, AuditReport):
+            report = event
+        else:
+            console.progress(event)
+    assert report is not None, "the audit ended without a report"
+    return report
+
+
+def write_audit(folder: Path, report: AuditReport, *, model: str, repeat: str) -> None:
+    """Write ``audit.json``, ``audit.md`` and ``audit.png|svg`` into a run folder.
+
+    Args:
+        folder: Where to.
+        report: What was found.
+        model: The network's name, for the headline.
+        repeat: The command that does it again.
+    """
+    content = report.plain()
+    forgotten = ", ".join(reports.class_name(cls, report.classes) for cls in report.forget)
+    title = f"{model}, forgetting {forgotten}"
+    artifacts.write_json(folder / "audit.json", {"format_version": artifacts.FORMAT_VERSION, **content})
+    figure = pieces.write_figure(folder, "audit", plots.audit(content, title=title))
+    figures = {"What is readable inside, relearning, what the images become, every class": figure} if figure else {}
+    page = reports.audit_page(title=f"Audit: {title}", report=content, figures=figures, repeat=repeat)
+    artifacts.write_text(folder / "audit.md", page)
+
+
+def show_audit(console: Console, report: AuditReport) -> None:
+    """Print the figures and the verdict with its grounds."""
+    console.table(
+        "audit (%, relearn steps, TV 0 … 1; audit.md explains the figures)", reports.audit_rows(report.plain())
+    )
+    console.note(f"verdict: {report.verdict.level}")
+    for sentence in report.verdict.sentences:
+        console.note(f"  {sentence}")
+
+
+def audit_measurements(report: AuditReport) -> tuple[Measurement, ...]:
+    """The figures as measurements, the edited network called ``unlearned``: ``audit_MIA``, ``audit_relearn_steps`` …"""
+    names = {"edited": "unlearned"}
+    found = []
+    for model, figures in report.figures.items():
+        for name, value in figures.items():
+            unit = "steps" if name == "relearn steps" else "" if name.startswith("TV") else "%"
+            if value is not None:
+                term = "audit_" + name.replace(", ", "_").replace(" ", "_")
+                found.append(
+                    Measurement(names.get(model, model), term, value, unit, {"definition": _meaning(report, name)})
+                )
+    return tuple(found)
+
+
+def _meaning(report: AuditReport, name: str) -> str:
+    return report.definitions[name.partition(",")[0]]
+
+
+def _forgotten(saved: Path) -> tuple[int, ...]:
+    results = artifacts.read_results(saved)
+    if results.get("verb") != "unlearn":
+        raise DataError(
+            f"run={saved}: an audit needs an unlearning run, this folder is of modhifi {results.get('verb')}; give the "
+            "folder that modhifi unlearn named at its end."
+        )
+    forget = results.get("forget")
+    if not isinstance(forget, list) or not forget or not all(isinstance(cls, int) for cls in forget):
+        raise DataError(
+            f"{saved / 'results.json'}: damaged, it does not say what was forgotten; restore the run folder."
+        )
+    return tuple(forget)
+
+
+def _dense(saved: Path, before: Mapping[str, Any]) -> LoadedModel:
+    from modhifi_cli.graph.surgery import weights_hash
+
+    loaded = config.build(before["model"])
+    _, made_on = artifacts.load_edits(saved)
+    if made_on is not None and made_on != weights_hash(loaded.model):
+        raise DataError(
+            f"run={saved}: the dense weights have changed since (they were {loaded.weights}); put the weights back "
+            "that the run was made with."
+        )
+    return loaded
+
+
+def _labelled(
+    settings: Mapping[str, Any], loaded: LoadedModel, dense: nn.Module, device: torch.device, console: Console
+) -> tuple[ImageSource, Labels]:
+    """Calibration images and their labels, the source's or the dense network's predictions (``data.labels``)."""
+    source = pieces.image_source(settings, "data", loaded.preprocess, labelled=True)
+    if source is None:
+        raise ConfigError(
+            "audit: the run names no calibration images; give labelled ones with data=arrays data.path=FILE."
+        )
+    found = None
+    for event in image_labels(
+        dense.to(device), source, mode=settings["data"].get("labels") or "auto", device=device,
+        batch_size=settings["runtime"]["batch_size"], names=loaded.classes,
+    ):  # fmt: skip
+        if isinstance(event, Labels):
+            found = event
+        else:
+            console.progress(event)
+    assert found is not None, "labelling ended without labels"
+    return source, found
+
+
+def _reference(asked: str | None, model: Mapping[str, Any], loaded: LoadedModel) -> nn.Module | None:
+    if asked is None:
+        return None
+    path = Path(asked).expanduser()
+    if not path.exists():
+        raise DataError(
+            f"audit.reference: nothing at {path}; give a weights file for {loaded.name}, or the folder of a run, of a "
+            "network that was trained without the forgotten classes."
+        )
+    try:
+        if path.is_dir():
+            return artifacts.load_model(path)
+        return config.build({**model, "weights": str(path)}).model
+    except DataError as error:
+        raise DataError(f"audit.reference: {error}") from error
