@@ -422,6 +422,27 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     return _read_json(path, what)
 
 
+def report_material(folder: Path) -> dict[str, Any]:
+    """Everything in a run's folder that its page is made of; what a run does not have is absent.
+
+    Returns:
+        ``results``, ``settings`` (the text of config.yaml), ``environment``, ``charts`` (JSON objects), ``sheet``.
+
+    Raises:
+        DataError: If there are no results, or a file is damaged or of a newer format.
+    """
+    results = read_results(folder)
+    found: dict[str, Any] = {"results": results}
+    if (folder / "config.yaml").is_file():
+        found["settings"] = read_text(folder / "config.yaml")
+    if (folder / "environment.json").is_file():
+        found["environment"] = _read_json(folder / "environment.json", "a saved run")
+    found["charts"] = [_read_json(folder / f"{Path(str(n)).name}.json", "a study") for n in results.get("charts") or ()]
+    if (folder / "calibration.png").is_file():
+        found["sheet"] = (folder / "calibration.png").read_bytes()
+    return found
+
+
 def measurements_to_json(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     """Measurements as JSON-able dictionaries."""
     return [dataclasses.asdict(measurement) for measurement in measurements]

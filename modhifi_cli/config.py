@@ -36,6 +36,8 @@ _GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
 _SEARCHED = None  # in place of a share that the run shall find
 _TARGETS = ("params", "flops", "components", "latency", "max_drop")
 _SPARSITY = 0.4  # where nothing is said and a share is wanted
+# What people may write for the choice of a group, by verb: `modhifi study name=existence`.
+_SPELLINGS: Mapping[str, Mapping[str, str]] = {"study": {"name": "study"}}
 
 # Keys that hold one number or name, with what they must be. Keys of a `_target_` are the business of its function.
 _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
@@ -90,11 +92,13 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "forget_target": ("a share from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "retain_drop": ("a share from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+    "minutes": ("a number of minutes above 0, or null", lambda v: v is None or (_is_number(v) and v > 0)),
     "output_dir": ("a folder", lambda v: isinstance(v, str) and v != ""),
     "audit.reference": (
         "a weights file or a run folder, or null", lambda v: v is None or (isinstance(v, str) and v != ""),
     ),
     "run": ("a run folder, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
+    "runs": ("a list of run folders, such as [DIR1,DIR2]", lambda v: _is_names(v)),
     "resume": ("the folder of an interrupted run, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
 }  # fmt: skip
 
@@ -196,7 +200,7 @@ def compose(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_directory()), version_base="1.3", job_name="modhifi"):
         try:
-            composed = hydra.compose(verb, list(overrides), return_hydra_config=True)
+            composed = hydra.compose(verb, spelled(verb, overrides), return_hydra_config=True)
         except Exception as error:
             raise explain(error, verb, overrides) from error
         HydraConfig.instance().set_config(composed)
@@ -205,6 +209,14 @@ def compose(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
         with open_dict(composed):
             del composed["hydra"]
         return settings(verb, composed)
+
+
+def spelled(verb: str, overrides: Sequence[str], *, for_people: bool = False) -> list[str]:
+    """Overrides with the group's own name where the verb has another for people (or the other way round)."""
+    known = _SPELLINGS.get(verb, {})
+    known = {ours: theirs for theirs, ours in known.items()} if for_people else known
+    parts = [word.partition("=") for word in overrides]
+    return [f"{known.get(key, key)}{equals}{value}" for key, equals, value in parts]
 
 
 def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], None]) -> None:
@@ -224,7 +236,7 @@ def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], None]) -
     import hydra
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = ["modhifi", *overrides]
+    sys.argv = ["modhifi", *spelled(verb, overrides)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a text of its own and exits 1 before we can explain
     try:
         hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=verb)(job)()
@@ -401,7 +413,8 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
         group, _, choice = str(absent.missing_cfg_file).rpartition("/")
         known = groups().get(group, ())
         hint = nearest(choice, known) if known else "the group is empty."
-        return ConfigError(f"{group}={choice}: there is no such choice; {hint}")
+        (told,) = spelled(verb, [f"{group}={choice}"], for_people=True)
+        return ConfigError(f"{told}: there is no such choice; {hint}")
     unknown = re.search(r"Could not override '([^']+)'|Could not append to config.*?'([^']+)'", text)
     if unknown:
         key = (unknown.group(1) or unknown.group(2)).split("@")[0]
@@ -539,7 +552,8 @@ def _known_keys(verb: str, overrides: Sequence[str]) -> list[str]:
     from omegaconf import OmegaConf
 
     names = groups()
-    choices = [text for text in overrides if text.partition("=")[0] in names and "," not in text]
+    spelt = spelled(verb, overrides)
+    choices = [text for text in spelt if text.partition("=")[0] in names and "," not in text]
     for attempt in (choices, []):
         try:
             GlobalHydra.instance().clear()

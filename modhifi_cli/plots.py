@@ -1,4 +1,4 @@
-"""Figures as bytes: frontiers of a comparison, the errors of a run's groups, the page of an audit.
+"""Figures as bytes: charts, frontiers of a comparison, the errors of a run's groups, the page of an audit.
 
 Plain numbers in, PNG and SVG out. Nothing is shown and nothing is written here; matplotlib is imported when a figure is
 drawn, without a display. Colours are those of Okabe and Ito, which colour-blind readers tell apart; markers and names
@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
+
+from modhifi_cli.records import Chart, Series
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -42,6 +44,17 @@ class Point:
     y_spread: float = 0.0
 
 
+def draw(chart: Chart) -> dict[str, bytes]:
+    """Any chart.
+
+    Returns:
+        ``{"png": bytes, "svg": bytes}``; empty where there is no point to draw.
+    """
+    if not any(_finite(value) for series in chart.series for value in series.y):
+        return {}
+    return _draw_bars(chart) if chart.kind == "bars" else _draw_lines(chart)
+
+
 def frontier(
     curves: Mapping[str, Sequence[Point]],
     *,
@@ -71,7 +84,7 @@ def frontier(
     drawn = {name: points for name, points in drawn.items() if points}
     if not drawn:
         return {}
-    figure, axes = _figure(8.0, 4.8)
+    figure, (axes,) = _figure(8.0, 4.8)
     for number, (name, points) in enumerate(drawn.items()):
         axes.errorbar(
             [point.x for point in points],
@@ -118,7 +131,7 @@ def group_errors(
     names = [name for name in dict.fromkeys(groups) if name in predicted or name in measured][:_MOST_BARS]
     if not names:
         return {}
-    figure, axes = _figure(8.0, 1.3 + 0.28 * len(names))
+    figure, (axes,) = _figure(8.0, 1.3 + 0.28 * len(names))
     series = [("predicted before the cut", predicted, "#56B4E9"), ("measured after it", measured, "#0072B2")]
     series = [entry for entry in series if any(name in entry[1] for name in names)]
     height = 0.8 / len(series)
@@ -268,28 +281,161 @@ def _bars(
     axes.legend(frameon=False, fontsize=8, ncols=len(models), loc="upper right")
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of its own, outside of pyplot: no display, no state that other figures share."""
+def _draw_lines(chart: Chart) -> dict[str, bytes]:
+    """Curves named at their end; small multiples share both axes and name the curves beside the last of the first row."""
+    panels = list(dict.fromkeys(series.panel for series in chart.series))
+    styles = {name: number for number, name in enumerate(dict.fromkeys(series.name for series in chart.series))}
+    columns = 1 if len(panels) == 1 else 2 if len(panels) <= 4 else 3
+    rows = -(-len(panels) // columns)
+    size = (6.4, 4.2) if len(panels) == 1 else (2.6 * columns, 2.1 * rows + 0.5)
+    figure, grid = _figure(*size, rows=rows, columns=columns)
+    for place, axes in enumerate(grid):
+        axes.set_visible(place < len(panels))
+    for place, panel in enumerate(panels):
+        axes = grid[place]
+        ends = []
+        for series in chart.series:
+            if series.panel == panel:
+                ends += _draw_curve(axes, series, styles[series.name], markers=len(panels) == 1)
+        if chart.x_log:
+            axes.set_xscale("log")
+        if chart.y_log:
+            axes.set_yscale("log")
+        for name, level in chart.levels.items():
+            axes.axhline(level, color=_GREY, linewidth=0.8, linestyle=(0, (6, 3)), zorder=0)
+            if place == 0 and len(panels) > 1:
+                axes.annotate(
+                    name, (0.02, level), xycoords=("axes fraction", "data"), fontsize=7, color=_GREY, va="bottom"
+                )
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+        if len(panels) > 1:
+            axes.set_title(panel, loc="left", fontsize=9)
+            axes.tick_params(labelsize=8)
+        if place == min(columns, len(panels)) - 1:
+            figure.canvas.draw()
+            _name_curves(axes, ends, None, "", levels=chart.levels if len(panels) == 1 else {})
+    if len(panels) == 1:
+        grid[0].set_title(chart.title, loc="left", fontsize=11)
+        grid[0].set_xlabel(chart.x_label)
+        grid[0].set_ylabel(chart.y_label)
+    else:
+        figure.suptitle(chart.title, x=0.01, ha="left", fontsize=11)
+        figure.supxlabel(chart.x_label, fontsize=9)
+        figure.supylabel(chart.y_label, fontsize=9)
+        figure.tight_layout(pad=0.6)
+    return _rendered(figure)
+
+
+def _draw_curve(axes: Any, series: Series, number: int, *, markers: bool) -> list[tuple[Point, str, str]]:
+    """One curve; where its name goes, or nothing where it has no point."""
+    spread = series.spread or (0.0,) * len(series.y)
+    points = [
+        Point(x, y, 0.0, wide)
+        for x, y, wide in zip(series.x, series.y, spread, strict=True)
+        if _finite(x) and _finite(y)
+    ]
+    if not points:
+        return []
+    points.sort(key=lambda point: point.x)
+    colour = _GREY if series.baseline else _COLOURS[number % len(_COLOURS)]
+    axes.errorbar(
+        [point.x for point in points],
+        [point.y for point in points],
+        yerr=[point.y_spread for point in points] if any(spread) else None,
+        color=colour,
+        marker=_MARKERS[number % len(_MARKERS)] if markers and len(points) <= 24 else None,
+        linestyle=(0, (3, 2)) if series.baseline else _LINES[number // len(_COLOURS) % len(_LINES)],
+        markersize=5,
+        linewidth=1.4,
+        elinewidth=1.0,
+        capsize=2.5,
+    )
+    return [(points[-1], series.name, colour)]
+
+
+def _draw_bars(chart: Chart) -> dict[str, bytes]:
+    """Lying bars, one bundle a category, with the value at each bar's end."""
+    places = list(range(len(chart.categories)))[:_MOST_BARS]
+    count = len(chart.series)
+    figure, (axes,) = _figure(6.4, 1.2 + len(places) * max(0.28, 0.17 * count))
+    height = 0.84 / count
+    for number, series in enumerate(chart.series):
+        values = [series.y[place] if _finite(series.y[place]) else 0.0 for place in places]
+        bars = axes.barh(
+            [place + (number - (count - 1) / 2) * height for place in places],
+            values,
+            height,
+            xerr=[series.spread[place] for place in places] if series.spread else None,
+            error_kw={"elinewidth": 0.8},
+            label=series.name,
+            color=_COLOURS[number % len(_COLOURS)],
+        )
+        told = [f"{series.y[place]:.3g}" if _finite(series.y[place]) else "" for place in places]
+        axes.bar_label(bars, told, fontsize=6 if count > 2 else 7, padding=2, color=_GREY)
+    for name, level in chart.levels.items():
+        axes.axvline(level, color=_GREY, linewidth=0.8, linestyle=(0, (6, 3)), zorder=0)
+        place = {"xytext": (0, 1), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+        axes.annotate(name, (level, 1.0), xycoords=("data", "axes fraction"), fontsize=7, color=_GREY, **place)
+    axes.set_yticks(places, [chart.categories[place] for place in places], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.08, y=0.01)
+    if chart.x_log:
+        axes.set_xscale("log")
+    axes.set_xlabel(chart.x_label)
+    axes.set_title(
+        chart.title,
+        loc="left",
+        fontsize=11,
+        pad=8 + 14 * (-(-count // 3) if count > 1 else 0) + 10 * bool(chart.levels),
+    )
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if count > 1:
+        axes.legend(
+            frameon=False,
+            fontsize=8,
+            loc="lower left",
+            bbox_to_anchor=(0.0, 1.0),
+            borderaxespad=1.3 if chart.levels else 0.2,
+            ncols=min(count, 3),
+        )
+    return _rendered(figure)
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and isfinite(value)
+
+
+def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of its own with its axes, outside of pyplot: no display, no state that other figures share."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
+    grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes in grid:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure, grid
 
 
 def _name_curves(
-    axes: Any, ends: Sequence[tuple[Point, str, str]], dense: float | None, dense_label: str
+    axes: Any,
+    ends: Sequence[tuple[Point, str, str]],
+    dense: float | None,
+    dense_label: str,
+    levels: Mapping[str, float] = {},
 ) -> None:
     """Write each curve's name right of the axes at the height of its end, pushed apart where names would touch."""
     line = 11.0 * axes.figure.dpi / 72  # pixels of one line of text
     to_pixels, to_data = axes.transData, axes.transData.inverted()
+    left = float(to_pixels.transform((axes.get_xlim()[0], axes.get_ylim()[0]))[0])
     labels = [(float(to_pixels.transform((point.x, point.y))[1]), name, colour) for point, name, colour in ends]
-    if dense is not None:
-        labels.append((float(to_pixels.transform((0, dense))[1]), dense_label, _GREY))
+    levels = {**levels, dense_label: dense} if dense is not None else levels
+    low = axes.get_xlim()[0]  # a logarithmic axis knows no 0
+    labels += [(float(to_pixels.transform((low, level))[1]), name, _GREY) for name, level in levels.items()]
     labels.sort()
     heights = [height for height, _, _ in labels]
     # A few sweeps of pushing neighbours apart by half of what they lack settle a dozen names.
@@ -302,9 +448,9 @@ def _name_curves(
     for (anchor, name, colour), height in zip(labels, heights, strict=True):
         axes.annotate(
             name,
-            xy=(1.0, float(to_data.transform((0, anchor))[1])),
+            xy=(1.0, float(to_data.transform((left, anchor))[1])),
             xycoords=("axes fraction", "data"),
-            xytext=(1.03, float(to_data.transform((0, height))[1])),
+            xytext=(1.03, float(to_data.transform((left, height))[1])),
             textcoords=("axes fraction", "data"),
             color=colour,
             fontsize=9,

@@ -123,6 +123,71 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Series:
+    """One curve, or the bars of one kind, of a `Chart`.
+
+    Attributes:
+        name: What it is called at its end, or in the legend of bars.
+        x: Horizontal values of a curve; empty for bars, whose places are the chart's categories.
+        y: Values; NaN or None where there is none.
+        spread: Half the height of the error bars, or empty.
+        panel: The small multiple it is drawn in; "" where the chart has one panel.
+        baseline: Drawn dashed: something that others are compared with.
+    """
+
+    name: str
+    y: tuple[float | None, ...]
+    x: tuple[float, ...] = ()
+    spread: tuple[float, ...] = ()
+    panel: str = ""
+    baseline: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure as data: what is kept beside the picture, compared in tests and drawn again from a folder.
+
+    Attributes:
+        name: File stem.
+        title: What is seen, in one line.
+        x_label: Name and unit of the horizontal axis.
+        y_label: Name and unit of the vertical axis; of the bars' length in a bar chart.
+        series: Curves or bars.
+        kind: ``"lines"`` or ``"bars"`` (lying).
+        categories: Names of the bars' places, from the top.
+        levels: Horizontal reference lines by name.
+        x_log: Whether the horizontal axis is logarithmic.
+        y_log: The same for the vertical one (of curves).
+    """
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    kind: str = "lines"
+    categories: tuple[str, ...] = ()
+    levels: Mapping[str, float] = field(default_factory=dict)
+    x_log: bool = False
+    y_log: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim of the paper beside what was found.
+
+    Attributes:
+        claim: The paper's sentence.
+        found: Ours, with its numbers.
+        holds: Whether it holds here; None where it cannot be said.
+    """
+
+    claim: str
+    found: str
+    holds: bool | None
+
+
+@dataclass(frozen=True)
 class Progress:
     """A step of a long task, for whoever shows it. `done` of `total` steps of `stage`; `item` is at work now."""
 

@@ -1,13 +1,17 @@
 """Measurements as tables and as the page of a run: plain values and strings, nothing printed, nothing written."""
 
 import csv
+import dataclasses
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from statistics import fmean, stdev
 from typing import Any
 
-from modhifi_cli.records import Measurement
+from modhifi_cli.errors import DataError
+from modhifi_cli.pages import markdown_table, one_line
+from modhifi_cli.records import Chart, Measurement, Series
 
 # What a reader calls it, and whether more of it is better (True), less (False) or neither (None).
 _TERMS = {
@@ -214,15 +218,41 @@ def comparison_page(
     sections = [f"# {title}"]
     if lines:
         heads = tuple(lines[0])
-        table = _markdown_table(heads, [tuple(line[head] for head in heads) for line in lines])
+        table = markdown_table(heads, [tuple(line[head] for head in heads) for line in lines])
         sections.append(f"{table}\n\nMean ± standard deviation over seeds; budgets are shares of {protocol['target']}.")
-    sections += [f"![{_cell(caption)}]({file})" for caption, file in figures.items()]
+    sections += [f"![{one_line(caption)}]({file})" for caption, file in figures.items()]
     if failed:
-        sections.append("## Failed\n\n" + "\n".join(f"- {_cell(sentence)}" for sentence in failed))
-    shared = [(name, _text(value)) for name, value in protocol.items()]
-    sections.append("## The same for all\n\n" + _markdown_table(("", ""), shared))
+        sections.append("## Failed\n\n" + "\n".join(f"- {one_line(sentence)}" for sentence in failed))
+    shared = [(name, told(value)) for name, value in protocol.items()]
+    sections.append("## The same for all\n\n" + markdown_table(("", ""), shared))
     sections.append(f"## Again\n\n```\n{repeat}\n```")
     return "\n\n".join(sections) + "\n"
+
+
+def chart_to_json(chart: Chart) -> dict[str, Any]:
+    """A chart as a JSON object; numbers that are not finite become null."""
+    plain = dataclasses.asdict(chart)
+    for series in plain["series"]:
+        for axis in ("x", "y", "spread"):
+            series[axis] = [None if value is None or not isfinite(value) else value for value in series[axis]]
+    return plain
+
+
+def chart_from_json(plain: Mapping[str, Any]) -> Chart:
+    """The chart that `chart_to_json` wrote.
+
+    Raises:
+        DataError: If it is none.
+    """
+    try:
+        series = [
+            Series(**{key: tuple(value) if isinstance(value, list) else value for key, value in one.items()})
+            for one in plain["series"]
+        ]
+        rest = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+        return Chart(**{**rest, "series": tuple(series)})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"a chart's file is damaged or of another version ({error}); run the study again.") from error
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -243,105 +273,18 @@ def _mean(value: float | None, deviation: float | None, term: str) -> str:
     return f"{value:.{digits}f}" + ("" if same else f" ± {deviation:.{digits}f}")
 
 
-def markdown_report(
-    *,
-    title: str,
-    asked: Mapping[str, Any],
-    achieved: Mapping[str, float],
-    measurements: Sequence[Measurement],
-    groups: Sequence[Mapping[str, Any]] = (),
-    tables: Mapping[str, Sequence[Mapping[str, Any]]] = {},
-    figures: Mapping[str, str] = {},
-    warnings: Sequence[str] = (),
-    exports: Sequence[Any] = (),
-    repeat: str = "",
-    reference: str = "dense",
-    trials: Sequence[Mapping[str, Any]] = (),
-) -> str:
-    """The page of a run: what was asked, what was reached, what it cost, how it was measured, how to repeat it.
-
-    Args:
-        title: Headline, ``resnet56_cifar, sparsity 0.4``.
-        asked: Settings by name, as the user gave them.
-        achieved: Removed share by target (``params``, ``flops``, ``components``), 0 … 1.
-        measurements: Of the reference and the edited network.
-        groups: One mapping per group of coupled components; the keys of all are the columns, in order of appearance.
-        tables: Further tables by headline, made like that of the groups.
-        figures: File beside the page by caption.
-        warnings: Sentences.
-        exports: `modhifi_cli.exports.ExportReport` records.
-        repeat: The command that does it again.
-        reference: The network that counts as before.
-        trials: One mapping with the same keys per copy that was pruned to find the share.
-
-    Returns:
-        Markdown, ending in a newline. Sections without content are left out.
-    """
-    sections = [f"# {title}"]
-    if warnings:
-        sections.append("## Warnings\n\n" + "\n".join(f"- {_cell(sentence)}" for sentence in warnings))
-    if asked:
-        sections.append("## Asked\n\n" + _markdown_table(("setting", "value"), [(k, _text(asked[k])) for k in asked]))
-    if achieved:
-        shares = [(name, f"{100 * share:.2f} %") for name, share in achieved.items()]
-        sections.append("## Removed\n\n" + _markdown_table(("of", "share"), shares))
-    if trials:
-        heads = tuple(trials[0])
-        rows = [tuple(_text(trial[head]) for head in heads) for trial in trials]
-        sections.append("## Trials\n\n" + _markdown_table(heads, rows))
-    if measurements:
-        rows = [(row.label, row.before, row.after, row.change) for row in table(measurements, reference=reference)]
-        sections.append("## Before and after\n\n" + _markdown_table(("", "before", "after", "change"), rows))
-    for headline, lines in {"Groups": groups, **tables}.items():
-        if lines:
-            columns = tuple(dict.fromkeys(key for line in lines for key in line))
-            rows = [tuple(_text(line.get(key, "")) for key in columns) for line in lines]
-            sections.append(f"## {headline}\n\n" + _markdown_table(columns, rows))
-    if figures:
-        sections.append("\n\n".join(f"![{_cell(caption)}]({file})" for caption, file in figures.items()))
-    if exports:
-        rows = [
-            (
-                export.format,
-                export.path.name,
-                quantity(export.bytes, "bytes"),
-                f"{export.max_difference:.2g}",
-                f"{export.max_logit:.3g}",
-                export.runtime,
-            )
-            for export in exports
-        ]
-        head = ("format", "file", "size", "largest difference of a logit", "largest logit", "checked with")
-        sections.append("## Exports\n\n" + _markdown_table(head, rows))
-    protocol = _protocol_lines(measurements)
-    if protocol:
-        sections.append("## How it was measured\n\n" + "\n".join(protocol))
-    if repeat:
-        sections.append(f"## Again\n\n```\n{repeat}\n```")
-    return "\n\n".join(sections) + "\n"
-
-
-def _protocol_lines(measurements: Sequence[Measurement]) -> list[str]:
-    """One bullet per protocol, with everything of one network that was measured by it."""
+def protocol_lines(measurements: Sequence[Measurement]) -> list[str]:
+    """One line per protocol, with everything of one network that was measured by it."""
     shared: dict[tuple[str, str], list[str]] = {}
     for measurement in measurements:
         if measurement.protocol:
-            account = "; ".join(f"{key} {_text(value)}" for key, value in measurement.protocol.items())
-            shared.setdefault((measurement.model, _cell(account)), []).append(measurement.name)
-    return [f"- {model}, {', '.join(names)}: {account}" for (model, account), names in shared.items()]
+            account = "; ".join(f"{key} {told(value)}" for key, value in measurement.protocol.items())
+            shared.setdefault((measurement.model, one_line(account)), []).append(measurement.name)
+    return [f"{model}, {', '.join(names)}: {account}" for (model, account), names in shared.items()]
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """Text that cannot break a table or start a line of its own."""
-    return " ".join(str(text).split()).replace("|", "\\|")
-
-
-def _text(value: Any) -> str:
+def told(value: Any) -> str:
+    """A JSON value in words: ``none``, ``yes``, four digits of a number, lists and mappings on one line."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -349,9 +292,9 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {told(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_text(item) for item in value) + "]"
+        return "[" + ", ".join(told(item) for item in value) + "]"
     return str(value)
 
 
@@ -390,8 +333,8 @@ def audit_page(
     models = [name for name in _AUDITED if name in found]
     heads = [_AUDITED[name] for name in models]
     sections = [f"# {title}", f"**{verdict['level'][:1].upper()}{verdict['level'][1:]}.**"]
-    sections.append("\n".join(f"- {_cell(sentence)}" for sentence in verdict["sentences"]))
-    sections += [f"![{_cell(caption)}]({file})" for caption, file in figures.items()]
+    sections.append("\n".join(f"- {one_line(sentence)}" for sentence in verdict["sentences"]))
+    sections += [f"![{one_line(caption)}]({file})" for caption, file in figures.items()]
 
     names = list(dict.fromkeys(name for model in models for name in found[model]))
     gaps = report["gaps"].get("edited", {})
@@ -400,8 +343,8 @@ def audit_page(
         line = [name, *(_figure_text(name, found[model].get(name)) for model in models)]
         lines.append((*line, _figure_text(name, gaps.get(name), signed=True)) if gaps else tuple(line))
     head = ("figure", *heads, "edited − reference") if gaps else ("figure", *heads)
-    text = _markdown_table(head, lines)
-    meanings = [f"- **{name}**: {_cell(meaning)}." for name, meaning in report["definitions"].items()]
+    text = markdown_table(head, lines)
+    meanings = [f"- **{name}**: {one_line(meaning)}." for name, meaning in report["definitions"].items()]
     sections.append(
         f"## Figures\n\n{text}\n\nShares in %, relearn steps in steps (– where the attack did not succeed, or was not "
         "made), TV in 0 … 1. "
@@ -418,7 +361,7 @@ def audit_page(
     ]  # fmt: skip
     head = ("place", "network", "features", "probe, forget", "all", "class mean, forget", "all", "TV")
     sections.append(
-        f"## What can be read inside\n\n{_markdown_table(head, rows)}\n\nRecall in %: of the forgotten classes, and "
+        f"## What can be read inside\n\n{markdown_table(head, rows)}\n\nRecall in %: of the forgotten classes, and "
         f"the mean over all classes of the probe; chance is {report['protocol']['chance of a probe, %']:.1f} %."
     )
 
@@ -437,10 +380,10 @@ def audit_page(
             for name, one in report["membership"].items()
         ]  # fmt: skip
         head = ("network", "MIA check", "MIA", "MIA of evaluation images", "loss forget", "loss retain")
-        told = _markdown_table(head, rows) + "\n\nIn %, ± one standard error; "
+        membership = markdown_table(head, rows) + "\n\nIn %, ± one standard error; "
     else:
-        told = ""
-    sections.append(f"## Membership\n\n{told}{_cell(report['protocol']['membership'])}.")
+        membership = ""
+    sections.append(f"## Membership\n\n{membership}{one_line(report['protocol']['membership'])}.")
 
     rows = [
         (f"softmax: {pair}", f"{sides['forget']:.3f}", f"{sides['retain']:.3f}")
@@ -451,13 +394,13 @@ def audit_page(
         for depth, bound in report["distances"]["features"].items()
     ]
     sections.append(
-        f"## Distances between networks\n\n{_markdown_table(('between', 'forget images', 'retain images'), rows)}\n\n"
+        f"## Distances between networks\n\n{markdown_table(('between', 'forget images', 'retain images'), rows)}\n\n"
         "Softmax: mean total variation between the answers to one image. Features: lower bound on the total variation "
         "between the two networks' features of the forget images."
     )
-    protocol = [(name, _text(value)) for name, value in report["protocol"].items()]
-    protocol.append(("seconds", _text(report["seconds"])))
-    sections.append("## How it was measured\n\n" + _markdown_table(("", ""), protocol))
+    protocol = [(name, told(value)) for name, value in report["protocol"].items()]
+    protocol.append(("seconds", told(report["seconds"])))
+    sections.append("## How it was measured\n\n" + markdown_table(("", ""), protocol))
     if repeat:
         sections.append(f"## Again\n\n```\n{repeat}\n```")
     return "\n\n".join(sections) + "\n"
@@ -487,7 +430,7 @@ def _becomes_section(report: Mapping[str, Any], models: Sequence[str], heads: Se
     shown = [cls for cls in order if any(counts[model][cls] for model in models)][:_MOST_CLASSES]
     rows = [(class_name(cls, report["classes"]), *(str(counts[model][cls]) for model in models)) for cls in shown]
     return (
-        f"## What the forget images become\n\n{_markdown_table(('given class', *heads), rows)}\n\n"
+        f"## What the forget images become\n\n{markdown_table(('given class', *heads), rows)}\n\n"
         f"Of {total} {where} images of the forgotten classes; classes that no network gives are left out."
     )
 
@@ -507,7 +450,7 @@ def _per_class_section(report: Mapping[str, Any], models: Sequence[str], heads: 
         )
         for cls in shown
     ]
-    table = _markdown_table(("class", *heads), rows)
+    table = markdown_table(("class", *heads), rows)
     return f"## Every class\n\n{table}\n\nAccuracy on {where} images, %.{left}"
 
 

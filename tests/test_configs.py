@@ -46,15 +46,14 @@ def fill(overrides: list[str]) -> list[str]:
 def test_every_choice_composes_and_binds(group, choice):
     asked = f"{group}=[{choice}]" if group in ("evaluation", "export") else f"{group}={choice}"
     path = ROOT / group / f"{choice}.yaml"
-    # An experiment is made for one verb, which its header's command names; a method of unlearning for another.
+    # An experiment or a study is made for one verb, which its header's command names; a method or audit for another.
     verb = {"method": "unlearn", "audit": "audit"}.get(group, "prune")
-    if group == "experiment":
+    if group in ("experiment", "study"):
         verb = re.search(r"modhifi (\w+)", config.header(path)[1][0])[1]
-    key, needs = {"unlearn": ("forget_class", ["forget_class=3"]), "audit": ("run", ["run=given"])}.get(
-        verb, ("sparsity", [])
-    )
+    needs = {"unlearn": ["forget_class=3"], "audit": ["run=given"]}.get(verb, [])
     settings = config.compose(verb, [asked, *needs, *required(path, group)])
-    assert (settings[key] is None) == (asked == "target=max_drop")
+    assert settings["output_dir"] == "outputs"
+    assert verb != "prune" or (settings["sparsity"] is None) == (asked == "target=max_drop")
 
 
 @pytest.mark.parametrize("verb", config.verbs())

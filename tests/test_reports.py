@@ -1,12 +1,12 @@
-"""The table before/after/change and the page of a run."""
+"""The table before/after/change, protocols in words, and charts as JSON."""
 
-from pathlib import Path
+import json
 
 import pytest
 
 from modhifi_cli import reports
-from modhifi_cli.exports import ExportReport
-from modhifi_cli.records import Measurement
+from modhifi_cli.errors import DataError
+from modhifi_cli.records import Chart, Measurement, Series
 
 MEASURED = (
     Measurement("dense", "top1", 93.39, "%", {"correct": 9339, "samples": 10000, "data": {"source": "cifar10"}}),
@@ -71,40 +71,22 @@ def test_change_from_zero_is_a_difference_not_a_share():
     assert reports.change(0.0, 0.25, "nats") == "+0.2500"
 
 
-def test_report_holds_every_section_that_has_content():
-    export = ExportReport("onnx", Path("model/model.onnx"), 2048, 3, 1.2e-6, 4.5, 1e-4, "onnxruntime 1.31", 1.0)
-
-    text = reports.markdown_report(
-        title="resnet56_cifar, sparsity 0.4",
-        asked={"sparsity": 0.4, "exclude": [], "resume": None},
-        achieved={"params": 0.4, "flops": 0.3821},
-        measurements=MEASURED,
-        groups=[{"group": "layer1.0", "kept": 10, "fidelity": 0.98765}, {"group": "a|b", "kept": 3, "note": "dead"}],
-        warnings=["The target was\nmissed."],
-        exports=[export],
-        repeat="modhifi prune model=resnet56_cifar",
-    )
-
-    assert text.startswith("# resnet56_cifar, sparsity 0.4\n\n## Warnings\n\n- The target was missed.\n")
-    assert "| exclude | [] |\n| resume | none |" in text
-    assert "| flops | 38.21 % |" in text
-    assert "| top-1 accuracy | 93.39 % | 92.19 % | −1.20 points |" in text
-    assert "| group | kept | fidelity | note |\n| --- | --- | --- | --- |\n| layer1.0 | 10 | 0.9877 |  |" in text
-    assert "| a\\|b | 3 |  | dead |" in text
-    assert "| onnx | model.onnx | 2.05 kB | 1.2e-06 | 4.5 | onnxruntime 1.31 |" in text
-    assert "- dense, top1: correct 9339; samples 10000; data source cifar10" in text
-    assert text.endswith("## Again\n\n```\nmodhifi prune model=resnet56_cifar\n```\n")
-
-
-def test_sections_without_content_are_left_out():
-    assert reports.markdown_report(title="t", asked={}, achieved={}, measurements=[]) == "# t\n"
-
-
 def test_measurements_with_one_protocol_share_its_line():
     protocol = {"batch": 64, "iterations": 5}
     measured = [Measurement("dense", name, 1.0, "ms", protocol) for name in ("latency_ms", "latency_median_ms")]
 
-    text = reports.markdown_report(title="t", asked={}, achieved={}, measurements=measured)
+    assert reports.protocol_lines(measured) == ["dense, latency_ms, latency_median_ms: batch 64; iterations 5"]
 
-    assert text.count("batch 64; iterations 5") == 1
-    assert "- dense, latency_ms, latency_median_ms: batch 64; iterations 5" in text
+
+def test_a_chart_comes_back_from_its_json_and_numbers_that_are_none_stay_out():
+    series = (Series("greedy", (0.1, None), (1.0, 2.0), (0.01, 0.0), panel="layer1"),)
+    chart = Chart("name", "title", "x, %", "y", series, levels={"dense": 0.9})
+    assert reports.chart_from_json(json.loads(json.dumps(reports.chart_to_json(chart)))) == chart
+    odd = Chart("name", "t", "x", "y", (Series("a", (float("nan"),), (1.0,)),))
+    assert reports.chart_to_json(odd)["series"][0]["y"] == [None]
+
+
+@pytest.mark.parametrize("plain", [{}, {"series": 3}, {"series": [{"name": "a", "y": [], "colour": 1}], "name": "b"}])
+def test_a_chart_of_another_version_is_refused(plain):
+    with pytest.raises(DataError, match="a chart's file is damaged or of another version"):
+        reports.chart_from_json(plain)

@@ -49,7 +49,7 @@ def test_a_finished_run_holds_what_the_design_lists(finished):
     names = {path.name for path in finished.iterdir()}
     assert names >= {
         "config.yaml", "environment.json", "run.log", "edits.safetensors", "edits.json", "results.json", "report.md",
-        "model", "verification.safetensors",
+        "report.html", "calibration.png", "model", "verification.safetensors",
     }  # fmt: skip
     assert "edits" not in names
     results = artifacts.read_results(finished)
@@ -200,7 +200,7 @@ def test_a_run_that_fails_after_an_edit_says_where_its_edits_lie(here, monkeypat
     assert prune("sparsity=0.4", f"resume={folder}") == 0
     report = (only_run(here) / "report.md").read_text()
     assert "resume=" not in report, "a finished run cannot be resumed"
-    assert "64 of 1347" in report and "inside the package" in report
+    assert "64 of 1,347" in report and "inside the package" in report
 
 
 def test_verify_reloads_in_a_fresh_process(finished, capsys):

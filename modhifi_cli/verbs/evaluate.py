@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from modhifi_cli import artifacts, config, reports
+from modhifi_cli import artifacts, config
 from modhifi_cli.console import Console
 from modhifi_cli.verbs import pieces
 
@@ -45,10 +45,7 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
         "measurements": artifacts.measurements_to_json(measurements),
     }
     artifacts.write_json(place.path / "results.json", results)
-    text = reports.markdown_report(
-        title=f"{loaded.name}, measured", asked={}, achieved={}, measurements=measurements, repeat=command
-    )
-    artifacts.write_text(place.path / "report.md", text)
+    pieces.write_pages(place.path)
     final = place.finish(edits=False)
     pieces.show_measurements(console, measurements)
     console.note(f"results lie in {final}")

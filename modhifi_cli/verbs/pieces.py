@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli import artifacts, comparison, config, reports
+from modhifi_cli import artifacts, comparison, config, pages, reports, run_pages
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError, NumericsError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Preprocess, TextInput
@@ -165,6 +165,63 @@ def write_figure(folder: Path, stem: str, kinds: Mapping[str, bytes]) -> str | N
     for kind, content in kinds.items():
         artifacts.write_bytes(folder / f"{stem}.{kind}", content)
     return f"{stem}.svg" if "svg" in kinds else None
+
+
+def write_pages(folder: Path) -> None:
+    """Make ``report.md``, ``report.html`` and the figures of a run or study from the other files of its folder.
+
+    Raises:
+        DataError: If a file that the page is made of is missing, damaged or of another version.
+    """
+    material = artifacts.report_material(folder)
+    material["charts"] = [reports.chart_from_json(chart) for chart in material["charts"]]
+    if "settings" in material:
+        try:
+            material["settings"] = config.from_yaml(material["settings"])
+        except ConfigError as error:
+            raise DataError(f"{folder / 'config.yaml'}: damaged, {error}; restore the run folder.") from error
+    drawn = run_pages.figures(material)
+    for stem, kinds in drawn.items():
+        write_figure(folder, stem, kinds)
+    page = run_pages.page(material, drawn)
+    artifacts.write_text(folder / "report.md", pages.markdown(page))
+    artifacts.write_text(folder / "report.html", pages.to_html(page))
+
+
+def sample_shown(
+    folder: Path,
+    settings: Mapping[str, Any],
+    loaded: LoadedModel,
+    dense: nn.Module | None,
+    calibration: ImageSource,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What the page shows of the calibration sample: a sheet of images, and what the dense network makes of them.
+
+    Args:
+        folder: ``calibration.png`` is written into it, for images.
+        settings: Of the run.
+        loaded: The network's description.
+        dense: The dense network, or None where it is not at hand.
+        calibration: The sample.
+        device: Where to run.
+
+    Returns:
+        Entries of results.json: ``calibration_quality`` for images, ``calibration_samples`` for text.
+    """
+    if isinstance(loaded.preprocess, TextInput):
+        windows = next(iter(calibration.batches(3)))[0]
+        if loaded.preprocess.tokenizer is None:
+            return {}
+        return {"calibration_samples": [loaded.preprocess.tokenizer.decode(ids.tolist()) for ids in windows[:3]]}
+    from modhifi_cli.data.sheet import contact_sheet
+    from modhifi_cli.evaluation.sample import sample_quality
+
+    artifacts.write_bytes(folder / "calibration.png", contact_sheet(calibration, loaded.preprocess))
+    if dense is None:
+        return {}
+    found = sample_quality(dense, calibration, device=device, batch_size=settings["runtime"]["batch_size"])
+    return {"calibration_quality": found}
 
 
 def example_inputs(preprocess: Preprocess | TextInput, batch: int) -> Tensor:

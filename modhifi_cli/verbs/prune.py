@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli import artifacts, comparison, config, plots, reports
+from modhifi_cli import artifacts, comparison, config
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress
 from modhifi_cli.verbs import drop, pieces, timing
+
+_GROUP_FACTS = ("dead_outputs", "fidelity", "subset_fidelity", "rows", "seconds")
 
 
 def prune(
@@ -24,12 +26,10 @@ def prune(
     folder: Path | None,
     shared: comparison.Shared | None = None,
 ) -> Path:
-    from modhifi_cli.graph.surgery import weights_hash
+    from modhifi_cli.graph.surgery import describe_widths, weights_hash
 
     command = pieces.command_line("prune", facts["overrides"])
     resumed = settings["resume"]
-    # The page of a run says how to make it again from nothing: a finished run cannot be resumed.
-    repeat = pieces.command_line("prune", [word for word in facts["overrides"] if not word.startswith("resume=")])
     place = artifacts.RunDirectory.reopen(resumed) if resumed else None
     if place is not None:
         pieces.same_settings(place.path, settings)
@@ -40,7 +40,7 @@ def prune(
         # A second copy of a large language model is made only if somebody will look at it.
         kept = settings["measure_dense"] or not pieces.is_decoder(settings)
         dense = pieces.placed(copy.deepcopy(loaded.model), settings, device) if kept else None
-        dense_hash = weights_hash(loaded.model)
+        dense_hash, widths = weights_hash(loaded.model), describe_widths(loaded.model)
     if place is None:
         place = artifacts.RunDirectory.create(folder or pieces.new_folder("prune", loaded.name, settings, facts))
         artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(settings)))
@@ -93,9 +93,10 @@ def prune(
             )
         with pieces.timed(seconds, "latency"):
             summary = times.clocked(summary, dense, model, loaded.preprocess, device, console)
+        sample = pieces.sample_shown(place.path, settings, loaded, dense, calibration, device)
         _write_outcome(
-            place, settings, loaded, summary, edits, predicted, measurements, exported, seconds, repeat, calibration,
-            trials,
+            place, settings, loaded, widths, sample, model, summary, edits, predicted, measurements, exported, seconds,
+            calibration, trials,
         )  # fmt: skip
         final = place.finish()
     except KeyboardInterrupt:
@@ -281,25 +282,28 @@ def _write_outcome(
     place: artifacts.RunDirectory,
     settings: Mapping[str, Any],
     loaded: LoadedModel,
+    widths: Mapping[str, Mapping[str, int]],
+    sample: Mapping[str, Any],
+    model: nn.Module,
     summary: Any,
     edits: Sequence[Edit],
     predicted: Mapping[str, float],
     measurements: Sequence[Measurement],
     exported: Sequence[Any],
     seconds: Mapping[str, float],
-    command: str,
     calibration: ImageSource,
     trials: Sequence[Mapping[str, Any]],
 ) -> None:
+    from modhifi_cli.graph.surgery import describe_widths
+
+    kept = describe_widths(model)
     groups = [
         {"group": edit.name, "pass": edit.iteration, "kept": edit.kept.numel(), "removed": edit.removed.numel()}
-        | {key: edit.facts[key] for key in ("dead_outputs", "fidelity", "rows", "seconds") if key in edit.facts}
+        | {key: edit.facts[key] for key in _GROUP_FACTS if key in edit.facts}
         for edit in edits
         if edit.removed.numel()
     ]
     labelled = {"labels": told for edit in edits[:1] if (told := edit.facts.get("labels"))}
-    achieved, warnings = dict(summary.achieved), list(summary.warnings)
-    target = settings["target"]["name"]
     artifacts.write_json(
         place.path / "results.json",
         {
@@ -307,9 +311,9 @@ def _write_outcome(
             "verb": "prune",
             "model": loaded.name,
             "weights": loaded.weights,
-            "target": target,
+            "target": settings["target"]["name"],
             "sparsity": settings["sparsity"],
-            "achieved": achieved,
+            "achieved": dict(summary.achieved),
             "latency": summary.latency,
             "trials": [dict(trial) for trial in trials],
             "measurements": artifacts.measurements_to_json(measurements),
@@ -317,79 +321,21 @@ def _write_outcome(
             "predicted_error": dict(predicted),
             "exports": [{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
             "calibration": dict(calibration.protocol) | labelled,
-            "warnings": warnings,
+            **sample,
+            "widths": {name: {key: [counts[key], kept[name][key]] for key in counts} for name, counts in widths.items()},
+            "warnings": list(summary.warnings),
             "seconds": dict(seconds),
         },
     )
-    drawn = calibration.protocol
-    asked: dict[str, Any] = {
-        "weights": loaded.weights,
-        "calibration images": f"{len(calibration)} of {drawn.get('available', len(calibration))}, {drawn.get('path')}",
-    }
-    asked |= labelled
-    asked |= {key: settings[key] for key in ("sparsity", "batchnorm", "classifier", "round_to", "exclude")}
-    asked["target"] = target
-    if target == "max_drop":
-        told = ", ".join(f"{key} {settings['target'][key]}" for key in ("value", "of", "trials", "held_out"))
-        asked["target"] = f"max_drop ({told})"
-        del asked["sparsity"]
-    steps = ("scoring", "selection", "compensation", "allocation", "schedule")
-    for name in ("outside",) if settings.get("outside") else steps:
-        node = settings[name]
-        own = ", ".join(f"{key} {value}" for key, value in node.items() if not key.startswith("_"))
-        asked[name] = str(node["_target_"]).rpartition(".")[2] + (f" ({own})" if own else "")
-    if summary.latency is not None:
-        asked |= timing.told(summary.latency)
-    figures = pieces.write_figure(place.path, "groups", _group_figure(loaded.name, edits, predicted))
-    text = reports.markdown_report(
-        title=f"{loaded.name}, {_asked_for(settings)}",
-        asked=asked,
-        achieved=achieved,
-        measurements=measurements,
-        groups=[_group_line(group) for group in groups],
-        figures={"Relative error of each group": figures} if figures else {},
-        warnings=warnings,
-        exports=exported,
-        repeat=command,
-        trials=trials,
-    )
-    artifacts.write_text(place.path / "report.md", text)
+    pieces.write_pages(place.path)
     place.log("finished")
-
-
-def _asked_for(settings: Mapping[str, Any]) -> str:
-    """What the run was to remove, in a few words."""
-    target = settings["target"]
-    if target["name"] == "max_drop":
-        return f"as few {target['of']} as {target['value']:g} points of agreement allow"
-    return f"sparsity {settings['sparsity']:g} of {target['name']}"
-
-
-def _group_figure(model: str, edits: Sequence[Edit], predicted: Mapping[str, float]) -> dict[str, bytes]:
-    """Predicted and measured relative error per group (of its last pass), summed over its consumers like M10's."""
-    measured = {}
-    for edit in edits:
-        fidelity = edit.facts.get("fidelity")
-        if edit.removed.numel() and fidelity:
-            measured[edit.name] = sum(1 - value for value in fidelity.values() if value is not None)
-    return plots.group_errors(
-        [*predicted, *measured], predicted=predicted, measured=measured, title=f"{model}: error of each group"
-    )
-
-
-def _group_line(group: Mapping[str, Any]) -> dict[str, Any]:
-    """One group for the report: the lowest fidelity over its consumers stands for all of them."""
-    line = {key: value for key, value in group.items() if key not in ("fidelity", "rows", "seconds")}
-    if group.get("fidelity"):
-        line["lowest fidelity"] = min(group["fidelity"].values())
-    return line
 
 
 def _show_outcome(console: Console, final: Path, summary: Any, measurements: Sequence[Measurement]) -> None:
     shares = ", ".join(f"{share:.1%} of {name}" for name, share in summary.achieved.items())
     console.note(f"removed {shares}")
     pieces.show_measurements(console, measurements)
-    console.note(f"the new network lies in {final / 'model'}; the report in {final / 'report.md'}")
+    console.note(f"the new network lies in {final / 'model'}; the report in {final / 'report.html'} and report.md")
     console.result(
         {
             "folder": str(final),

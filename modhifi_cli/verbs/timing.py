@@ -123,18 +123,3 @@ class Times:
             latency={**summary.latency, **measured, "dense_ms": table.dense_ms, **kept},
             warnings=warnings,
         )
-
-
-def told(shares: Mapping[str, Any]) -> dict[str, str]:
-    """Lines of the report: the share of time by the table, as predicted before the cut, and as measured."""
-    lines = {
-        "time saved, by the table": f"{shares['table']:.1%}",
-        "time saved, predicted from networks timed before the cut": f"{shares['predicted']:.1%}",
-    }
-    if "measured" in shares:
-        lines["time saved, measured"] = (
-            f"{shares['measured']:.1%} (median of {shares['rounds']} rounds, 80 % of them between {shares['p10']:.1%} "
-            f"and {shares['p90']:.1%}; batch of {shares['batch']}, {shares['device']}, {shares['threads']} threads, "
-            f"{shares['clock']} clock)"
-        )
-    return lines

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli import artifacts, config, reports
+from modhifi_cli import artifacts, config
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress
@@ -24,7 +24,6 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     asked, settings = settings, dict(settings)
     command = pieces.command_line("unlearn", facts["overrides"])
     resumed = settings["resume"]
-    repeat = pieces.command_line("unlearn", [word for word in facts["overrides"] if not word.startswith("resume=")])
     place = artifacts.RunDirectory.reopen(resumed) if resumed else None
     if place is not None:
         pieces.same_settings(place.path, asked)
@@ -66,19 +65,9 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
             beside = {"dense": dense} if settings["measure_dense"] else {}
             models = {**beside, "unlearned": model}
             measurements = pieces.measure(settings, models, calibration, evaluation, loaded.preprocess, device, console)
+        sample = pieces.sample_shown(place.path, settings, loaded, dense, calibration, device)
         _write_outcome(
-            place,
-            settings,
-            loaded,
-            labels,
-            forget,
-            summary,
-            edits,
-            measurements,
-            exported,
-            seconds,
-            repeat,
-            calibration,
+            place, settings, loaded, labels, forget, sample, summary, edits, measurements, exported, seconds, calibration
         )
         final = place.finish()
     except KeyboardInterrupt:
@@ -186,12 +175,12 @@ def _write_outcome(
     loaded: LoadedModel,
     labels: Any,
     forget: Sequence[int],
+    sample: Mapping[str, Any],
     summary: Any,
     edits: Sequence[Edit],
     measurements: Sequence[Measurement],
     exported: Sequence[Any],
     seconds: Mapping[str, float],
-    command: str,
     calibration: ImageSource,
 ) -> None:
     from modhifi_cli.tasks.unlearn import trials_as_rows
@@ -218,51 +207,14 @@ def _write_outcome(
             "trials": trials,
             "measurements": artifacts.measurements_to_json(measurements),
             "exports": [{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
-            "calibration": dict(calibration.protocol),
+            "calibration": dict(calibration.protocol) | {"labels": labels.account},
+            **sample,
             "warnings": warnings,
             "seconds": dict(seconds),
         },
     )
-    own = ", ".join(f"{key} {value}" for key, value in settings["method"].items() if not key.startswith("_"))
-    asked: dict[str, Any] = {
-        "forget_class": ", ".join(_class_name(cls, loaded.classes) for cls in forget),
-        "weights": loaded.weights,
-        "calibration": labels.account,
-        "method": f"{method} ({own})",
-        summary.strength_name: summary.strength,
-        "layers": settings["layers"],
-        "fine-tuning": _finetuned(summary) if summary.finetuned else "none",
-    }
-    text = reports.markdown_report(
-        title=f"{loaded.name}, {asked['forget_class']} unlearned",
-        asked=asked,
-        achieved={},
-        measurements=[_without_classes(measurement) for measurement in measurements],
-        tables={
-            "Accuracy of every class, %": _per_class(measurements, loaded.classes),
-            "Layers": layers,
-            "Tried on calibration images": trials,
-        },
-        warnings=warnings,
-        exports=exported,
-        repeat=command,
-    )
-    artifacts.write_text(place.path / "report.md", text)
+    pieces.write_pages(place.path)
     place.log("finished")
-
-
-def _per_class(measurements: Sequence[Measurement], classes: Sequence[str] | None) -> list[dict[str, Any]]:
-    columns = {m.model: m.protocol["per_class"] for m in measurements if "per_class" in m.protocol}
-    numbers = sorted({cls for column in columns.values() for cls in column})
-    return [
-        {"class": _class_name(cls, classes)} | {model: column.get(cls) for model, column in columns.items()}
-        for cls in numbers
-    ]
-
-
-def _without_classes(measurement: Measurement) -> Measurement:
-    protocol = {key: value for key, value in measurement.protocol.items() if key != "per_class"}
-    return dataclasses.replace(measurement, protocol=protocol)
 
 
 def _show_outcome(
@@ -275,7 +227,7 @@ def _show_outcome(
 ) -> None:
     console.note(f"{summary.strength_name} {summary.strength:g} on {len(summary.layers)} layers")
     pieces.show_measurements(console, measurements)
-    console.note(f"the new network lies in {final / 'model'}; the report in {final / 'report.md'}")
+    console.note(f"the new network lies in {final / 'model'}; the report in {final / 'report.html'} and report.md")
     console.result(
         {
             "folder": str(final),

@@ -1,0 +1,228 @@
+"""`modhifi study`: one of the paper's experiments, cell by cell, with what is finished kept on disk."""
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modhifi_cli import artifacts, config, reports
+from modhifi_cli.console import Console
+from modhifi_cli.errors import ConfigError
+from modhifi_cli.records import ImageSource, LoadedModel, Progress
+from modhifi_cli.verbs import pieces
+
+_CELLS_VERSION = 1  # to be raised when cells are computed in another way: older ones are then computed anew
+_NOT_IN_FOLDER = ("study=", "layers=", "seeds=", "minutes=", "study.", "console", "output_dir=", "hydra")
+
+
+def study(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
+    name = str(settings["study"]["_target_"]).rpartition(".")[2].lower()
+    command = pieces.command_line("study", config.spelled("study", facts["overrides"], for_people=True))
+    device = pieces.device_of(settings)
+    loaded, calibration, evaluation = pieces.sources(settings)
+    subject, identity = _subject(settings, loaded, calibration, evaluation, device)
+    asked = config.build(settings["study"])
+    own = config.slug(word for word in facts["overrides"] if not word.startswith(_NOT_IN_FOLDER))
+    place = folder or Path(settings["output_dir"]) / "study" / name / own
+    cells = list(asked.cells(subject))
+    artifacts.make_folder(place / "cells")
+    console.note(f"{name} of {loaded.name}: {len(cells)} cells, {len(calibration)} calibration images; in {place}")
+    started = time.monotonic()
+    rows, missing, seconds = [], 0, {}
+    for number, cell in enumerate(cells):
+        told = ", ".join(str(value) for value in cell.values())
+        console.progress(Progress("cells", told, number, len(cells)))
+        path = place / "cells" / f"{_digest({'cell': cell, **identity})}.json"
+        kept = _kept(path)
+        if kept is None:
+            if settings["minutes"] is not None and time.monotonic() - started > 60 * settings["minutes"]:
+                missing += 1
+                continue
+            begun = time.perf_counter()
+            kept = {"cell": cell, "rows": _computed(asked.compute(subject, cell), console)}
+            kept["seconds"] = round(time.perf_counter() - begun, 3)
+            artifacts.write_json(path, kept)
+            kept = _kept(path)  # as a later command will read it
+        rows += kept["rows"]
+        seconds[told] = kept["seconds"]
+    console.progress(Progress("cells", "done", len(cells), len(cells)))
+    if not rows:
+        raise ConfigError(f"minutes={settings['minutes']}: no cell was finished in that time; give more minutes.")
+    _write(
+        place, settings, name, loaded, calibration, evaluation, asked, subject, rows, cells, missing, seconds, command
+    )
+    _show(console, place, name, loaded, asked.conclude(rows), missing, len(cells))
+    return place
+
+
+def _subject(
+    settings: Mapping[str, Any],
+    loaded: LoadedModel,
+    calibration: ImageSource,
+    evaluation: ImageSource | None,
+    device: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """What the study looks at, and what makes a cell of it the same cell."""
+    import torch
+
+    from modhifi_cli.graph.surgery import weights_hash
+    from modhifi_cli.models import build_architecture
+    from modhifi_cli.tasks.studies.subject import Subject
+
+    example, _ = next(iter(calibration.batches(2)))
+    example = example if len(example) > 1 else torch.cat([example, example.flip(-1)])
+
+    def untrained() -> Any:
+        torch.manual_seed(settings["seeds"][0])
+        return build_architecture(loaded.architecture)
+
+    def draw(source: str, seed: int) -> ImageSource:
+        own = copy.deepcopy(dict(settings))
+        own["data"] = _source_node(settings, source) | {"seed": seed}
+        found = pieces.image_source(own, "data", loaded.preprocess, labelled=False)
+        assert found is not None
+        return found
+
+    steps = {
+        key: config.build(settings[key]) for key in ("scoring", "selection", "compensation", "allocation", "statistics")
+    }
+    subject = Subject(
+        model=loaded.model.to(device=device, dtype=pieces.dtype_of(settings)),
+        calibration=calibration,
+        evaluation=evaluation,
+        example=example,
+        untrained=untrained,
+        draw=draw,
+        sources=tuple(settings["study"].get("sources", ())),
+        asked=settings["layers"] if isinstance(settings["layers"], str) else tuple(settings["layers"]),
+        seeds=tuple(settings["seeds"]),
+        steps=steps | {"target": settings["target"]["name"]},
+        batch_size=settings["runtime"]["batch_size"],
+        device=device,
+    )
+    same = ("study", "scoring", "selection", "compensation", "allocation", "target", "statistics")
+    identity = {
+        "version": _CELLS_VERSION,
+        "weights": weights_hash(loaded.model),
+        "architecture": dict(loaded.architecture),
+        "data": settings["data"],
+        "calibration": calibration.protocol.get("sha256"),
+        "evaluation": None if evaluation is None else evaluation.protocol.get("sha256"),
+        "dtype": settings["runtime"]["dtype"],
+        **{key: settings[key] for key in same},
+    }
+    return subject, identity
+
+
+def _source_node(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings of a data source: the calibration data, or a file or folder of its kind at another place."""
+    node = dict(settings["data"])
+    if not source:
+        return node
+    kind = "folder" if Path(source).is_dir() and not list(Path(source).glob("*.np*")) else "arrays"
+    return {
+        "_target_": f"modhifi_cli.data.{kind}.load",
+        "_partial_": True,
+        "path": source,
+        "num_samples": node.get("num_samples"),
+    }
+
+
+def _computed(steps: Any, console: Console) -> list[dict[str, Any]]:
+    """Run one cell, passing its progress on."""
+    while True:
+        try:
+            console.progress(next(steps))
+        except StopIteration as done:
+            return done.value
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """A finished cell, or None: a file that cannot be read as one is as good as none."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found["rows"], list) and "seconds" in found else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(
+    place: Path,
+    settings: Mapping[str, Any],
+    name: str,
+    loaded: LoadedModel,
+    calibration: ImageSource,
+    evaluation: ImageSource | None,
+    asked: Any,
+    subject: Any,
+    rows: Sequence[Mapping[str, Any]],
+    cells: Sequence[Mapping[str, Any]],
+    missing: int,
+    seconds: Mapping[str, float],
+    command: str,
+) -> None:
+    outcome = asked.conclude(rows)
+    artifacts.write_text(place / "config.yaml", config.to_yaml(pieces.portable(settings)))
+    artifacts.write_json(place / "environment.json", artifacts.environment(command, str(subject.device)))
+    artifacts.write_text(place / "rows.csv", reports.csv_text(rows))
+    for chart in outcome.charts:
+        artifacts.write_json(place / f"{chart.name}.json", reports.chart_to_json(chart))
+    warnings = []
+    if missing:
+        warnings.append(
+            f"{missing} of {len(cells)} cells are not finished (minutes={settings['minutes']:g}); the same command "
+            "goes on with them."
+        )
+    artifacts.write_json(
+        place / "results.json",
+        {
+            "format_version": artifacts.FORMAT_VERSION,
+            "verb": "study",
+            "study": name,
+            "model": loaded.name,
+            "weights": loaded.weights,
+            "settings": {key: value for key, value in settings["study"].items() if not key.startswith("_")},
+            "seeds": settings["seeds"],
+            "findings": [vars(finding) for finding in outcome.findings],
+            "summary": list(outcome.summary),
+            "notes": list(outcome.notes),
+            "charts": [chart.name for chart in outcome.charts],
+            "rows": len(rows),
+            "cells": len(cells),
+            "missing_cells": missing,
+            "calibration": dict(calibration.protocol),
+            "evaluation": None if evaluation is None else dict(evaluation.protocol),
+            "warnings": warnings,
+            "seconds": dict(seconds),
+        },
+    )
+    pieces.write_pages(place)
+
+
+def _show(
+    console: Console, place: Path, name: str, loaded: LoadedModel, outcome: Any, missing: int, cells: int
+) -> None:
+    if outcome.summary:
+        console.table(f"{name} of {loaded.name}", list(outcome.summary))
+    for finding in outcome.findings:
+        verdict = {True: "holds here", False: "does not hold here", None: "cannot be said here"}[finding.holds]
+        console.note(f"claim: {finding.claim} → {verdict}: {finding.found}")
+    if missing:
+        console.warning(f"{missing} of {cells} cells are not finished; the same command goes on with them")
+    console.note(f"the page is {place / 'report.html'}; all rows are in rows.csv")
+    console.result(
+        {
+            "folder": str(place),
+            "findings": [vars(finding) for finding in outcome.findings],
+            "summary": list(outcome.summary),
+        }
+    )
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
