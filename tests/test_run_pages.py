@@ -129,15 +129,40 @@ def test_a_run_that_says_little_still_has_a_page():
 
 def test_an_unlearning_run_gets_the_parts_that_fit():
     results = {
-        "verb": "unlearn", "model": "resnet20_cifar", "weights": "FILE", "forget_class": 3,
+        "verb": "unlearn", "model": "resnet20_cifar", "weights": "FILE", "forget": [1], "classes": ["dog", "cat"],
+        "strength": {"beta": 0.3}, "finetuned_epochs": 0, "trials": [{"beta": 0.3, "forget": "1.0 %"}],
         "measurements": [measured("dense", "forget_accuracy", 90.0, "%"),
-                         measured("unlearned", "forget_accuracy", 0.5, "%"), {"model": "odd"}],
+                         measured("unlearned", "forget_accuracy", 0.5, "%", per_class={"0": 91.0, "1": 0.5}),
+                         {"model": "odd"}],
         "layers": [{"layer": "layer3.2.conv2", "edited": 40}], "calibration_samples": ["a story"],
     }  # fmt: skip
     text = pages.markdown(made(results))
-    assert text.startswith("# resnet20_cifar: class 3 unlearned\n")
+    assert text.startswith("# resnet20_cifar: class 1 (cat) unlearned\n")
+    assert "| forget class | 1 (cat) |" in text and "| beta | 0.3 |" in text and "| fine-tuning | none |" in text
+    assert "| 1 (cat), forgotten | 0.50 % |" in text and "per_class" not in text
+    assert "## Trials\n\n| beta | forget |\n| --- | --- |\n| 0.3 | 1.0 % |" in text
     assert "| layer3.2.conv2 | 40 |" in text and "- a story" in text and "90.00 %" in text
     assert "Widths" not in text and "Error of each group" not in text
+
+
+def test_a_run_to_a_share_of_time_says_what_was_predicted_and_what_the_clock_said():
+    latency = {"table": 0.41, "predicted": 0.4, "measured": 0.35, "p10": 0.3, "p90": 0.4, "rounds": 15, "batch": 64}
+    results = {**RESULTS, "target": "latency", "achieved": {"latency": 0.35}, "latency": latency}
+    text = pages.markdown(made(results))
+    assert text.startswith("# resnet56_cifar: 40 % of time removed\n")
+    assert "| time saved, predicted from networks timed before the cut | 40.0% |" in text
+    assert "| time saved, measured | 35.0%, median of 15 rounds, 80 % of them 30.0% … 40.0%; batch 64 |" in text
+
+
+def test_a_search_within_a_bound_names_the_bound_and_lists_its_trials():
+    trials = [{"asked, flops": "30.0%", "measured drop, points": "1.50", "verdict": "broke the bound"}]
+    settings = {"target": {"name": "max_drop", "value": 1.0, "of": "flops", "table": None}}
+    text = pages.markdown(
+        made({**RESULTS, "target": "max_drop", "sparsity": None, "trials": trials}, settings=settings)
+    )
+    assert text.startswith("# resnet56_cifar: as few flops as 1 points of agreement allow\n")
+    assert "| target | max_drop (value 1, of flops) |" in text and "asked:" not in text
+    assert "| 30.0% | 1.50 | broke the bound |" in text
 
 
 def test_the_page_of_a_study_has_claims_figures_and_numbers():

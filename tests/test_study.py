@@ -108,7 +108,7 @@ def test_a_study_that_ran_out_of_time_says_so_and_goes_on(here, capsys):
             "layers: the network has no module 'layer1.0.conv9'; did you mean 'layer1.0.conv",
         ),
         (["layers=[layer1.0.bn1]"], "layers: 'layer1.0.bn1' holds no convolution or linear layer"),
-        (["layers=linear"], "layers must be a list of layers"),
+        (["layers=[]"], "layers must be auto, 'last N', or a list of layers"),
         (["minutes=0"], "minutes must be a number of minutes above 0"),
         (["seeds=[]"], "seeds must be a list of whole numbers from 0"),
         (["data.num_samples=8"], "existence: fidelity needs at least 32 images, got 8"),

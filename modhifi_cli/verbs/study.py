@@ -33,7 +33,7 @@ def study(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     started = time.monotonic()
     rows, missing, seconds = [], 0, {}
     for number, cell in enumerate(cells):
-        told = ", ".join(str(value) for value in cell.values())
+        told = ", ".join(str(value) for key, value in cell.items() if key != "layers" and value != "")
         console.progress(Progress("cells", told, number, len(cells)))
         path = place / "cells" / f"{_digest({'cell': cell, **identity})}.json"
         kept = _kept(path)
@@ -76,6 +76,8 @@ def _subject(
     example = example if len(example) > 1 else torch.cat([example, example.flip(-1)])
 
     def untrained() -> Any:
+        if pieces.is_decoder(settings):
+            return config.build({**settings["model"], "weights": "random", "seed": settings["seeds"][0]}).model
         torch.manual_seed(settings["seeds"][0])
         return build_architecture(loaded.architecture)
 
@@ -90,7 +92,7 @@ def _subject(
         key: config.build(settings[key]) for key in ("scoring", "selection", "compensation", "allocation", "statistics")
     }
     subject = Subject(
-        model=loaded.model.to(device=device, dtype=pieces.dtype_of(settings)),
+        model=_placed(loaded.model, settings, device),
         calibration=calibration,
         evaluation=evaluation,
         example=example,
@@ -115,6 +117,11 @@ def _subject(
         **{key: settings[key] for key in same},
     }
     return subject, identity
+
+
+def _placed(model: Any, settings: Mapping[str, Any], device: Any) -> Any:
+    """The network on the device, in the precision of the run; a language model keeps its own."""
+    return model.to(device) if pieces.is_decoder(settings) else model.to(device=device, dtype=pieces.dtype_of(settings))
 
 
 def _source_node(settings: Mapping[str, Any], source: str) -> dict[str, Any]:

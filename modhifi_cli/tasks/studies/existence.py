@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from modhifi_cli.errors import ConfigError, DataError
-from modhifi_cli.numerics.contributions import SimilarityBlocks
+from modhifi_cli.numerics.contributions import SimilarityBlocks, contribution_moments
 from modhifi_cli.numerics.elimination import elimination
 from modhifi_cli.numerics.fidelity import singleton_fidelity
-from modhifi_cli.numerics.contributions import contribution_moments
 from modhifi_cli.numerics.subsets import leading_fidelity, leading_joint_fidelity, random_orders
 from modhifi_cli.records import Chart, Consumer, Finding, Progress, Series
 from modhifi_cli.tasks.studies import Cell, Outcome, Row, Subject
@@ -24,7 +23,9 @@ _ORDERS_AT_ONCE = 64
 _FEWEST_IMAGES = 32
 _CLAIM = "Fewer than 20 % of the components reach a fidelity of 0.8 in at least half of the layers."
 _NAIVE = "The naive top-k by singleton fidelity comes close to the best subset."
-_UNTRAINED = "It is training that concentrates fidelity: an untrained network has no such components."
+_UNTRAINED = (
+    "It is training that concentrates fidelity: an untrained network needs clearly more components (here: a quarter)."
+)
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def _findings(summary: Sequence[Row], subsets: int) -> list[Finding]:
             Finding(
                 _UNTRAINED,
                 f"Median share needed for 0.8 (greedy): trained {median['greedy']:.0%}, untrained {theirs:.0%}.",
-                median["greedy"] < theirs,
+                median["greedy"] < 0.8 * theirs,
             )
         )
     return found

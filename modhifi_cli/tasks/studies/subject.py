@@ -6,7 +6,7 @@ Statistics are gathered with one walk over the images; the network is left as fo
 
 import copy
 import functools
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, nearest
 from modhifi_cli.evaluation import agreement, top1
 from modhifi_cli.evaluation.forward import RememberedLogits
+from modhifi_cli.graph.answers import respond
 from modhifi_cli.graph.segments import inputs_seen
 from modhifi_cli.graph.trace import Trace, trace
 from modhifi_cli.numerics.scoring import Singleton
@@ -33,9 +34,9 @@ class Subject:
 
     Attributes:
         model: The trained network in evaluation mode, on `device`.
-        calibration: Unlabelled images.
-        evaluation: Held-out images, labelled, or None.
-        example: Two inputs, ``[2, channels, height, width]``.
+        calibration: Unlabelled images, or windows of text.
+        evaluation: Held-out images, labelled, or held-out text; or None.
+        example: Two inputs, ``[2, channels, height, width]``, or token ids ``[2, length]``.
         untrained: Makes the same network with fresh weights.
         draw: (name of a data source, seed) → its images in the order of that draw; "" is the calibration data.
         sources: Names of further data sources.
@@ -58,6 +59,12 @@ class Subject:
     steps: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     device: torch.device = torch.device("cpu")
+    _found: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the network is a language model."""
+        return not self.example.is_floating_point()
 
     @functools.cached_property
     def trace(self) -> Trace:
@@ -71,7 +78,8 @@ class Subject:
         Raises:
             UnsupportedModelError: If there is none.
         """
-        found = tuple(name for name in self.trace.visits if _readable(self.model.get_submodule(name)))
+        order = _run_once(self.model, self.example.to(self.device)) if self.reads_text else tuple(self.trace.visits)
+        found = tuple(name for name in order if _readable(self.model.get_submodule(name)))
         if not found:
             raise UnsupportedModelError(
                 f"the network {type(self.model).__name__} has no convolution or linear layer with at least "
@@ -94,10 +102,15 @@ class Subject:
         if self.asked != "auto":
             names = (self.asked,) if isinstance(self.asked, str) else self.asked
             return _chosen(names, self.eligible, dict(self.model.named_modules()))
-        if most is None or len(self.eligible) <= most:
-            return self.eligible
-        places = [round(number * (len(self.eligible) - 1) / (most - 1)) for number in range(most)]
-        return tuple(self.eligible[place] for place in places)
+        known = self.eligible
+        if self.reads_text:
+            # As in the paper: what reads the MLPs' hidden neurons, which are more than the residual stream is wide.
+            stream = self.model.config.hidden_size
+            known = tuple(name for name in known if self.model.get_submodule(name).in_features > stream) or known
+        if most is None or len(known) <= most:
+            return known
+        places = [round(number * (len(known) - 1) / (most - 1)) for number in range(most)]
+        return tuple(known[place] for place in places)
 
     def consumers(
         self,
@@ -134,7 +147,7 @@ class Subject:
         }
         for batch, done in _first_batches(source, wanted, self.batch_size):
             with torch.no_grad(), inputs_seen(model, {name: found.update for name, found in moments.items()}):
-                model(batch.to(self.device))
+                respond(model, batch.to(self.device))
             yield Progress("images", item, done, wanted)
         return {name: self._consumer(name, model, found) for name, found in moments.items()}
 
@@ -148,8 +161,32 @@ class Subject:
             )
         return sum(votes.sum(0) for votes in scoring([consumer], ()).votes)
 
+    def scores_of(
+        self, names: Sequence[str], *, source: ImageSource | None = None, images: int | None = None, item: str = ""
+    ) -> Generator[Progress, None, dict[str, Tensor]]:
+        """`scores` of the layers from one walk. Those of the calibration images are remembered."""
+
+        def scored() -> Generator[Progress, None, dict[str, Tensor]]:
+            consumers = yield from self.consumers(names, source=source, images=images, item=item)
+            return {name: self.scores(consumer).cpu() for name, consumer in consumers.items()}
+
+        return (yield from (scored() if source is not None else self.remembered((tuple(names), images), scored)))
+
+    def remembered(
+        self, key: Hashable, make: Callable[[], Generator[Progress, None, Any]]
+    ) -> Generator[Progress, None, Any]:
+        """What `make` finds about the intact network, found once however many cells ask."""
+        if key not in self._found:
+            self._found[key] = yield from make()
+        return self._found[key]
+
     def quality(self, model: nn.Module, *, item: str = "") -> Generator[Progress, None, float]:
-        """Accuracy on the labelled images in percent; without labels, agreement with the dense network's answers."""
+        """Accuracy on the labelled images in percent; without labels, agreement with the dense network's answers.
+
+        For a language model the share of next tokens, in percent, that it predicts as the dense network does.
+        """
+        if self.reads_text:
+            return (yield from self._token_agreement(model, item))
         steps: list[Progress] = []
         common = {
             "evaluation_data": self.evaluation,
@@ -170,15 +207,36 @@ class Subject:
     @property
     def quality_label(self) -> str:
         """What `quality` is called, with its unit."""
+        if self.reads_text:
+            return "next tokens predicted as by the dense network, %"
         return "top-1 accuracy, %" if self.evaluation is not None else "agreement with the dense network, % of images"
 
     @functools.cached_property
     def _answers(self) -> nn.Module:
         return RememberedLogits(copy.deepcopy(self.model))
 
+    def _token_agreement(self, model: nn.Module, item: str) -> Generator[Progress, None, float]:
+        source = self.evaluation or self.calibration
+        remembered = self._found.setdefault("tokens", [])
+        dense = None if remembered else self._answers.model
+        same = total = done = 0
+        for number, (tokens, _) in enumerate(
+            source.batches(max(1, min(self.batch_size, 2048 // self.example.shape[1])))
+        ):
+            tokens = tokens.to(self.device)
+            with torch.no_grad():
+                if dense is not None:
+                    remembered.append(respond(dense, tokens).argmax(-1).cpu())
+                answers = respond(model, tokens).argmax(-1).cpu()
+            same += int((answers == remembered[number]).sum())
+            total += answers.numel()
+            done += len(tokens)
+            yield Progress("windows", item, done, len(source))
+        return 100 * same / total
+
     def _consumer(self, name: str, model: nn.Module, moments: LayerMoments) -> Consumer:
         module = model.get_submodule(name)
-        norm = self.trace.norm_of.get(name)
+        norm = None if self.reads_text else self.trace.norm_of.get(name)
         behind = norm is not None and model.get_submodule(norm).running_mean is not None
         return Consumer(
             name=name,
@@ -195,6 +253,17 @@ def components_of(module: nn.Module) -> int:
     return module.in_features if isinstance(module, nn.Linear) else module.in_channels
 
 
+def zero_components_(module: nn.Module, components: Tensor) -> None:
+    """Set everything that a layer makes of some of its components to zero.
+
+    Args:
+        module: `nn.Linear` or `nn.Conv2d` without groups; its weight is changed in place.
+        components: Indices of input channels or features, int64.
+    """
+    with torch.no_grad():
+        module.weight[:, components.to(module.weight.device)] = 0
+
+
 @contextmanager
 def weights_kept(model: nn.Module) -> Iterator[None]:
     """Within it parameters and buffers may be overwritten in place; afterwards they are as before."""
@@ -203,6 +272,28 @@ def weights_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.load_state_dict(before)
+
+
+def not_for(study: str, reason: str, others: Sequence[str]) -> UnsupportedModelError:
+    """The error of a study that does not apply to a network, with those that do."""
+    return UnsupportedModelError(f"{study}: {reason}; studies that apply: {', '.join(others)} (name=…).")
+
+
+def _run_once(model: nn.Module, example: Tensor) -> tuple[str, ...]:
+    """Linear layers that run exactly once in a forward, in their order."""
+    seen: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _, __, name=name: seen.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            respond(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(name for name in seen if seen.count(name) == 1)
 
 
 def _readable(module: nn.Module) -> bool:
