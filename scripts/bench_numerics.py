@@ -1,9 +1,10 @@
 """Cost of the numerics, each as a multiple of a plain forward in the same run: moments, scores, compensation.
 
-    python scripts/bench_numerics.py [threads]
+    python scripts/bench_numerics.py [threads] [subsets]
 
 Prints for 3 × 3 convolutions the second moment from shared taps against unfolding (X Xᵀ of the unfolded rows) and
-against one plain forward, then the seconds that scores and compensation take on wide layers.
+against one plain forward, then the seconds that scores and compensation take on wide layers, and what the subsets
+of the existence study cost (with ``subsets`` these alone).
 """
 
 import sys
@@ -16,10 +17,11 @@ from torch.nn import functional
 
 from modhifi_cli.numerics.batchnorm import BatchNormMoments
 from modhifi_cli.numerics.compensation import Joint, PerKernel
-from modhifi_cli.numerics.contributions import contribution_moments
+from modhifi_cli.numerics.contributions import SimilarityBlocks, contribution_moments
 from modhifi_cli.numerics.elimination import elimination
-from modhifi_cli.numerics.fidelity import layer_fidelity
+from modhifi_cli.numerics.fidelity import layer_fidelity, subset_fidelity
 from modhifi_cli.numerics.moments import ConvMoments
+from modhifi_cli.numerics.subsets import leading_fidelity, leading_joint_fidelity, random_orders
 from modhifi_cli.records import Consumer, Statistics
 
 # channels, pixels a side, images: the stages of a CIFAR ResNet, then those of a ResNet-50, then pruned widths.
@@ -111,10 +113,42 @@ def bench_solvers() -> None:
             )
 
 
+def bench_subsets() -> None:
+    """The existence study: fidelity of 1,000 random subsets of every size, against one solve a subset and size."""
+    for components, taps, outputs, looked_at in [(512, 1, 512, 512), (512, 9, 64, 4)]:
+        features = components * taps
+        rows = torch.relu(torch.randn(features + 500, 64) @ torch.randn(64, features) / 8 + torch.randn(features))
+        moment = (rows.T @ rows).double() / len(rows)
+        weight = torch.randn(outputs, features, dtype=torch.float64) / features**0.5
+        statistics = Statistics(len(rows), rows.double().mean(0), moment)
+        consumer = Consumer("layer", weight, statistics, components, components, centred=True)
+        orders = random_orders(components, 1000, generator=torch.Generator().manual_seed(0))
+        start = time.process_time()
+        if taps == 1:
+            leading_joint_fidelity(consumer, orders)
+        else:
+            leading_fidelity(SimilarityBlocks(consumer).of(torch.arange(looked_at)), orders)
+        whole = (time.process_time() - start) * outputs / looked_at
+        gram = SimilarityBlocks(consumer).of(torch.arange(1))
+        sizes = range(16, components, 32)
+        start = time.process_time()
+        for size in sizes:
+            subset_fidelity(gram, orders[0, :size].sort().values)
+        single = (time.process_time() - start) / len(sizes) * components * len(orders)
+        single *= 1 if taps == 1 else outputs
+        print(
+            f"{components} components × {taps} taps, {outputs} outputs, 1,000 subsets of every size: {whole:.0f} s of "
+            f"one core (from {looked_at} outputs); a solve a subset {single:.0f} s, {single / whole:.0f}×"
+        )
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
+    arguments = [word for word in sys.argv[1:] if word != "subsets"]
+    torch.set_num_threads(int(arguments[0]) if arguments else torch.get_num_threads())
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    bench_moments()
-    bench_other_moments()
-    bench_solvers()
+    if "subsets" not in sys.argv:
+        bench_moments()
+        bench_other_moments()
+        bench_solvers()
+    bench_subsets()

@@ -1,9 +1,9 @@
 """Worst-case gains from the weights: how much a change of one module's output can change the network's answer at most.
 
-The network's data flow is read from the autograd graph of one tiny forward. Every step has a Lipschitz constant (
-spectral norm of a convolution on maps of the size it meets, max |γ|/σ of a BatchNorm, 1 of a ReLU, …); a path multiplies
-them, paths that meet are added. A step without a constant from the weights (a product of two activations, a softmax of
-products) makes the gain infinite, and is named. `numerics` never see any of this.
+The network's data flow is read from the autograd graph of one tiny forward. Every step has a Lipschitz
+constant (spectral norm of a convolution on maps of the size it meets, max |γ|/σ of a BatchNorm, 1 of a ReLU, …); a path
+multiplies them, paths that meet are added. A step without a constant from the weights (a product of two activations, a
+softmax of products) makes the gain infinite, and is named.
 """
 
 import math
@@ -21,8 +21,8 @@ _SETTLED = 1e-7  # relative change of a spectral norm from one step of the power
 
 # Steps of the autograd graph that cannot lengthen a difference.
 _SHORT = (
-    "Relu", "Hardtanh", "Threshold", "View", "Reshape", "Unsafe", "Transpose", "TBackward", "Permute", "Slice", "Select",
-    "ConstantPad", "Clone", "Copy", "ToCopy", "Alias", "Squeeze", "Unsqueeze", "Dropout", "Split",
+    "Relu", "Hardtanh", "Threshold", "View", "Reshape", "Unsafe", "Transpose", "TBackward", "Permute", "Slice",
+    "Select", "ConstantPad", "Clone", "Copy", "ToCopy", "Alias", "Squeeze", "Unsqueeze", "Dropout", "Split",
     "Unbind", "Narrow", "Flatten", "Mean", "AvgPool", "AdaptiveAvgPool", "Sigmoid", "Tanh", "Clamp", "LeakyRelu",
     "Neg", "Detach", "Contiguous",
 )  # fmt: skip

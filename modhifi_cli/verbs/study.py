@@ -134,7 +134,7 @@ def _source_node(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
         "_target_": f"modhifi_cli.data.{kind}.load",
         "_partial_": True,
         "path": source,
-        "num_samples": node.get("num_samples"),
+        "num_samples": "auto",
     }
 
 

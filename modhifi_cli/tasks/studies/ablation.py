@@ -152,7 +152,7 @@ class Ablation:
 
 
 def _crossing(points: Sequence[tuple[float, float, float]], level: float) -> float:
-    """Where the line through the points first falls below a level, in their horizontal unit; the last point if nowhere."""
+    """Where the line through the points first falls below a level, in their unit; the last point if nowhere."""
     for (x0, y0, _), (x1, y1, _) in zip(points, points[1:], strict=False):
         if y1 < level <= y0:
             return x0 + (x1 - x0) * (y0 - level) / (y0 - y1)

@@ -180,9 +180,9 @@ def _enough_rows(consumer: Consumer) -> None:
     features, rows = consumer.weight.shape[1], consumer.statistics.rows
     if rows <= features:
         raise DataError(
-            f"{consumer.name}: fidelity needs more rows than its {features} features, got {rows}; any subset would seem "
-            f"to rebuild the output. Raise data.num_samples about {-(-2 * features // max(rows, 1))}-fold, or leave the "
-            "layer out of layers=[…]."
+            f"{consumer.name}: fidelity needs more rows than its {features} features, got {rows}; any subset would "
+            f"seem to rebuild the output. Raise data.num_samples about {-(-2 * features // max(rows, 1))}-fold, "
+            "or leave the layer out of layers=[…]."
         )
 
 

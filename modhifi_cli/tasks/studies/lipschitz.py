@@ -106,9 +106,9 @@ class Lipschitz:
         ]
         summary += [{key: value for key, value in row.items() if key != "of"} for row in norms]
         notes = [
-            f"{100 * self.share:g} % of one layer's components (the lowest scores) are removed without repair. The ratio "
-            "is E‖change of the logits‖² over E‖change of the layer's output‖², summed over outputs and positions; per "
-            "row the local error is the mean over positions instead of their sum."
+            f"{100 * self.share:g} % of one layer's components (the lowest scores) are removed without repair. The "
+            "ratio is E‖change of the logits‖² over E‖change of the layer's output‖², summed over outputs and "
+            "positions; per row the local error is the mean over positions instead of their sum."
         ]
         if unbounded:
             notes.append(f"No worst case follows from the weights, because of steps without a constant: {unbounded}.")
@@ -131,7 +131,7 @@ def _centred(module: nn.Module) -> bool:
 
 
 def entering(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Standard deviation (LayerNorm) or root mean square (RMSNorm) of every vector that a normalisation reads, ``[vectors]``.
+    """Standard deviation (LayerNorm) or root mean square (RMSNorm) of every vector that is read, ``[vectors]``.
 
     Args:
         module: The normalisation; its weight says how long a vector is.
@@ -209,7 +209,7 @@ def _findings(
         slack = [bound / ratio for ratio, bound in pairs]
         yield Finding(
             _WORST,
-            f"The worst case is {min(slack):.2g} to {max(slack):.2g} times what is measured, median {median(slack):.2g}.",
+            f"The worst case is {min(slack):.2g} to {max(slack):.2g} times the measured, median {median(slack):.2g}.",
             median(slack) > 100,
         )
     elif worst and unbounded:

@@ -70,7 +70,7 @@ def test_sparsities_at_equal_accuracy_follow_from_the_rows():
 def test_what_it_does_not_apply_to_is_told_with_what_does(randomise_):
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     about = helpers.subject(randomise_, model=plain.double().eval(), steps=STEPS)
-    told = "ablation: the network has no BatchNorm, so there is nothing to switch off; studies that apply: existence, counterf"
+    told = "ablation: the network has no BatchNorm, so there is nothing to switch off; studies that apply: exist"
     with pytest.raises(UnsupportedModelError, match=told):
         Ablation().cells(about)
     with pytest.raises(DataError, match="ablation: scores need at least 32 images, got 31"):

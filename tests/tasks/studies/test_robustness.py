@@ -12,10 +12,10 @@ def test_every_sample_is_compared_with_the_largest_of_the_first_seed(randomise_)
     about = helpers.subject(randomise_, seeds=(0, 1), sources=("other",))
     study = Robustness(sizes=(8, 40), sources=("other",))
     rows = helpers.unchanged(about.model, lambda: helpers.rows_of(study, about))
-    assert len(rows) == (2 * 2 + 2) * (10 + 12 + 10)
+    assert len(rows) == (2 * 2 + 1) * (10 + 12 + 10)
     outcome = study.conclude(rows)
     assert [(line["source"], line["size"], line["draws"]) for line in outcome.summary] == [
-        ("calibration data", 8, 2), ("calibration data", 40, 1), ("other", 40, 2)
+        ("calibration data", 8, 2), ("calibration data", 40, 1), ("other", 40, 1)
     ]  # fmt: skip
 
     def scores(source, size, seed, layer):
