@@ -144,6 +144,17 @@ class Segments:
                 handle.remove()
         return caught[0] if caught else None
 
+    @torch.no_grad()
+    def whole(self, inputs: Tensor, *, start: str | None = None) -> Tensor:
+        """The network's output for one batch, from the images or from the cut `start`.
+
+        Args:
+            inputs: Images, or the output of the cut `start` for this batch, ``[batch, …]``.
+            start: The cut whose output `inputs` is, or None.
+        """
+        with self._resumed(start, inputs):
+            return self.model(inputs if start is None else self._image(inputs))
+
     def _image(self, like: Tensor) -> Tensor:
         """An image batch of the right length for a forward whose stem is skipped: broadcast, so it costs nothing."""
         return self._example[:1].to(like.device).expand(like.shape[0], *self._example.shape[1:])
@@ -203,8 +214,7 @@ class Segments:
             carried = self.run(self._example, until=cut)
             if not isinstance(whole, Tensor) or carried is None or carried.shape[0] != whole.shape[0]:
                 return False
-            with self._resumed(cut, carried):
-                logits = self.model(self._image(carried))
+            logits = self.whole(carried, start=cut)
         except (RuntimeError, TypeError, ValueError, AttributeError):
             # Glue code that cannot live with broadcast answers: this cut is slower to reach, not wrong.
             return False

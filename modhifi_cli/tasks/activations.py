@@ -43,7 +43,7 @@ class Activations:
         self._source = calibration
         self._batch_size = batch_size
         self._device = device
-        self._limit = limit_bytes
+        self.limit_bytes = limit_bytes
         self._images: list[Tensor] | None = None
         self._cut: str | None = None
         self._carried: list[Tensor] | None = None
@@ -198,7 +198,7 @@ class Activations:
 
     def _fits(self, output: Tensor) -> bool:
         per_image = output.numel() * output.element_size() / output.shape[0]
-        return per_image * self.samples <= self._limit
+        return per_image * self.samples <= self.limit_bytes
 
     def _batches(self, carried: list[Tensor] | None) -> Iterator[tuple[Tensor, int, int]]:
         total = -(-self.samples // self._batch_size)

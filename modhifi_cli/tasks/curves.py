@@ -36,7 +36,8 @@ def error_curves(
     gathered: dict[str, Gathered] = {}
     slots = {slot.module: slot for group in groups for slot in weighted_consumers(run, group)}
     yield from look(run, tuple(slots.values()), gathered, "error curves")
-    impact = Impact(run.model, run.activations.first_images(images_for(run.activations.samples)))
+    images = run.activations.first_images(images_for(run.activations.samples))
+    impact = Impact(run.segments, images, limit_bytes=run.activations.limit_bytes)
     for number, group in enumerate(groups):
         yield Progress("error curves", group.name, number, len(groups))
         alive = run.layout.alive(group)
@@ -45,6 +46,7 @@ def error_curves(
         path = elimination(consumers, keep=1)
         depths = sorted({min(max(round(alive.numel() * share), 1), alive.numel() - 1) for share in TRIAL_DEPTHS})
         moved = {}
+        impact.stand_before(slot.module for slot in group.consumers)
         for depth in depths if alive.numel() > 1 else ():
             with impact.edited():
                 _hollow_(run, group, weighted, consumers, alive, path.kept(alive.numel() - depth).cpu())

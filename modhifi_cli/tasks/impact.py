@@ -2,13 +2,16 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from modhifi_cli.graph.segments import Segments
 
 TRIAL_DEPTHS = (0.2, 0.5, 0.8)  # shares of a group whose removal is tried
+_BATCH = 64  # images a forward
 
 
 def images_for(samples: int) -> int:
@@ -51,16 +54,51 @@ class Impact:
     """Compares a network under trial edits with itself.
 
     Args:
-        model: Network in evaluation mode, as it stands.
+        segments: The network in evaluation mode, as it stands, and its cuts.
         images: What it is compared on, ``[images, channels, height, width]``.
+        limit_bytes: Largest activation, over all images, that may be kept so that a trial need not run what lies in
+            front of its edit.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self._model = model
-        self._images = images
+    def __init__(self, segments: Segments, images: Tensor, *, limit_bytes: float = 0.0) -> None:
+        self._segments = segments
+        self._model = segments.model
+        self._batches = images.split(_BATCH)
+        self._limit = limit_bytes
+        self._cut: str | None = None
+        self._carried: Sequence[Tensor] = self._batches
         self._logits = self._run()
         spread = (self._logits - self._logits.mean(0)).square().sum()
         self._spread = float(spread.clamp(min=torch.finfo(spread.dtype).tiny))
+
+    @torch.no_grad()
+    def stand_before(self, modules: Iterable[str]) -> None:
+        """Carry the images to the last cut in front of all the given modules, as long as nothing is edited.
+
+        Args:
+            modules: Names of everything that the next trials overwrite.
+        """
+        visits = self._segments.trace.visits
+        end = min(visits[name].enter for name in modules)
+        if self._cut is not None and visits[self._cut].leave >= end:
+            self._cut, self._carried = None, self._batches
+        here = -1 if self._cut is None else visits[self._cut].leave
+        for cut in reversed(self._segments.trace.cuts):
+            if not here < visits[cut].leave < end:
+                continue
+            if self._segments.usable(cut) and (carried := self._carry(cut)) is not None:
+                self._cut, self._carried = cut, carried
+                return
+
+    def _carry(self, cut: str) -> list[Tensor] | None:
+        carried: list[Tensor] = []
+        count = sum(map(len, self._batches))
+        for batch in self._carried:
+            output = self._segments.run(batch, start=self._cut, until=cut)
+            if output is None or output.numel() * output.element_size() / len(output) * count > self._limit:
+                return None
+            carried.append(output)
+        return carried
 
     @contextmanager
     def edited(self) -> Iterator[None]:
@@ -77,4 +115,5 @@ class Impact:
 
     @torch.no_grad()
     def _run(self) -> Tensor:
-        return torch.cat([self._model(batch).flatten(1).double() for batch in self._images.split(64)])
+        whole = (self._segments.whole(batch, start=self._cut) for batch in self._carried)
+        return torch.cat([logits.flatten(1).double() for logits in whole])

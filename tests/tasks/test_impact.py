@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.numerics.allocation import Global
 from modhifi_cli.numerics.compensation import Joint
@@ -16,7 +17,7 @@ from tests.tasks.test_prune import run, setting
 def test_a_trial_edit_is_undone_also_after_an_exception():
     model, images = setting("option_a")
     before = weights_hash(model)
-    impact = Impact(model, images.images)
+    impact = Impact(Segments(model, images.images[:2]), images.images)
     assert impact.measure() == 0
     try:
         with impact.edited():
@@ -31,12 +32,27 @@ def test_a_trial_edit_is_undone_also_after_an_exception():
 def test_the_measure_is_the_squared_change_over_the_variance():
     model, images = setting("flattened")
     logits = model(images.images).detach().double()
-    impact = Impact(model, images.images)
+    impact = Impact(Segments(model, images.images[:2]), images.images)
     with impact.edited(), torch.no_grad():
         model.head.bias += 1.0
         moved = impact.measure()
     expected = logits.numel() / float((logits - logits.mean(0)).square().sum())
     assert abs(moved - expected) < 1e-4 * expected
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e9])
+def test_a_trial_behind_a_cut_moves_the_logits_as_a_whole_forward_says(limit):
+    """Also when a later trial lies further in front, and when nothing may be carried."""
+    model, images = setting("option_a")
+    layers = ["layer1.0.conv2", "layer2.0.conv2", "layer1.0.conv1", "linear"]
+    whole = Impact(Segments(model, images.images[:2]), images.images)
+    carried = Impact(Segments(model, images.images[:2]), images.images, limit_bytes=limit)
+    for name in layers:
+        carried.stand_before([name])
+        with whole.edited(), torch.no_grad():
+            model.get_submodule(name).weight *= 0.5
+            expected, moved = whole.measure(), carried.measure()
+        assert expected > 1e-4 and moved == pytest.approx(expected, rel=1e-3)
 
 
 def test_predicted_errors_say_what_a_lone_cut_does_to_the_logits():
