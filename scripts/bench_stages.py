@@ -1,11 +1,11 @@
-"""Cost of a pruning run by stage: time as multiples of one plain forward over the same images, and peak memory.
+"""Cost of a pruning run by stage: processor time as multiples of one plain forward over the same images, and peak memory.
 
     python scripts/bench_stages.py                          # ResNet-56 at 32 px and ResNet-50 at 224 px, random weights
     python scripts/bench_stages.py --model resnet50 --images 64 --positions 49
     python scripts/bench_stages.py --model resnet50 --images 128 --preset best
 
-One process per network, since memory is measured on the process. Everything is compared within one run, because
-absolute times on a shared machine mean little: quote the ratios. Weights and images are random, which changes what is
+One process per network, since memory is measured on the process. Times are processor time of the process, all threads
+together, and are compared within one run: quote the ratios. Weights and images are random, which changes what is
 kept and not what it costs. Solver time (scores, selection, repair) is a line of its own.
 """
 
@@ -29,7 +29,7 @@ CASES = (
 
 
 class Clock:
-    """Seconds by stage, nested stages counted apart, and the largest resident memory seen in each."""
+    """Processor seconds by stage, nested stages counted apart, and the largest resident memory seen in each."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -40,12 +40,12 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = time.process_time()
         self._stack.append([name, 0.0])
         try:
             yield
         finally:
-            spent = time.perf_counter() - started
+            spent = time.process_time() - started
             self.seconds[name] += spent - self._stack.pop()[1]
             if self._stack:
                 self._stack[-1][1] += spent
@@ -118,10 +118,10 @@ def measure(
     source = RandomImages(images, size)
     with torch.no_grad():
         model(source.images[:batch])
-        started = time.perf_counter()
+        started = time.process_time()
         for inputs, _ in source.batches(batch):
             model(inputs)
-        forward = time.perf_counter() - started
+        forward = time.process_time() - started
     before = resident_gigabytes()
 
     clock = Clock()
@@ -134,7 +134,7 @@ def measure(
     dense_reference._solve_ = clock.timed("solver towards the dense network", dense_reference._solve_)
     curves.elimination = clock.timed("error curves: elimination", curves.elimination)
     solving = 0.0
-    started = time.perf_counter()
+    started = time.process_time()
     with clock.stage("rest"):
         for event in task.prune_(
             model,
@@ -149,7 +149,7 @@ def measure(
         ):
             if isinstance(event, Edit):
                 solving += event.facts.get("seconds", {}).get("solving", 0.0)
-    total = time.perf_counter() - started
+    total = time.process_time() - started
     clock.seconds["rest"] -= solving
     clock.seconds["solver (scores, selection, repair)"] = solving
     rows = f"{positions} positions an image" if positions else "all positions (exact)"
