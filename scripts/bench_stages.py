@@ -124,6 +124,7 @@ def measure(
         forward = time.process_time() - started
     before = resident_gigabytes()
 
+    time.perf_counter = time.process_time  # what edits say of their seconds, on the same clock
     clock = Clock()
     task.discover = clock.timed("groups and law", task.discover)
     Segments.run = clock.timed("forwards", Segments.run)
