@@ -310,6 +310,8 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
         plain.pop(key, None)
     if "evaluation_data" in known:
         plain.setdefault("evaluation_data", None)  # evaluation_data=none leaves nothing behind
+    if "audit" in known:
+        plain["audit"] = plain.get("audit") or None  # audit=none leaves an empty mapping
     _resolve_auto_data(plain)
     _resolve_sparsity(plain)
     for key, (expected, fits) in _NUMBERS.items():

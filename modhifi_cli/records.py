@@ -108,7 +108,7 @@ class Measurement:
     """One number with everything needed to read it.
 
     Attributes:
-        model: Which network was measured: ``"dense"``, ``"pruned"``, ``"unlearned"``.
+        model: Which network was measured: ``"dense"``, ``"pruned"``, ``"edited"``.
         name: The field's term, units in the name where there is one (``top1``, ``latency_ms``).
         value: The number.
         unit: ``"%"``, ``"ms"``, ``"parameters"``, ``"MACs"``, ``"bytes"``, ``"nats"`` …

@@ -312,6 +312,10 @@ def _signed(value: float, digits: int) -> str:
 
 
 _AUDITED = {"dense": "dense", "edited": "edited", "head_only": "head-only", "reference": "reference"}
+NO_AUDIT = (
+    "The audit was left out (audit=none): low forget accuracy says what the outputs do, not what the features still "
+    "hold. modhifi audit run=DIR makes it up."
+)
 _MOST_CLASSES = 30  # rows of a table of classes; the JSON file has them all
 
 

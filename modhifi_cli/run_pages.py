@@ -63,6 +63,7 @@ def _run_page(material: Mapping[str, Any], drawn: Mapping[str, Mapping[str, byte
     sections = [
         _warnings(results),
         _achieved(results, measurements),
+        _audit(results),
         _every_class(results, measurements),
         _trials(results),
         _widths(results),
@@ -130,7 +131,7 @@ def _title(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         )
     if verb == "unlearn" and results.get("forget"):
         told = ", ".join(_class_name(number, results.get("classes")) for number in results["forget"])
-        return f"{model}: class{'es' if len(results['forget']) > 1 else ''} {told} unlearned"
+        return f"{model}: forgetting class{'es' if len(results['forget']) > 1 else ''} {told}"
     told = {"evaluate": "measured", "study": f"study of {results.get('study', 'the network')}", "replay": "replayed"}
     return f"{model}: {told.get(verb, verb)}"
 
@@ -264,6 +265,23 @@ def _trials(results: Mapping[str, Any]) -> Section | None:
     """What was tried on calibration images before the run settled."""
     trials = results.get("trials")
     return _records("Trials", trials, ("Each was judged on calibration images alone.",)) if trials else None
+
+
+def _audit(results: Mapping[str, Any]) -> Section | None:
+    """The verdict of an unlearning run's audit with its grounds; that there is none is said too."""
+    if results.get("verb") != "unlearn":
+        return None
+    found = results.get("audit")
+    if not found:
+        return Section("Audit: left out", (Text(reports.NO_AUDIT),))
+    rows = found["figures"]
+    head = tuple(dict.fromkeys(key for row in rows for key in row))
+    blocks = (
+        Listing(tuple(found["sentences"])),
+        Table(head, tuple(tuple(row.get(key, "") for key in head) for row in rows)),
+        Text("audit.md says what every figure means, what the forget images become, and has the plots.", "note"),
+    )
+    return Section(f"Audit: {found['verdict']}", blocks)
 
 
 def _every_class(results: Mapping[str, Any], measurements: Sequence[Measurement]) -> Section | None:

@@ -144,6 +144,11 @@ def test_too_few_samples_are_refused_and_nothing_is_left_behind(made, here, caps
     assert not list(here.glob("outputs/audit/*/*"))
 
 
+def test_an_audit_of_nothing_is_refused(made, capsys):
+    assert main(["audit", f"run={made}", "audit=none", "console=plain"]) == 2
+    assert "audit=none leaves nothing to do; give audit=standard" in capsys.readouterr().err
+
+
 def test_a_misspelt_key_is_explained(made, capsys):
     assert "did you mean" in refused(capsys, f"run={made}", "audit.relearn.step=3")
     assert "audit.relearn.steps must be a whole number from 1; got 0" in refused(

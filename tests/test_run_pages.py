@@ -132,17 +132,23 @@ def test_an_unlearning_run_gets_the_parts_that_fit():
         "verb": "unlearn", "model": "resnet20_cifar", "weights": "FILE", "forget": [1], "classes": ["dog", "cat"],
         "strength": {"beta": 0.3}, "finetuned_epochs": 0, "trials": [{"beta": 0.3, "forget": "1.0 %"}],
         "measurements": [measured("dense", "forget_accuracy", 90.0, "%"),
-                         measured("unlearned", "forget_accuracy", 0.5, "%", per_class={"0": 91.0, "1": 0.5}),
+                         measured("edited", "forget_accuracy", 0.5, "%", per_class={"0": 91.0, "1": 0.5}),
                          {"model": "odd"}],
         "layers": [{"layer": "layer3.2.conv2", "edited": 40}], "calibration_samples": ["a story"],
     }  # fmt: skip
     text = pages.markdown(made(results))
-    assert text.startswith("# resnet20_cifar: class 1 (cat) unlearned\n")
+    assert text.startswith("# resnet20_cifar: forgetting class 1 (cat)\n")
     assert "| forget class | 1 (cat) |" in text and "| beta | 0.3 |" in text and "| fine-tuning | none |" in text
     assert "| 1 (cat), forgotten | 0.50 % |" in text and "per_class" not in text
     assert "## Trials\n\n| beta | forget |\n| --- | --- |\n| 0.3 | 1.0 % |" in text
     assert "| layer3.2.conv2 | 40 |" in text and "- a story" in text and "90.00 %" in text
     assert "Widths" not in text and "Error of each group" not in text
+    assert "## Audit: left out\n" in text and "not what the features still hold" in text
+    audit = {"verdict": "forgotten at the output only", "sentences": ["Inside, nothing changed."],
+             "figures": [{"figure": "FA", "dense": "90.0", "edited": "0.5"}]}  # fmt: skip
+    text = pages.markdown(made({**results, "audit": audit}))
+    assert "## Audit: forgotten at the output only\n\n- Inside, nothing changed." in text
+    assert "| FA | 90.0 | 0.5 |" in text and "left out" not in text
 
 
 def test_a_run_to_a_share_of_time_says_what_was_predicted_and_what_the_clock_said():

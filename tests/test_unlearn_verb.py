@@ -1,5 +1,6 @@
 """`modhifi unlearn` end to end on the embedded network: the run's folder, verify, replay, evaluate, resume, sweeps."""
 
+import csv
 import json
 
 import pytest
@@ -9,7 +10,9 @@ from modhifi_cli import artifacts, load_model
 from modhifi_cli.cli import main
 from modhifi_cli.graph.surgery import weights_hash
 
-SMALL = ["data.num_samples=200", "evaluation_data.num_samples=150", "console=plain"]
+SAMPLES = ["data.num_samples=200", "evaluation_data.num_samples=150", "console=plain"]
+SMALL = [*SAMPLES, "audit=none"]
+AUDITED = [*SAMPLES, "audit.relearn.steps=1", "audit.relearn.held_out=20"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +43,50 @@ def test_a_run_forgets_keeps_and_tells(finished):
     assert results["verb"] == "unlearn" and results["forget"] == [3]
     assert results["classes"] == [str(digit) for digit in range(10)]
     found = {(m["model"], m["name"]): m["value"] for m in results["measurements"]}
-    assert found["unlearned", "forget_accuracy"] <= 5
-    assert found["unlearned", "retain_accuracy"] >= found["dense", "retain_accuracy"] - 2
+    assert found["edited", "forget_accuracy"] <= 5
+    assert found["edited", "retain_accuracy"] >= found["dense", "retain_accuracy"] - 2
     report = (finished / "report.md").read_text()
     assert "Accuracy of every class" in report and "fine-tuning | none" in report
     assert json.loads((finished / "calibration.json").read_text())["sha256"]
+
+
+def test_a_run_brings_its_audit_and_says_what_it_did_not_reach(here, capsys):
+    assert main(["unlearn", *AUDITED, "forget_class=3", "method.beta=0.3"]) == 0
+    folder = only_run(here)
+    assert {"audit.json", "audit.md", "audit.png", "audit.svg"} <= {path.name for path in folder.iterdir()}
+    found = json.loads((folder / "audit.json").read_text())
+    results = artifacts.read_results(folder)
+    assert results["audit"]["verdict"] == found["verdict"]["level"]
+    assert {"audit_FA", "audit_probe_penultimate"} <= {one["name"] for one in results["audit"]["measurements"]}
+    report, told = (folder / "report.md").read_text(), capsys.readouterr().out
+    assert f"## Audit: {found['verdict']['level']}" in report and f"verdict: {found['verdict']['level']}" in told
+    for sentence in found["verdict"]["sentences"]:
+        assert sentence in report
+    assert "unlearned" not in report and "unlearned" not in told
+    again = (folder / "audit.md").read_text().rsplit("modhifi audit run=")[1].splitlines()[0]
+    assert again == f"outputs/unlearn/embedded/{folder.name}"
+
+
+def test_a_run_without_an_audit_says_that_nothing_is_known_of_the_inside(finished):
+    assert artifacts.read_results(finished)["audit"] is None
+    report = (finished / "report.md").read_text()
+    assert "## Audit: left out" in report and "not what the features still hold" in report
+
+
+def test_too_few_images_for_the_audit_are_told_before_anything_is_edited(here, capsys):
+    words = ["data.num_samples=80", "evaluation_data.num_samples=150", "console=plain", "forget_class=4"]
+    assert main(["unlearn", *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "a probe needs at least 10" in line and line.endswith("Or leave the audit out: audit=none.")
+    assert not list((here / "outputs").glob("unlearn/*/*"))
+
+
+def test_edits_outlive_an_audit_without_enough_test_images(finished, here, capsys):
+    words = ["data.num_samples=200", "evaluation_data.num_samples=100", "console=plain", "forget_class=3"]
+    assert main(["unlearn", *words]) == 2
+    assert "evaluation images, a probe needs at least 10 held-out ones" in capsys.readouterr().err
+    assert main(["unlearn", *words, "audit=none", f"resume={only_run(here)}"]) == 0
+    assert weights_hash(load_model(only_run(here))) == weights_hash(load_model(finished))
 
 
 def test_verify_and_replay_take_the_run(finished, here, capsys):
@@ -98,11 +140,14 @@ def test_finetuning_is_marked_wherever_the_result_is_shown(here, capsys):
 
 def test_a_sweep_over_classes_ends_with_their_mean(here, capsys):
     words = ["-m", "forget_class=range(0,3)", "method.beta=0.3"]
-    assert unlearn(*words) == 0
+    assert main(["unlearn", *AUDITED, *words]) == 0
     (path,) = (here / "outputs" / "sweeps").glob("*/summary.csv")
     lines = path.read_text().splitlines()
     assert len(lines) == 5 and lines[-1].startswith("mean")
-    assert "mean" in capsys.readouterr().out
+    rows = list(csv.DictReader(lines))
+    for key in ("edited_forget_accuracy", "edited_audit_probe_penultimate", "head_only_audit_probe_penultimate"):
+        assert float(rows[-1][key]) == pytest.approx(sum(float(row[key]) for row in rows[:3]) / 3)
+    assert rows[-1]["verdict"].startswith(("1 × ", "2 × ", "3 × ")) and "mean" in capsys.readouterr().out
 
 
 def test_exports_of_a_network_that_forgot_are_checked(here):
@@ -133,7 +178,7 @@ WRONG = {
 def test_what_a_user_can_mend_is_one_sentence_and_leaves_nothing(here, capsys, words, expected):
     samples = [word for word in SMALL if not any(word.split("=")[0] == given.split("=")[0] for given in words)]
     if "model=resnet20_cifar" in words:
-        samples = ["console=plain"]
+        samples = ["console=plain", "audit=none"]
     assert main(["unlearn", *samples, *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and expected in lines[0]

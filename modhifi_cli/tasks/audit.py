@@ -335,6 +335,24 @@ def audit(
     )
 
 
+def check_samples(
+    labels: Tensor, forget: Sequence[int], classes: Sequence[str] | None, *, evaluated: bool, settings: AuditSettings
+) -> None:
+    """Refuse calibration images that an audit could not use, before anything is computed.
+
+    Args:
+        labels: Of the calibration images, ``[images]`` int64.
+        forget: The classes that shall be forgotten.
+        classes: Class names, or None.
+        evaluated: Whether there are evaluation images; otherwise calibration images are held back.
+        settings: Of the audit.
+
+    Raises:
+        DataError: If there are too few images of a forgotten class, or of all others.
+    """
+    _Plan.make(labels.cpu(), tuple(forget), classes, settings.probe, held_back=not evaluated)
+
+
 class _Clock:
     """Seconds by part."""
 

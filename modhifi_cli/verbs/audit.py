@@ -11,13 +11,15 @@ from modhifi_cli import artifacts, config, plots, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.records import ImageSource, LoadedModel, Measurement
-from modhifi_cli.tasks.audit import AuditReport
+from modhifi_cli.tasks.audit import AuditReport, AuditSettings
 from modhifi_cli.tasks.labelling import Labels, image_labels
 from modhifi_cli.verbs import pieces
 
 
 def audit(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
     asked, settings = settings, dict(settings)
+    if settings["audit"] is None:
+        raise ConfigError("audit=none leaves nothing to do; give audit=standard, or leave the key out.")
     saved = artifacts.run_folder(settings["run"])
     forget = _forgotten(saved)
     device = pieces.device_of(settings)
@@ -86,11 +88,9 @@ def make_audit(
         device: Where forwards run.
         console: Shown progress.
     """
-    from modhifi_cli.tasks.audit import AuditSettings
     from modhifi_cli.tasks.audit import audit as audited
 
     reference = _reference(settings["audit"]["reference"], model, loaded)
-    parts = ("probe", "relearn", "membership", "verdict")
     events = audited(
         dense,
         edited,
@@ -104,7 +104,7 @@ def make_audit(
         device=device,
         batch_size=settings["runtime"]["batch_size"],
         seed=settings["runtime"]["seed"],
-        settings=AuditSettings(**{part: config.build(settings["audit"][part]) for part in parts}),
+        settings=audit_settings(settings),
     )
     report = None
     for event in events:
@@ -114,6 +114,16 @@ def make_audit(
             console.progress(event)
     assert report is not None, "the audit ended without a report"
     return report
+
+
+def audit_settings(settings: Mapping[str, Any]) -> AuditSettings:
+    """The settings' `audit` group as the task takes it.
+
+    Raises:
+        ConfigError: If one is out of range.
+    """
+    parts = ("probe", "relearn", "membership", "verdict")
+    return AuditSettings(**{part: config.build(settings["audit"][part]) for part in parts})
 
 
 def write_audit(folder: Path, report: AuditReport, *, model: str, repeat: str) -> None:
@@ -146,17 +156,14 @@ def show_audit(console: Console, report: AuditReport) -> None:
 
 
 def audit_measurements(report: AuditReport) -> tuple[Measurement, ...]:
-    """The figures as measurements, the edited network called ``unlearned``: ``audit_MIA``, ``audit_relearn_steps`` …"""
-    names = {"edited": "unlearned"}
+    """The figures as measurements: ``audit_MIA``, ``audit_relearn_steps`` …"""
     found = []
     for model, figures in report.figures.items():
         for name, value in figures.items():
             unit = "steps" if name == "relearn steps" else "" if name.startswith("TV") else "%"
             if value is not None:
                 term = "audit_" + name.replace(", ", "_").replace(" ", "_")
-                found.append(
-                    Measurement(names.get(model, model), term, value, unit, {"definition": _meaning(report, name)})
-                )
+                found.append(Measurement(model, term, value, unit, {"definition": _meaning(report, name)}))
     return tuple(found)
 
 

@@ -27,7 +27,7 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
         if settings["measure_dense"]:
             models["dense"] = config.build(before["model"]).model
         results = artifacts.read_results(saved)
-        models["unlearned" if results.get("verb") == "unlearn" else "pruned"] = loaded.model
+        models["edited" if results.get("verb") == "unlearn" else "pruned"] = loaded.model
         pieces.name_forgotten_(settings, results.get("forget"))
     models = {name: model.to(device=device, dtype=pieces.dtype_of(settings)) for name, model in models.items()}
     calibration = pieces.image_source(settings, "data", loaded.preprocess, labelled=False)

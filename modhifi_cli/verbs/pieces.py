@@ -17,7 +17,8 @@ from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError, NumericsError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Preprocess, TextInput
 
-_NOT_COMPARED = ("resume", "console", "output_dir")  # settings that may differ between a run and its continuation
+# Settings that may differ between a run and its continuation; the audit looks at the network and changes nothing.
+_NOT_COMPARED = ("resume", "console", "output_dir", "audit")
 _VERIFICATION_IMAGES = 4
 
 def sources(settings: Mapping[str, Any]) -> tuple[LoadedModel, ImageSource, ImageSource | None]:

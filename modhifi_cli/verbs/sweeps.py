@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -89,11 +90,14 @@ def summarise_sweep(folder: Path, style: str) -> int:
         if record["status"].startswith("finished"):
             results = artifacts.read_results(folder / record["folder"])
             row |= {f"removed_{name}": share for name, share in results.get("achieved", {}).items()}
-            for measured in results["measurements"]:
+            audit = results.get("audit") or {"measurements": []}
+            if "verdict" in audit:
+                row["verdict"] = audit["verdict"]
+            for measured in [*results["measurements"], *audit["measurements"]]:
                 row[f"{measured['model']}_{measured['name']}"] = measured["value"]
         row |= {"folder": record["folder"], "message": record["message"]}
         rows.append(row)
-    if any("unlearned_forget_accuracy" in row for row in rows):
+    if any({"edited_forget_accuracy", "edited_audit_FA"} & row.keys() for row in rows):
         rows.append(_mean_row(rows))  # the literature's figures are means over the forgotten classes
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("folder", "message")))
     text = io.StringIO()
@@ -104,7 +108,9 @@ def summarise_sweep(folder: Path, style: str) -> int:
     console = open_console(style)
     changing = [key for key in keys if len({row.get(key) for row in rows if row["job"] != "mean"}) > 1] or keys[-1:]
     wanted = ["removed_params", "removed_flops", "dense_top1", "pruned_top1", "pruned_agreement"]
-    wanted += [f"{model}_{kind}_accuracy" for kind in ("forget", "retain") for model in ("dense", "unlearned")]
+    wanted += [f"{model}_{kind}_accuracy" for kind in ("forget", "retain") for model in ("dense", "edited")]
+    wanted += ["edited_audit_probe_penultimate", "head_only_audit_probe_penultimate", "edited_audit_relearn_steps"]
+    wanted += ["verdict"]
     present = [column for column in wanted if column in columns]
     present = present or [column for column in columns if column.startswith(("dense_", "pruned_"))][:6]
     shown = ["job", *changing, "status", *present]
@@ -122,4 +128,8 @@ def _mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     finished = [row for row in rows if row["status"].startswith("finished")]
     numbers = [key for key in finished[0] if key != "job" and isinstance(finished[0][key], float)]
     means = {key: fmean(row[key] for row in finished) for key in numbers if all(key in row for row in finished)}
-    return {"job": "mean", "status": "", "folder": "", "message": f"over {len(finished)} jobs"} | means
+    mean = {"job": "mean", "status": "", "folder": "", "message": f"over {len(finished)} jobs"} | means
+    levels = Counter(row["verdict"] for row in finished if "verdict" in row)
+    if levels:
+        mean["verdict"] = ", ".join(f"{count} × {level}" for level, count in levels.most_common())
+    return mean

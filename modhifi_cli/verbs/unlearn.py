@@ -1,4 +1,4 @@
-"""`modhifi unlearn`: from settings to a run folder with the network that forgot, its edits, its page and its numbers."""
+"""`modhifi unlearn`: from settings to a run folder with the edited network, its edits, its page, numbers and audit."""
 
 import contextlib
 import copy
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli import artifacts, config
+from modhifi_cli import artifacts, config, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress
+from modhifi_cli.tasks.audit import AuditReport
 from modhifi_cli.verbs import pieces
+from modhifi_cli.verbs.audit import audit_measurements, audit_settings, make_audit, show_audit, write_audit
 
 
 def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
@@ -56,19 +58,27 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     try:
         with pieces.timed(seconds, "unlearn"):
             summary, edits = _edit_(
-                model, settings, calibration, labels.values, forget, device, done, place, dense_hash, console
+                model, settings, loaded, calibration, labels.values, forget, device, done, place, dense_hash, console
             )
         with pieces.timed(seconds, "save"):
             pieces.save_network(place, loaded, model)
             exported = pieces.export(place, settings, model, loaded.preprocess)
         with pieces.timed(seconds, "evaluate"):
             beside = {"dense": dense} if settings["measure_dense"] else {}
-            models = {**beside, "unlearned": model}
+            models = {**beside, "edited": model}
             measurements = pieces.measure(settings, models, calibration, evaluation, loaded.preprocess, device, console)
+        audited = None
+        if settings["audit"] is not None:
+            with pieces.timed(seconds, "audit"):
+                audited = _audited(
+                    settings, loaded, dense, model, calibration, labels, evaluation, forget, device, console
+                )
+                write_audit(place.path, audited, model=loaded.name, repeat=f"modhifi audit run={place.final}")
         sample = pieces.sample_shown(place.path, settings, loaded, dense, calibration, device)
         _write_outcome(
-            place, settings, loaded, labels, forget, sample, summary, edits, measurements, exported, seconds, calibration
-        )
+            place, settings, loaded, labels, forget, sample, summary, edits, measurements, audited, exported, seconds,
+            calibration,
+        )  # fmt: skip
         final = place.finish()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(pieces.how_to_resume("unlearn", place, facts)) from None
@@ -78,8 +88,30 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
         if not resumed:
             place.discard_if_empty()
         raise
-    _show_outcome(console, final, settings, forget, summary, measurements)
+    _show_outcome(console, final, settings, forget, summary, measurements, audited)
     return final
+
+
+def _audited(
+    settings: Mapping[str, Any],
+    loaded: LoadedModel,
+    dense: nn.Module,
+    model: nn.Module,
+    calibration: ImageSource,
+    labels: Any,
+    evaluation: ImageSource | None,
+    forget: tuple[int, ...],
+    device: torch.device,
+    console: Console,
+) -> AuditReport:
+    try:
+        return make_audit(
+            settings, settings["model"], loaded, dense, model,
+            calibration=calibration, labels=labels, evaluation=evaluation, forget=forget, device=device,
+            console=console,
+        )  # fmt: skip
+    except DataError as error:
+        raise DataError(f"{error} Or leave the audit out: audit=none, and resume=DIR keeps the edits.") from error
 
 
 def _labels(
@@ -112,6 +144,7 @@ def _labels(
 def _edit_(
     model: nn.Module,
     settings: Mapping[str, Any],
+    loaded: LoadedModel,
     calibration: ImageSource,
     labels: torch.Tensor,
     forget: Sequence[int],
@@ -122,6 +155,7 @@ def _edit_(
     console: Console,
 ) -> tuple[Any, list[Edit]]:
     """Run the task; every edit goes to disk as it comes. The summary, and all edits."""
+    from modhifi_cli.tasks.audit import check_samples
     from modhifi_cli.tasks.unlearn import Finetune, Trial, UnlearnPlan, UnlearnSummary, unlearn_
 
     method = config.build(settings["method"])
@@ -143,6 +177,14 @@ def _edit_(
         done=done,
     ):
         if isinstance(event, UnlearnPlan):
+            if settings["audit"] is not None:
+                evaluated = settings["evaluation_data"] is not None
+                try:
+                    check_samples(
+                        labels, forget, loaded.classes, evaluated=evaluated, settings=audit_settings(settings)
+                    )
+                except DataError as error:
+                    raise DataError(f"{error} Or leave the audit out: audit=none.") from error
             console.note(
                 f"edits {len(event.layers)} layers with {event.forget_samples} forget and {event.retain_samples} "
                 f"retain samples: {', '.join(event.layers)}"
@@ -179,6 +221,7 @@ def _write_outcome(
     summary: Any,
     edits: Sequence[Edit],
     measurements: Sequence[Measurement],
+    audited: AuditReport | None,
     exported: Sequence[Any],
     seconds: Mapping[str, float],
     calibration: ImageSource,
@@ -206,6 +249,7 @@ def _write_outcome(
             "layers": layers,
             "trials": trials,
             "measurements": artifacts.measurements_to_json(measurements),
+            "audit": None if audited is None else _audit_in_short(audited),
             "exports": [{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
             "calibration": dict(calibration.protocol) | {"labels": labels.account},
             **sample,
@@ -224,9 +268,14 @@ def _show_outcome(
     forget: Sequence[int],
     summary: Any,
     measurements: Sequence[Measurement],
+    audited: AuditReport | None,
 ) -> None:
     console.note(f"{summary.strength_name} {summary.strength:g} on {len(summary.layers)} layers")
     pieces.show_measurements(console, measurements)
+    if audited is None:
+        console.note(reports.NO_AUDIT)
+    else:
+        show_audit(console, audited)
     console.note(f"the new network lies in {final / 'model'}; the report in {final / 'report.html'} and report.md")
     console.result(
         {
@@ -236,8 +285,19 @@ def _show_outcome(
             "finetuned_epochs": summary.finetuned,
             "warnings": list(summary.warnings),
             "measurements": artifacts.measurements_to_json(measurements),
+            "audit": None if audited is None else _audit_in_short(audited),
         }
     )
+
+
+def _audit_in_short(audited: AuditReport) -> dict[str, Any]:
+    return {
+        "verdict": audited.verdict.level,
+        "compared_with": audited.verdict.compared_with,
+        "sentences": list(audited.verdict.sentences),
+        "figures": reports.audit_rows(audited.plain()),
+        "measurements": artifacts.measurements_to_json(audit_measurements(audited)),
+    }
 
 
 def _finetuned(summary: Any) -> str:
