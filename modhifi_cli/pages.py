@@ -354,7 +354,7 @@ img.sheet{max-width:100%;width:36rem;height:auto;image-rendering:pixelated;borde
 .bars{display:grid;gap:.25rem;font-size:.82rem}
 .line{display:grid;grid-template-columns:minmax(6rem,14rem) 1fr;gap:.6rem;align-items:center}
 .line>span{overflow-wrap:anywhere;color:var(--quiet);line-height:1.2}
-.bar{display:flex;align-items:center;gap:.4rem;height:1.05em;padding-right:7.5em}
+.bar{display:flex;align-items:center;gap:.4rem;height:1.05em;padding-right:8.5em}
 .bar i{display:block;height:.72em;min-width:1px;border-radius:0 2px 2px 0;flex:none}
 .bar b{font-weight:400;white-space:nowrap;font-variant-numeric:tabular-nums}
 .c0{background:var(--c0)}.c1{background:var(--c1)}.c2{background:var(--c2)}.c3{background:var(--c3)}

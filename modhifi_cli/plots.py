@@ -297,10 +297,7 @@ def _draw_lines(chart: Chart) -> dict[str, bytes]:
         for series in chart.series:
             if series.panel == panel:
                 ends += _draw_curve(axes, series, styles[series.name], markers=len(panels) == 1)
-        if chart.x_log:
-            axes.set_xscale("log")
-        if chart.y_log:
-            axes.set_yscale("log")
+        _scale(axes, chart)
         for name, level in chart.levels.items():
             axes.axhline(level, color=_GREY, linewidth=0.8, linestyle=(0, (6, 3)), zorder=0)
             if place == 0 and len(panels) > 1:
@@ -380,8 +377,7 @@ def _draw_bars(chart: Chart) -> dict[str, bytes]:
     axes.set_yticks(places, [chart.categories[place] for place in places], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.08, y=0.01)
-    if chart.x_log:
-        axes.set_xscale("log")
+    _scale(axes, chart)
     axes.set_xlabel(chart.x_label)
     axes.set_title(
         chart.title,
@@ -401,6 +397,28 @@ def _draw_bars(chart: Chart) -> dict[str, bytes]:
             ncols=min(count, 3),
         )
     return _rendered(figure)
+
+
+def _scale(axes: Any, chart: Chart) -> None:
+    """Logarithmic axes where the chart asks for them, with 0.2 and 60 instead of powers of ten on short ones."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    places = sorted({value for series in chart.series for value in series.x})
+    if places and all(value == int(value) for value in places) and not chart.x_log:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for wanted, name in ((chart.x_log, "x"), (chart.y_log, "y")):
+        if not wanted:
+            continue
+        getattr(axes, f"set_{name}scale")("log")
+        axis = getattr(axes, f"{name}axis")
+        low, high = getattr(axes, f"get_{name}lim")()
+        if high / low < 1e4:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        if name == "x" and len(places) <= 6:
+            axis.set_major_locator(FixedLocator(places))
+            axis.set_minor_locator(NullLocator())
 
 
 def _finite(value: float | None) -> bool:

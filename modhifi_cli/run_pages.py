@@ -192,10 +192,11 @@ def _asked(results: Mapping[str, Any], settings: Mapping[str, Any]) -> Section |
         told = ", ".join(_class_name(number, results.get("classes")) for number in results["forget"])
         rows.insert(0, ("forget class", told))
     target = settings.get("target")
-    if isinstance(target, Mapping) and "name" in target:
+    if isinstance(target, Mapping) and "name" in target and results.get("study", "ablation") == "ablation":
         own = ", ".join(f"{key} {reports.told(v)}" for key, v in target.items() if key != "name" and v is not None)
         rows.append(("target", target["name"] + (f" ({own})" if own else "")))
-    for key in _STEPS:
+    steps = _STEPS if results["verb"] != "study" or results.get("study") == "ablation" else ("scoring", "statistics")
+    for key in steps:
         node = settings.get(key)
         if isinstance(node, Mapping) and "_target_" in node and not (settings.get("outside") and key != "outside"):
             rows.append((key, _target(node)))

@@ -1,6 +1,7 @@
 """`modhifi study`: one of the paper's experiments, cell by cell, with what is finished kept on disk."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import time
@@ -29,7 +30,7 @@ def study(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     place = folder or Path(settings["output_dir"]) / "study" / name / own
     cells = list(asked.cells(subject))
     artifacts.make_folder(place / "cells")
-    console.note(f"{name} of {loaded.name}: {len(cells)} cells, {len(calibration)} calibration images; in {place}")
+    console.note(f"{name} of {loaded.name}: {len(cells)} cells, {len(calibration)} calibration samples; in {place}")
     started = time.monotonic()
     rows, missing, seconds = [], 0, {}
     for number, cell in enumerate(cells):
@@ -173,7 +174,7 @@ def _write(
     seconds: Mapping[str, float],
     command: str,
 ) -> None:
-    outcome = asked.conclude(rows)
+    outcome = _named(asked.conclude(rows), loaded.name)
     artifacts.write_text(place / "config.yaml", config.to_yaml(pieces.portable(settings)))
     artifacts.write_json(place / "environment.json", artifacts.environment(command, str(subject.device)))
     artifacts.write_text(place / "rows.csv", reports.csv_text(rows))
@@ -209,6 +210,12 @@ def _write(
         },
     )
     pieces.write_pages(place)
+
+
+def _named(outcome: Any, model: str) -> Any:
+    """The same with the network's name in every figure's title, which has to be read without a caption."""
+    charts = tuple(dataclasses.replace(chart, title=f"{model}: {chart.title}") for chart in outcome.charts)
+    return dataclasses.replace(outcome, charts=charts)
 
 
 def _show(

@@ -113,12 +113,14 @@ def _findings(summary: Sequence[Row]) -> list[Finding]:
     known = [row for row in summary if row["lost_points"] is not None]
     if not known:
         return []
-    share = min({row["share"] for row in known}, key=lambda share: abs(share - _PAPER))
-    lost = {row["removed"]: row["lost_points"] for row in known if row["share"] == share}
-    if len(lost) < len(_CHOICES):
+    shares = sorted({row["share"] for row in known})
+    lost = {(row["share"], row["removed"]): row["lost_points"] for row in known}
+    whole = [share for share in shares if all((share, name) in lost for name in _CHOICES.values())]
+    if not whole:
         return []
-    top, random, bottom = (lost[name] for name in _CHOICES.values())
-    told = f"At {100 * share:g} %: {top:.1f} points lost with the highest scores, {random:.1f} at random, {bottom:.1f} "
-    return [
-        Finding(_CLAIM, told + "with the lowest.", top > random > bottom and bottom < 0.25 * random),
-    ]
+    told = "; ".join(
+        f"{100 * share:g} %: {' / '.join(f'{lost[share, name]:.1f}' for name in _CHOICES.values())}" for share in whole
+    )
+    top, random, bottom = (lost[min(whole, key=lambda share: abs(share - _PAPER)), name] for name in _CHOICES.values())
+    found = f"Points lost with the highest / random / lowest scores removed, by share of the components: {told}."
+    return [Finding(_CLAIM, found, top > random > bottom and bottom < 0.25 * random)]

@@ -104,7 +104,8 @@ class Lipschitz:
             | ({"worst case": worst[row["layer"]]} if math.isfinite(worst.get(row["layer"], math.inf)) else {})
             for row in ratios
         ]
-        summary += [{key: value for key, value in row.items() if key != "of"} for row in norms]
+        if not ratios:
+            summary = [{key: value for key, value in row.items() if key != "of"} for row in norms]
         notes = [
             f"{100 * self.share:g} % of one layer's components (the lowest scores) are removed without repair. The "
             "ratio is E‖change of the logits‖² over E‖change of the layer's output‖², summed over outputs and "
@@ -219,7 +220,8 @@ def _findings(
         small, large = min(row["smallest"] for row in norms), max(row["largest"] for row in norms)
         inside = sum(row["smallest norm"] >= 0.2 and row["largest norm"] <= 60 for row in norms)
         told = f"Norms {low:.3g} to {high:.4g} over {len(norms)} normalisations; all between 0.2 and 60 in {inside} of "
-        told += f"them. Per √d (standard deviation or RMS): {small:.3g} to {large:.4g}."
+        told += f"them. Per √d (standard deviation or RMS): {small:.3g} to {large:.4g}; constants max |γ| / r up to "
+        told += f"{max(row['constant'] for row in norms):.3g}, median {median(row['constant'] for row in norms):.2g}."
         yield Finding(_NORMS, told, inside == len(norms))
 
 
@@ -227,10 +229,9 @@ def _charts(ratios: Sequence[Row], worst: dict[str, float], norms: Sequence[Row]
     charts = []
     if ratios:
         places = tuple(float(number) for number in range(1, len(ratios) + 1))
-        series = [
-            Series("measured", tuple(row["ratio"] for row in ratios), places),
-            Series("measured, per row", tuple(row["ratio_per_row"] for row in ratios), places),
-        ]
+        series = [Series("measured", tuple(row["ratio"] for row in ratios), places)]
+        if any(row["ratio_per_row"] != row["ratio"] for row in ratios):
+            series.append(Series("measured, per row", tuple(row["ratio_per_row"] for row in ratios), places))
         bounds = tuple(worst.get(row["layer"], math.nan) for row in ratios)
         if any(math.isfinite(bound) for bound in bounds):
             finite = tuple(bound if math.isfinite(bound) else math.nan for bound in bounds)

@@ -54,7 +54,7 @@ def test_losses_and_the_figure_follow_from_the_rows():
         ]
     outcome = Counterfactual(shares=(0.22,)).conclude(rows)
     (finding,) = outcome.findings
-    assert finding.holds and "70.0 points lost with the highest scores, 28.0 at random, 1.0" in finding.found
+    assert finding.holds and "22 %: 70.0 / 28.0 / 1.0." in finding.found
     assert {line["removed"]: line["draws"] for line in outcome.summary} == {
         "highest scores": 1, "random": 2, "lowest scores": 1
     }  # fmt: skip
