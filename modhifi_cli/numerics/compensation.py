@@ -137,6 +137,8 @@ class Joint:
         reference: What the layers shall give. ``"current"``: what they give as the network stands, without the cut
             (M8). ``"dense"``: after all cuts every layer behind one is solved again, in forward order, towards what it
             gives in the dense network, residual stream included (M9), so that errors are repaired, not inherited.
+        towards: What the ridge pulls the weights to: ``"weights"`` as they are, or ``"zero"``: plain least squares,
+            which for one feature a component is the paper's M5 at λ → 0; only with reference ``"current"``.
 
     Raises:
         ConfigError: For a ridge that is neither ``"auto"`` nor at least 0, a grid without positive numbers, or another
@@ -146,6 +148,7 @@ class Joint:
     ridge: float | str = "auto"
     grid: Sequence[float] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
     reference: str = "current"
+    towards: str = "weights"
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -161,6 +164,10 @@ class Joint:
             )
         if self.reference not in ("current", "dense"):
             raise ConfigError(f"compensation.reference must be 'current' or 'dense', got '{self.reference}'.")
+        if self.towards not in ("weights", "zero"):
+            raise ConfigError(f"compensation.towards must be 'weights' or 'zero', got '{self.towards}'.")
+        if self.towards == "zero" and self.reference == "dense":
+            raise ConfigError("compensation.towards=zero is for compensation.reference=current; set one of them back.")
 
     @property
     def wants_held_out(self) -> bool:
@@ -188,11 +195,25 @@ class Joint:
         _refuse_few_rows(consumer.name, consumer.statistics.rows, weight.shape[1], self.ridge)
         parts = () if self.ridge != "auto" or consumer.held_out is None else (consumer.held_out,)
         every, *held_out = regressions(consumer, kept, *parts)
-        change, ridge, _ = self.fit(every, *held_out, centred=consumer.centred)
-        return JointSolution(weight + every.widened(change), ridge)
+        change, ridge, _ = self.fit(every, *held_out, centred=consumer.centred, weight=weight)
+        return JointSolution(self.rebuilt(weight, every, change), ridge)
+
+    def rebuilt(self, weight: Tensor, every: Regression, change: Tensor) -> Tensor:
+        """The kept weight ``[outputs, kept features]`` with a change of `fit`, ``[outputs, n]``.
+
+        With a ridge towards zero and fewer rows than features, nothing is left outside the rows' span.
+        """
+        if self.towards == "zero" and every.basis is not None:
+            return every.widened(change + weight @ every.basis)
+        return weight + every.widened(change)
 
     def fit(
-        self, every: Regression, held_out: Regression | None = None, *, centred: bool
+        self,
+        every: Regression,
+        held_out: Regression | None = None,
+        *,
+        centred: bool,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, float, float | None]:
         """The change of a weight that a regression asks for.
 
@@ -200,6 +221,7 @@ class Joint:
             every: Over all rows, not centred.
             held_out: Over some of them: with ``"auto"`` they choose the ridge.
             centred: Whether a constant is free.
+            weight: The kept weight, ``[outputs, kept features]``; needed with ``towards="zero"``.
 
         Returns:
             The change in the regression's coordinates, ``[outputs, n]`` float64; the ridge; and how much the fit
@@ -207,15 +229,18 @@ class Joint:
             nothing was held out.
         """
         ridge, gained = self.ridge, None
+        pull = -weight if self.towards == "zero" and weight is not None else None
         if ridge == "auto" and held_out is None:
             ridge = _RIDGE_UNMEASURED
         elif ridge == "auto":
-            ridge, gained = self._chosen(every, held_out, centred=centred)
+            ridge, gained = self._chosen(every, held_out, centred=centred, pull=pull)
         if centred:
             every = every.about(every.inputs, every.targets)
-        return every.solve(ridge), float(ridge), gained
+        return every.solve(ridge, pull), float(ridge), gained
 
-    def _chosen(self, every: Regression, held_out: Regression, *, centred: bool) -> tuple[float, float]:
+    def _chosen(
+        self, every: Regression, held_out: Regression, *, centred: bool, pull: Tensor | None
+    ) -> tuple[float, float]:
         if not 0 < held_out.rows < every.rows:
             raise ValueError(f"held-out rows must be some of the {every.rows} rows, got {held_out.rows}.")
         fit = every.without(held_out)
@@ -223,7 +248,7 @@ class Joint:
             # The held-out rows are looked at about the fit rows' mean: a constant that does not carry over is an error.
             held_out, fit = held_out.about(fit.inputs, fit.targets), fit.about(fit.inputs, fit.targets)
         # Equal losses take the larger ridge, the smaller change.
-        losses = {ridge: held_out.loss(fit.solve(ridge)) for ridge in sorted(self.grid, reverse=True)}
+        losses = {ridge: held_out.loss(fit.solve(ridge, pull)) for ridge in sorted(self.grid, reverse=True)}
         ridge = min(losses, key=losses.__getitem__)
         return ridge, losses[ridge]
 

@@ -5,6 +5,7 @@ a stride-1 conv shares one correlation between all pairs of taps at the same off
 inputs' rows, their sums float64, so the split into batches does not matter beyond float32 rounding of one product.
 """
 
+from collections.abc import Callable
 from itertools import combinations_with_replacement
 
 import torch
@@ -41,15 +42,43 @@ class RowMoments:
         self._gram: Tensor | None = None
         self._samples: list[Tensor] = []
 
-    def update(self, rows: Tensor) -> None:
+    def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
         """Add rows ``[rows, features]`` (any floating type and strides; they are copied where they are kept).
+
+        Args:
+            rows: The rows.
+            weights: How much each row counts, ``[rows]`` > 0 with a mean of 1 over this call, or None for 1. Weighted
+                rows are never kept as they are.
 
         Raises:
             NumericsError: If a value is not finite.
         """
         if rows.ndim != 2 or rows.shape[1] != self._features:
             raise ValueError(f"{self._name}: rows of {self._features} features expected, got {tuple(rows.shape)}.")
-        self._add(rows.detach().T)
+        if weights is None:
+            self._add(rows.detach().T)
+        else:
+            self._add_weighted(rows.detach().T.to(torch.float32), weights.detach().to(torch.float32))
+
+    @property
+    def rows(self) -> int:
+        """Rows so far."""
+        return self._rows
+
+    def combine_(self, add_up_: Callable[[Tensor], None], device: torch.device) -> None:
+        """Make the sums so far those of several processes.
+
+        Args:
+            add_up_: Replaces a float64 tensor by its total over all processes.
+            device: Where the sums are, for a process that has had no row.
+        """
+        nothing = torch.zeros(self._features, dtype=torch.float64, device=device)
+        self._sum = nothing if self._sum is None else self._sum
+        self._start_gram(nothing[:, None])
+        count = torch.tensor([self._rows], dtype=torch.float64, device=device)
+        for tensor in (self._sum, self._gram, count):
+            add_up_(tensor)
+        self._rows = int(count)
 
     def result(self) -> Statistics:
         """Moments of all rows so far; more may be added afterwards.
@@ -76,12 +105,25 @@ class RowMoments:
             # A copy: the next layer may overwrite its input in place (ReLU(inplace=True)).
             self._samples.append(columns.T.clone(memory_format=torch.contiguous_format))
             return
+        self._start_gram(columns)
+        add_gram_(self._gram, columns)
+
+    def _add_weighted(self, columns: Tensor, weights: Tensor) -> None:
+        if columns.shape[1] == 0:
+            return
+        sums = (columns @ weights).double()
+        _refuse_not_finite(sums, self._name)
+        self._sum = sums if self._sum is None else self._sum.add_(sums)
+        self._rows += columns.shape[1]
+        self._start_gram(columns)
+        add_gram_(self._gram, columns * weights.sqrt())
+
+    def _start_gram(self, columns: Tensor) -> None:
         if self._gram is None:
             self._gram = columns.new_zeros(self._features, self._features, dtype=torch.float64)
             for samples in self._samples:
                 add_gram_(self._gram, samples.T)
             self._samples = []
-        add_gram_(self._gram, columns)
 
 
 class ConvMoments:

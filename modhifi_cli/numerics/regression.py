@@ -60,18 +60,23 @@ class Regression:
         cross = self.cross - torch.outer(targets, self.inputs) - torch.outer(self.targets - targets, inputs)
         return replace(self, gram=gram, cross=cross, inputs=self.inputs - inputs, targets=self.targets - targets)
 
-    def solve(self, ridge: float) -> Tensor:
-        """Δ, in coordinates: (E[t zᵀ]) (E[z zᵀ] + λ · mean energy of a kept feature · I)⁻¹.
+    def solve(self, ridge: float, pull: Tensor | None = None) -> Tensor:
+        """Δ, in coordinates: (E[t zᵀ] + r D) (E[z zᵀ] + r I)⁻¹ with r = λ · mean energy of a kept feature.
 
         Args:
             ridge: λ ≥ 0.
+            pull: D, what the ridge pulls Δ to, as a change of the kept weights ``[outputs, features]``; None is 0.
 
         Returns:
             ``[outputs, n]`` float64; least-norm where the system is singular.
         """
         matrix = self.gram.clone()
-        matrix.diagonal().add_(ridge * self.gram.trace() / max(self.features, 1))
-        return solve_shared(matrix, self.cross)
+        strength = ridge * self.gram.trace() / max(self.features, 1)
+        matrix.diagonal().add_(strength)
+        if pull is None:
+            return solve_shared(matrix, self.cross)
+        pull = pull if self.basis is None else pull @ self.basis
+        return solve_shared(matrix, self.cross + strength * pull)
 
     def loss(self, change: Tensor) -> float:
         """E|t − Δ z|² − E|t|², output units²: below 0 where Δ, ``[outputs, n]``, is better than no change."""

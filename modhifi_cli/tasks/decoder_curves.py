@@ -50,20 +50,22 @@ def decoder_curves(run: "DecoderRun", curves: list[list[float]]) -> Iterator[Pro
         ]
         with flow.at_work(number) as layer:
             if parts:
-                looks = {reader: own.update for reader, own in zip(readers, moments, strict=True)}
-                yield from flow.look(layer, number, looks, name)
+                looks = {
+                    reader: (part.kind, own.update) for part, reader, own in zip(parts, readers, moments, strict=True)
+                }
+                yield from flow.look(layer, number, looks, name, weighted=run.weighted)
             for part, reader, own in zip(parts, readers, moments, strict=True):
                 yield Progress("error curves", part.name, number, len(decoder.layers))
                 alive = run.layout.alive(part.group)
                 order = run.layout.input_order(part.consumer, alive)
-                consumer = consumer_of(run, part, reader, alive, order, own.result())
+                consumer = consumer_of(run, part, reader, alive, order, own.result(flow.team, flow.device))
                 path = elimination([consumer], keep=1)
                 errors = path.errors.tolist()
                 moved = {}
                 for depth in sorted({_depth(part, alive.numel(), share) for share in _TRIAL_DEPTHS} - {0}):
                     kept = path.kept(alive.numel() - depth).cpu()
                     with _hollow(reader, consumer, kept, order):
-                        moved[depth] = trial.measure(number)
+                        moved[depth] = flow.team.first(trial.measure(number), flow.device)
                 curves.append(scaled_curve(errors, moved))
             if number + 1 < len(decoder.layers):
                 yield from flow.advance(layer, number, name)

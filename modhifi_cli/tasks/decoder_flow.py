@@ -11,13 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.errors import ConfigError
 from modhifi_cli.graph.decoder import Call, enter, run_layer
 from modhifi_cli.numerics.moments import RowMoments, merge
 from modhifi_cli.records import ImageSource, Progress
 from modhifi_cli.tasks.gathering import Gathered, held_out_images
+from modhifi_cli.tasks.team import Team
 
 _TOKENS_AT_ONCE = 8192  # of one forward through a layer
-Look = Callable[[int, Tensor], None]  # (number of the first sequence, inputs [batch, length, features])
+# (number of the first sequence, inputs [batch, length, features], weights of the tokens [batch, length] or None)
+Look = Callable[[int, Tensor, Tensor | None], None]
 
 
 class _Seen(Exception):
@@ -34,6 +37,10 @@ class Flow:
         batch_size: Sequences a forward, at most; never more than 8,192 tokens.
         device: Where layers run.
         offload: Whether hidden states wait on the CPU instead.
+        team: Other processes with a share of the calibration set.
+
+    Raises:
+        ConfigError: If there are more processes than sequences.
     """
 
     def __init__(
@@ -45,7 +52,15 @@ class Flow:
         batch_size: int,
         device: torch.device,
         offload: bool,
+        team: Team,
     ) -> None:
+        if team.size > len(calibration):
+            raise ConfigError(
+                f"{team.size} processes share {len(calibration)} calibration sequences; start fewer of them, or raise "
+                "data.sequences."
+            )
+        self.team = team
+        self._first, self._behind = team.share(len(calibration))
         self.model = model
         self.layers = layers
         self.device = device
@@ -60,9 +75,11 @@ class Flow:
     def restart(self) -> Iterator[Progress]:
         """Stand in front of the first layer."""
         self._hidden, self.tokens = [], 0
-        total = len(self._source)
+        total, number = self._behind - self._first, 0
         for batch, _ in self._source.batches(self._batch_size):
-            for part in batch.split(max(1, _TOKENS_AT_ONCE // batch.shape[1])):
+            own = batch[max(self._first - number, 0) : max(self._behind - number, 0)]
+            number += len(batch)
+            for part in own.split(max(1, _TOKENS_AT_ONCE // batch.shape[1])) if len(own) else ():
                 hidden, calls = enter(self.model, self.layers, part.to(self._home))
                 self._hidden.append(hidden.to(self._store))
                 self._calls.setdefault(tuple(part.shape), [call.to(self.device) for call in calls])
@@ -101,29 +118,39 @@ class Flow:
         return self._calls[shape][number]
 
     @torch.no_grad()
-    def look(self, layer: nn.Module, number: int, looks: Mapping[nn.Module, Look], item: str) -> Iterator[Progress]:
-        """Show looks the inputs of modules of one layer, over all tokens; the layer stops when all have seen."""
-        for start, hidden, call, done in self.batches(number):
-            waiting = set(looks)
+    def look(
+        self, layer: nn.Module, number: int, looks: Mapping[nn.Module, tuple[str, Look]], item: str, *, weighted: bool
+    ) -> Iterator[Progress]:
+        """Show looks the inputs of modules of one layer, over all tokens.
 
+        Args:
+            layer: The layer at work.
+            number: Its number.
+            looks: For each module the kind of its part, and who looks at its input.
+            item: For progress.
+            weighted: Whether tokens are weighted by the residual stream (`stream_weights`); the layer is then run to
+                its end. Otherwise it stops when all have seen.
+        """
+        for start, hidden, call, done in self.batches(number):
+            seen: dict[nn.Module, Tensor] = {}
             shape = hidden.shape[:2]  # some families flatten sequences and tokens before their MLP
 
-            def seen(
-                module: nn.Module, inputs: tuple, start: int = start, waiting: set = waiting, shape: tuple = shape
-            ) -> None:
-                looks[module](start, inputs[0].reshape(*shape, -1))
-                waiting.discard(module)
-                if not waiting:
+            def keep(module: nn.Module, inputs: tuple, seen: dict = seen, shape: tuple = shape) -> None:
+                seen[module] = inputs[0].reshape(*shape, -1)
+                if len(seen) == len(looks) and not weighted:
                     raise _Seen
 
-            handles = [module.register_forward_pre_hook(seen) for module in looks]
+            handles = [module.register_forward_pre_hook(keep) for module in looks]
+            behind = None
             try:
-                run_layer(layer, hidden, call)
+                behind = run_layer(layer, hidden, call)
             except _Seen:
                 pass
             finally:
                 for handle in handles:
                     handle.remove()
+            for module, (kind, show) in looks.items():
+                show(start, seen[module], stream_weights(kind, hidden, behind) if weighted else None)
             yield Progress("tokens", item, done, len(self._hidden))
 
     @torch.no_grad()
@@ -135,10 +162,30 @@ class Flow:
 
     def batches(self, number: int) -> Iterator[tuple[int, Tensor, Call, int]]:
         """Number of the first sequence, hidden states on the device, how the layer is called, batches done."""
-        start = 0
+        start = self._first
         for done, hidden in enumerate(list(self._hidden), start=1):
             yield start, hidden.to(self.device), self._calls[tuple(hidden.shape[:2])][number], done
             start += len(hidden)
+
+
+def stream_weights(kind: str, front: Tensor, behind: Tensor) -> Tensor:
+    """How much a layer's error at each token counts: the inverse mean square of the residual stream it goes into.
+
+    The norm in front of whatever reads the stream divides by that stream's size, so an error of the same length weighs
+    less where the stream is long. It takes the say from the few tokens with outputs hundreds of times as large (the first
+    of a sequence in most decoders), on which attention leans all the same.
+
+    Args:
+        kind: Of the part: an MLP's error goes into the stream behind the layer, attention's into that in front.
+        front: ``[batch, length, width]``, in front of the layer.
+        behind: The same behind it.
+
+    Returns:
+        ``[batch, length]`` float32 > 0, mean 1 over each sequence, so that batches add up in any split.
+    """
+    square = (behind if kind == "mlp" else front).float().square().mean(-1)
+    inverse = 1 / square.clamp(min=1e-6 * square.mean(-1, keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
+    return inverse / inverse.mean(-1, keepdim=True)
 
 
 @dataclass
@@ -160,27 +207,35 @@ class TokenMoments:
         self._held = RowMoments(self.features, name=self.name)
         self._any_held = False
 
-    def update(self, start: int, inputs: Tensor) -> None:
-        """Add the tokens of one batch, ``[batch, length, features]``.
+    def update(self, start: int, inputs: Tensor, weights: Tensor | None) -> None:
+        """Add the tokens of one batch, ``[batch, length, features]``, with weights ``[batch, length]`` or without.
 
         Raises:
             NumericsError: If a value is not finite.
         """
+
+        def add(moments: RowMoments, chosen: Tensor | slice) -> None:
+            moments.update(inputs[chosen].flatten(0, 1), None if weights is None else weights[chosen].flatten())
+
         if not self.hold_out:
-            self._fitted.update(inputs.flatten(0, 1))
+            add(self._fitted, slice(None))
             return
         held = held_out_images(torch.arange(start, start + len(inputs), device=inputs.device))
-        self._fitted.update(inputs[~held].flatten(0, 1))
+        add(self._fitted, ~held)
         if bool(held.any()):
             self._any_held = True
-            self._held.update(inputs[held].flatten(0, 1))
+            add(self._held, held)
 
-    def result(self) -> Gathered:
-        """Moments of everything so far.
+    def result(self, team: Team, device: torch.device) -> Gathered:
+        """Moments of everything so far, of all processes.
 
         Raises:
             NumericsError: If there was no token.
         """
+        if team.size > 1:
+            for moments in (self._fitted, self._held) if self.hold_out else (self._fitted,):
+                moments.combine_(team.add_up_, device)
+            self._any_held = self._held.rows > 0
         fitted = self._fitted.result()
         if not self._any_held:
             return Gathered(fitted, None)

@@ -35,11 +35,12 @@ from modhifi_cli.numerics.moments import reorder
 from modhifi_cli.numerics.regression import Regression, kept_weight, regressions
 from modhifi_cli.records import Consumer, Edit, ImageSource, ModuleEdit, Note, Progress, Statistics
 from modhifi_cli.tasks.decoder_curves import decoder_curves
-from modhifi_cli.tasks.decoder_flow import Flow, TokenMoments
+from modhifi_cli.tasks.decoder_flow import Flow, TokenMoments, stream_weights
 from modhifi_cli.tasks.decoder_widths import Widths
 from modhifi_cli.tasks.gathering import Gathered
 from modhifi_cli.tasks.pricing import COUNTED
 from modhifi_cli.tasks.prune import NEAR, Plan, PlannedGroup, Summary
+from modhifi_cli.tasks.team import Team
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ class DecoderOptions:
         unit: What goes of attention: ``"kv_group"`` a KV head with its query heads, ``"query_head"`` the same number of
             query heads from every KV head, ``"auto"`` the former from 4 KV heads on.
         reference: What a repaired layer rebuilds: ``"edited"`` its own output before the cut, or ``"dense"`` the
-            residual stream of the dense network (method.md, M9), errors of earlier layers included.
+            residual stream of the dense network (method.md, M9), errors of earlier layers included. A compensation
+            whose own reference is dense means the same.
+        weighting: How much the calibration tokens count: ``"even"`` all the same, or ``"stream"`` by the inverse mean
+            square of the residual stream that the layer's output goes into, since the norms behind divide by it.
         add_bias: Give consumers without a bias one that carries the mean of what was removed. It changes the
             architecture, so the folder then needs `modhifi_cli.load_model`.
         native: With even widths, whether head counts are chosen among those that the family's configuration accepts.
@@ -64,6 +68,7 @@ class DecoderOptions:
     components: Sequence[str] = ("mlp",)
     unit: str = "auto"
     reference: str = "edited"
+    weighting: str = "even"
     add_bias: bool = False
     native: bool = True
     offload: bool = False
@@ -71,7 +76,8 @@ class DecoderOptions:
     def __post_init__(self) -> None:
         if not self.components or not set(self.components) <= set(KINDS):
             raise ConfigError(f"decoder.components must name mlp, attention or both, got {list(self.components)}.")
-        for key, known in (("unit", UNITS), ("reference", ("edited", "dense"))):
+        known_values = (("unit", UNITS), ("reference", ("edited", "dense")), ("weighting", ("stream", "even")))
+        for key, known in known_values:
             if getattr(self, key) not in known:
                 raise ConfigError(f"decoder.{key} must be one of {', '.join(known)}, got '{getattr(self, key)}'.")
 
@@ -95,6 +101,11 @@ class DecoderRun:
     def needs_statistics(self) -> bool:
         return any(step.needs_statistics for step in (self.scoring, self.selection, self.compensation))
 
+    @property
+    def weighted(self) -> bool:
+        """Whether tokens count by the residual stream."""
+        return self.options.weighting == "stream"
+
 
 def prune_decoder_(
     model: nn.Module,
@@ -114,6 +125,7 @@ def prune_decoder_(
     device: torch.device | str = "cpu",
     seed: int = 0,
     done: Sequence[Edit] = (),
+    team: Team | None = None,
 ) -> Iterator[Plan | Note | Progress | Edit | Summary]:
     """Prune `model` in place, yielding the plan, progress, one `Edit` per edited part, and a summary.
 
@@ -133,6 +145,7 @@ def prune_decoder_(
         device: Where layers run.
         seed: For everything that is drawn.
         done: Edits of an interrupted run with the same settings: they are applied, not computed.
+        team: Other processes that run the same with their share of the calibration set; None for none.
 
     Raises:
         ConfigError: If a setting is out of range or the target cannot be reached.
@@ -141,13 +154,23 @@ def prune_decoder_(
         UnsupportedModelError: If nothing in the network can be pruned.
     """
     options = options or DecoderOptions()
+    if getattr(compensation, "reference", "current") == "dense":
+        options = replace(options, reference="dense")
     device = torch.device(device)
     shares = schedule(sparsity)
     _check_settings(sparsity, target, round_to, batch_size, options, shares, calibration)
     _check_weights(model)
     decoder = find_parts(model, components=options.components, unit=options.unit, exclude=exclude)
     parts = decoder.parts
-    flow = Flow(model, decoder.layers, calibration, batch_size=batch_size, device=device, offload=options.offload)
+    flow = Flow(
+        model,
+        decoder.layers,
+        calibration,
+        batch_size=batch_size,
+        device=device,
+        offload=options.offload,
+        team=team or Team(),
+    )
     run = DecoderRun(
         model=model,
         decoder=decoder,
@@ -251,11 +274,12 @@ def _edit_part_(
     if run.needs_statistics:
         moments = TokenMoments(part.name, features_of_reader(reader), run.compensation.wants_held_out)
         if reference is None:
-            yield from run.flow.look(layer, part.layer, {reader: moments.update}, part.name)
+            looks = {reader: (part.kind, moments.update)}
+            yield from run.flow.look(layer, part.layer, looks, part.name, weighted=run.weighted)
         else:
             yield from reference.look(part, moments)
             missing = reference.missing
-        gathered = moments.result()
+        gathered = moments.result(run.flow.team, run.flow.device)
     gathered_at = time.perf_counter()
     order = run.layout.input_order(part.consumer, alive)
     consumer = consumer_of(run, part, reader, alive, order, gathered)
@@ -370,16 +394,29 @@ class _Reference:
                     missing = dense_output - output + dense_hidden - hidden
                 else:
                     missing = dense_behind - behind
-                moments.update(start, inputs)
+                weights = stream_weights(part.kind, hidden, behind) if run.weighted else None
+                moments.update(start, inputs, weights)
                 held = held_out_images(torch.arange(start, start + len(hidden), device=hidden.device))
                 for which, rows in ((0, slice(None)), (1, held)):
-                    chosen, x = missing[rows].flatten(0, 1).double(), inputs[rows].flatten(0, 1).double()
-                    product = chosen.T @ x
+                    chosen, x = missing[rows].flatten(0, 1).float(), inputs[rows].flatten(0, 1).float()
+                    if weights is not None:
+                        chosen = chosen * weights[rows].flatten()[:, None]
+                    product = (chosen.T @ x).double()
                     sums[which] = product if sums[which] is None else sums[which].add_(product)
-                    mean = chosen.sum(0)
+                    mean = chosen.sum(0).double()
                     means[which] = mean if means[which] is None else means[which].add_(mean)
                     counts[which] += len(x)
             yield Progress("tokens", part.name, done, done)
+        if run.flow.team.size > 1:
+            shape = (output_size(reader), features_of_reader(reader))
+            for which in (0, 1):
+                for kept, size in ((sums, shape), (means, shape[:1])):
+                    if kept[which] is None:
+                        kept[which] = torch.zeros(size, dtype=torch.float64, device=run.flow.device)
+                    run.flow.team.add_up_(kept[which])
+                count = torch.tensor([counts[which]], dtype=torch.float64, device=run.flow.device)
+                run.flow.team.add_up_(count)
+                counts[which] = int(count)
         crosses = [None if total is None or not n else total / n for total, n in zip(sums, counts, strict=True)]
         averages = [None if total is None or not n else total / n for total, n in zip(means, counts, strict=True)]
         held_out = Missing(crosses[1], averages[1]) if moments.hold_out and counts[1] else None
@@ -479,6 +516,7 @@ def _repaired(
     """Repaired weight ``[outputs, kept features]``, what to add to the bias or None, and facts for the report."""
     ridge = None
     if isinstance(run.compensation, Joint):
+        present = kept_weight(consumer, kept)
         held_out = consumer.held_out if run.compensation.wants_held_out else None
         every, *parts = regressions(consumer, kept, *(() if held_out is None else (held_out,)))
         if missing is not None:
@@ -486,8 +524,8 @@ def _repaired(
             features = feature_index(kept, order.numel() // consumer.components)
             every = missing.added(every, features)
             parts = [missing.held_out.added(held, features) for held in parts]
-        change, ridge, _ = run.compensation.fit(every, *parts, centred=consumer.centred)
-        weight = kept_weight(consumer, kept) + every.widened(change)
+        change, ridge, _ = run.compensation.fit(every, *parts, centred=consumer.centred, weight=present)
+        weight = run.compensation.rebuilt(present, every, change)
     else:
         weight = run.compensation(consumer, kept)
     if not measured:

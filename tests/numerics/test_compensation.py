@@ -291,3 +291,24 @@ def test_joint_refuses_weights_that_are_not_finite():
     weight[0, 0] = float("nan")
     with pytest.raises(NumericsError, match=r"fc1: every weight must be finite"):
         Joint()(replace(consumer, weight=weight), KEPT)
+
+
+@pytest.mark.parametrize("rows", [80, 5], ids=["second_moment", "samples"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_ridge_towards_zero_is_plain_least_squares_for_the_whole_output(rows, centred):
+    consumer, data = helpers.make(per=2, rows=rows, centred=centred)
+    features = feature_index(KEPT, 2)
+    solved = Joint(ridge=0.1, towards="zero")(consumer, KEPT)
+    x = (data - data.mean(0) if centred else data).double()
+    root = (0.1 * x[:, features].square().sum(0).mean()).sqrt() * torch.eye(len(features), dtype=torch.float64)
+    matrix = torch.cat([x[:, features], root])
+    target = torch.cat([x @ consumer.weight.double().T, torch.zeros(len(features), 4, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(matrix, target).solution.T
+    torch.testing.assert_close(solved, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_ridge_towards_zero_knows_its_own_output_alone():
+    with pytest.raises(ConfigError, match="towards=zero is for compensation.reference=current"):
+        Joint(towards="zero", reference="dense")
+    with pytest.raises(ConfigError, match="compensation.towards must be 'weights' or 'zero', got 'one'"):
+        Joint(towards="one")

@@ -177,3 +177,25 @@ def test_merged_moments_are_those_of_all_rows(rows):
     assert merged.rows == both.rows
     assert torch.allclose(merged.mean, both.mean)
     assert torch.allclose(second_moment(merged, centred=True), second_moment(both, centred=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [40, 6])
+def test_weighted_rows_count_by_their_weights_in_any_split(rows):
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(2 * rows, 8, generator=generator) + 0.5
+    weights = torch.rand(2, rows, generator=generator) + 0.1
+    weights /= weights.mean(1, keepdim=True)
+    whole, split, shared = RowMoments(8), RowMoments(8), RowMoments(8)
+    whole.update(data, weights.flatten())
+    for part, own in zip(data.split(rows), weights, strict=True):
+        split.update(part, own)
+    shared.update(data[:rows], weights[0])
+    other = RowMoments(8)
+    other.update(data[rows:], weights[1])
+    mine = iter([other._sum, other._gram, torch.tensor([float(rows)])])
+    shared.combine_(lambda total: total.add_(next(mine)), torch.device("cpu"))
+    each = weights.flatten().double()[:, None] / (2 * rows)
+    for found in (whole.result(), split.result(), shared.result()):
+        assert found.rows == 2 * rows and found.samples is None
+        torch.testing.assert_close(found.mean, (each * data.double()).sum(0), **CLOSE)
+        torch.testing.assert_close(found.second_moment, data.double().T @ (each * data.double()), **CLOSE)

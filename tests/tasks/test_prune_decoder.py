@@ -26,7 +26,7 @@ def prune(model, *, sparsity=0.3, target="params", options=BOTH, passes=1, done=
     """Edits and the other records of a run; with `stop` it is left after so many edits."""
     steps = {"scoring": Singleton(), "selection": Greedy(), "compensation": Joint(), "allocation": Uniform()} | changed
     given = {"calibration": tokens(), "batch_size": 8}
-    given |= {key: steps.pop(key) for key in ("round_to", "exclude") if key in steps}
+    given |= {key: steps.pop(key) for key in ("round_to", "exclude", "team") if key in steps}
     edits, others = list(done), []
     for event in prune_decoder_(
         model,
@@ -84,18 +84,22 @@ def test_keeping_everything_changes_nothing():
     assert not edits and weights_hash(model) == weights_hash(tiny("llama"))
 
 
-def test_the_repair_is_least_squares_on_the_tokens_that_the_layer_sees():
+@pytest.mark.parametrize("weighting", ["even", "stream"])
+def test_the_repair_is_least_squares_on_the_tokens_that_the_layer_sees(weighting):
     dense, model = tiny("llama").double(), tiny("llama").double()
-    options = DecoderOptions(components=("mlp",))
+    options = DecoderOptions(components=("mlp",), weighting=weighting)
     edits, _ = prune(model, options=options, compensation=Joint(ridge=1e-3))
     first = edits[0]
     rows = []
     down = dense.model.layers[0].mlp.down_proj
     handle = down.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].flatten(0, 1)))
     with torch.no_grad():
-        dense(torch.stack(list(tokens().windows)))
+        stream = dense(torch.stack(list(tokens().windows)), output_hidden_states=True).hidden_states[1]
     handle.remove()
     x = torch.cat(rows)
+    if weighting == "stream":  # a row counts by how short the residual stream is that its output goes into
+        square = stream.square().mean(-1)
+        x = x * (1 / square / (1 / square).mean(1, keepdim=True)).flatten()[:, None] ** 0.5
     kept = first.kept
     strength = 1e-3 * x[:, kept].square().mean()
     ours = next(edit for edit in first.modules if edit.module.endswith("down_proj")).tensors["weight"].double()
