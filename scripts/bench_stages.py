@@ -3,6 +3,7 @@
     python scripts/bench_stages.py                          # ResNet-56 at 32 px and ResNet-50 at 224 px, random weights
     python scripts/bench_stages.py --model resnet50 --images 64 --positions 49
     python scripts/bench_stages.py --model resnet50 --images 128 --preset best
+    python scripts/bench_stages.py --model smollm2_135m --images 24 --length 512 --sparsity 0.3    # a language model
 
 One process per network, since memory is measured on the process. Times are processor time of the process, all threads
 together, and are compared within one run: quote the ratios. Weights and images are random, which changes what is
@@ -165,6 +166,79 @@ def measure(
     print(f"{'statistics and BatchNorm alone':<38}{without:>9.2f}{without / forward:>10.2f}")
 
 
+def measure_decoder(sequences: int, length: int, batch: int, sparsity: float, preset: str) -> None:
+    """Print the table of a language model of SmolLM2-135M's shape, random weights. Runs in a process of its own."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from modhifi_cli import config
+    from modhifi_cli.data.text import TokenWindows
+    from modhifi_cli.numerics import moments
+    from modhifi_cli.records import Edit, Note
+    from modhifi_cli.tasks import decoder_curves, decoder_flow
+    from modhifi_cli.tasks import prune_decoder as task
+
+    shape = {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape)).eval().requires_grad_(False)
+    ids = torch.randint(0, shape["vocab_size"], (sequences, length))
+    source = TokenWindows(list(ids), [0] * sequences, {})
+    with torch.no_grad():
+        started = time.process_time()
+        for inputs, _ in source.batches(batch):
+            model.model(input_ids=inputs, use_cache=False)
+        forward = time.process_time() - started
+    before = resident_gigabytes()
+
+    clock, ran = Clock(), {"tokens": 0}
+    steps = config.compose("prune", ["model=smollm2_135m", f"preset={preset}"])
+    real = decoder_flow.run_layer
+
+    def counted(layer, hidden, call):
+        ran["tokens"] += hidden.shape[0] * hidden.shape[1]
+        return real(layer, hidden, call)
+
+    for module in (decoder_flow, decoder_curves, task):
+        module.run_layer = clock.timed("forwards through layers", counted)
+    moments.RowMoments.update = clock.timed("second moments", moments.RowMoments.update)
+    decoder_curves.elimination = clock.timed("error curves: elimination", decoder_curves.elimination)
+    time.perf_counter = time.process_time  # what edits say of their seconds, on the same clock
+    solving, notes = 0.0, []
+    started = time.process_time()
+    with clock.stage("rest"):
+        for event in task.prune_decoder_(
+            model,
+            calibration=source,
+            sparsity=sparsity,
+            target="params",
+            **{key: config.build(steps[key]) for key in ("scoring", "selection", "compensation", "allocation", "schedule")},
+            options=config.build(steps["decoder"], components=tuple(steps["components"])),
+            batch_size=batch,
+        ):
+            if isinstance(event, Edit):
+                solving += event.facts.get("seconds", {}).get("solving", 0.0)
+            elif isinstance(event, Note):
+                notes.append(event.text)
+    total = time.process_time() - started
+    clock.seconds["rest"] -= solving
+    clock.seconds["solver (scores, selection, repair)"] = solving
+    print(f"\nSmolLM2-135M's shape, preset={preset}: {sequences} x {length} tokens, {sparsity:g} of the decoder layers' "
+          f"parameters, {torch.get_num_threads()} threads")
+    print(f"one plain forward through the layers: {forward:.2f} s; memory before the run {before:.2f} GB")
+    counted_forwards = ran["tokens"] / (sequences * length * shape["num_hidden_layers"])
+    print(f"counted: {counted_forwards:.2f} forwards through all layers over the calibration tokens (one that stops "
+          "early counts as whole)")
+    print(f"{'stage':<38}{'seconds':>9}{'forwards':>10}{'peak GB':>9}")
+    for name, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
+        print(f"{name:<38}{seconds:>9.2f}{seconds / forward:>10.2f}{clock.peak.get(name, float('nan')):>9.2f}")
+    print(f"{'whole run':<38}{total:>9.2f}{total / forward:>10.2f}{max(clock.peak.values()):>9.2f}")
+    for note in notes:
+        print(note)
+
+
 def main() -> None:
     """Measure the cases asked for, each in a fresh process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -175,8 +249,12 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.4, help="share of FLOPs to remove")
     parser.add_argument("--carry", type=float, default=1.0, help="largest activation carried, 10⁹ bytes")
     parser.add_argument("--preset", default="paper", help="whose steps are run: paper, best, fast, …")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence, of a language model")
     parser.add_argument("--here", action="store_true", help="measure in this process")
     settings = parser.parse_args()
+    if settings.model == "smollm2_135m":
+        measure_decoder(settings.images, settings.length, min(settings.batch, 8), settings.sparsity, settings.preset)
+        return
     if settings.here:
         sizes = (settings.images, settings.batch, settings.positions)
         measure(settings.model, *sizes, settings.sparsity, settings.carry, settings.preset)
