@@ -239,7 +239,7 @@ def _cells(
             instead = f"give {_SET_HERE[key]}=[…] instead" if _SET_HERE[key] else "leave it out"
             raise ConfigError(f"modhifi compare sets {key} itself for every cell; {instead}.")
     if settings["data"] is None:
-        name = settings["model"].get("name", "this model")
+        name = _model_name(settings)
         raise ConfigError(
             f"{name} brings no images of its own: give unlabelled calibration images with data=folder "
             "data.path=FOLDER, data=arrays data.path=FILE, data=cifar10 or data=cifar100."
@@ -249,8 +249,9 @@ def _cells(
     same = {
         "target": settings["target"]["name"],
         "evaluation": f"[{','.join(settings['evaluation'])}]",
-        "data.num_samples": settings["data"].get("num_samples"),  # a preset's own number would be another sample
     }
+    if "num_samples" in settings["data"]:  # a preset's own number would be another sample; text has none
+        same["data.num_samples"] = settings["data"]["num_samples"]
     mine += [f"{key}={'null' if value is None else value}" for key, value in same.items() if key not in given]
     cells = []
     for method in dict.fromkeys(settings["methods"]):
@@ -322,19 +323,21 @@ def _write(
     command: str,
 ) -> None:
     cells = []
+    beside: dict[str, float] = {}  # of the dense network, where every cell measures it beside its own
     for record in records:
         values: dict[str, float] = {}
         if record["status"] != "failed":
             results = artifacts.read_results(record["path"])
             values = {f"removed_{name}": 100 * share for name, share in results["achieved"].items()}
             values |= {m["name"]: m["value"] for m in results["measurements"] if m["model"] == "pruned"}
+            beside = beside or {m["name"]: m["value"] for m in results["measurements"] if m["model"] == "dense"}
             if "speedup" in values:
                 values["time_saved"] = 100 * (1 - 1 / values["speedup"])
             elif "removed_latency" in values:
                 values["time_saved"] = values["removed_latency"]
         cells.append({key: value for key, value in record.items() if key not in ("path", "title")} | values)
     rows = reports.comparison_rows(cells)
-    own = {measured.name: measured.value for measured in dense}
+    own = {**beside, **{measured.name: measured.value for measured in dense}}
     artifacts.write_text(folder / "cells.csv", reports.csv_text(cells))
     first = reports.comparison_rows([_dense_cell(own)])
     artifacts.write_text(folder / "comparison.csv", reports.csv_text([*first, *rows]))
@@ -370,10 +373,12 @@ def _figures(
 ) -> dict[str, str]:
     """Write the frontiers that there are numbers for; caption → file beside the page."""
     quality, label = ("top1", "top-1 accuracy, %")
-    if not any(quality in row for row in rows):
+    if any("token_perplexity" in row for row in rows):
+        quality, label = ("token_perplexity", "token perplexity, less is better")
+    elif not any(quality in row for row in rows):
         quality, label = ("agreement", "agreement with dense, % of images")
-    height = dense.get("top1") if quality == "top1" else 100.0
-    shown = f"dense {height:.2f}" if quality == "top1" and height is not None else "dense"
+    height = 100.0 if quality == "agreement" else dense.get(quality)
+    shown = f"dense {height:.2f}" if quality != "agreement" and height is not None else "dense"
     count = len(set(settings["seeds"]))
     spread = f", mean ± deviation over {count} seeds" if count > 1 else ""
     found = {}
@@ -403,6 +408,11 @@ def _figures(
 def _protocol(settings: Mapping[str, Any], dense: Sequence[Measurement]) -> dict[str, Any]:
     """What a reader needs to judge the numbers: images, their number, where it ran."""
     found = {"device": settings["runtime"]["device"], "dtype": settings["runtime"]["dtype"]}
+    if "sequences" in settings["data"]:
+        told = ("path", "hub", "sequences", "length")
+        for key, node in (("calibration text", settings["data"]), ("evaluation text", settings["evaluation_data"] or {})):
+            found[key] = ", ".join(f"{name} {node[name]}" for name in told if node.get(name) is not None) or "none"
+        return found
     samples = settings["data"].get("num_samples")
     found["calibration images"] = "all" if samples is None else samples
     measured = next((measurement for measurement in dense if measurement.name == "top1"), None)
@@ -413,7 +423,9 @@ def _protocol(settings: Mapping[str, Any], dense: Sequence[Measurement]) -> dict
 
 
 def _model_name(settings: Mapping[str, Any]) -> str:
-    return str(settings["model"].get("name", "network"))
+    node = settings["model"]
+    place = node.get("path") or node.get("gguf") or "network"
+    return str(node.get("name") or Path(str(place)).stem)
 
 
 def _digest(plain: Mapping[str, Any]) -> str:

@@ -180,6 +180,44 @@ def main_help() -> str:
     return "\n".join(lines)
 
 
+def for_network(verb: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides in which presets mean what they are for the network at hand.
+
+    A preset NAME whose file NAME_language.yaml lies beside it is that file for a language model: the same recipe says
+    other steps there (the paper scores neurons otherwise than channels).
+
+    Args:
+        verb: Name of a verb.
+        overrides: `key=value` strings.
+
+    Returns:
+        The same with ``preset=NAME`` replaced, if all networks named read text.
+    """
+    words = list(overrides)
+    named = [word.partition("=")[2] for word in words if word.startswith("model=")]
+    if verb != "prune" or not named or not all(_reads_text(name) for name in named[-1].split(",")):
+        return words
+    if not any(word.startswith("preset=") for word in words):
+        default = re.search(r"^  - preset: (\w+)", (config_directory() / "prune.yaml").read_text("utf-8"), re.M)
+        if default and _of_language(default[1]) != default[1]:
+            words.append(f"preset={default[1]}")
+    chosen = ((word, word.partition("=")) for word in words)
+    return [
+        f"preset={','.join(_of_language(name) for name in value.split(','))}" if key == "preset" else word
+        for word, (key, _, value) in chosen
+    ]
+
+
+def _of_language(preset: str) -> str:
+    own = f"{preset}_language"
+    return own if (config_directory() / "preset" / f"{own}.yaml").is_file() else preset
+
+
+def _reads_text(model: str) -> bool:
+    path = config_directory() / "model" / f"{model}.yaml"
+    return path.is_file() and "_target_: modhifi_cli.models.hf." in path.read_text(encoding="utf-8")
+
+
 def compose(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Checked plain settings of a verb, without running anything.
 
@@ -197,6 +235,7 @@ def compose(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
+    overrides = for_network(verb, overrides)
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_directory()), version_base="1.3", job_name="modhifi"):
         try:
@@ -235,6 +274,7 @@ def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], None]) -
 
     import hydra
 
+    overrides = for_network(verb, overrides)
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["modhifi", *spelled(verb, overrides)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a text of its own and exits 1 before we can explain

@@ -128,13 +128,78 @@ def change(before: float, after: float, unit: str) -> str:
     return f"{_signed(100 * (after / before - 1), 1)} % ({factor:.2f}× {word})"
 
 
+def model_card(
+    name: str,
+    *,
+    origin: str,
+    native: bool,
+    achieved: Mapping[str, float],
+    measurements: Sequence[Measurement],
+    calibration: Mapping[str, Any],
+    repeat: str,
+) -> str:
+    """The page that lies beside a pruned language model's weights: what it is, how it loads, its numbers.
+
+    Args:
+        name: Of the dense network.
+        origin: Where its weights came from.
+        native: Whether plain transformers opens the folder.
+        achieved: Shares removed.
+        measurements: Of the dense and the pruned network.
+        calibration: Protocol of the calibration text.
+        repeat: The command that made it.
+
+    Returns:
+        Markdown with the header that model hubs read.
+    """
+    loading = (
+        'AutoModelForCausalLM.from_pretrained("FOLDER")   # from transformers; no other code is needed'
+        if native
+        else 'modhifi_cli.load_model("RUN")   # the run folder; layers differ in width, so plain transformers cannot'
+    )
+    shares = ", ".join(f"{100 * share:.1f} % of {term}" for term, share in achieved.items())
+    read = ", ".join(f"{key} {calibration[key]}" for key in ("path", "sequences", "length", "seed") if key in calibration)
+    rows = [f"| {row.label} | {row.before} | {row.after} | {row.change} |" for row in table(measurements)]
+    numbers = ["|  | dense | pruned | change |", "| --- | --- | --- | --- |", *rows] if rows else ["Nothing was measured."]
+    return "\n".join(
+        [
+            "---",
+            f"library_name: {'transformers' if native else 'modhifi'}",
+            "tags: [pruned, modhifi]",
+            "pipeline_tag: text-generation",
+            "---",
+            f"# {name}, pruned",
+            "",
+            f"Made from {origin} by structured pruning with closed-form repair (ModHiFi-P, arXiv:2511.19566), without "
+            f"training. Removed: {shares} (params: of the decoder layers; model_params: of the whole network).",
+            "",
+            f"    {loading}",
+            "",
+            f"Calibration text: {read}.",
+            "",
+            *numbers,
+            "",
+            *(f"- {line}" for line in protocol_lines(measurements)),
+            "",
+            "Made with:",
+            "",
+            f"    {repeat}",
+            "",
+        ]
+    )
+
+
 # Columns of a comparison: term → (head, unit); those that were measured are shown, in this order.
 _COMPARED = {
     "removed_params": ("parameters removed", "%"),
+    "removed_model_params": ("of the whole network", "%"),
     "removed_flops": ("FLOPs removed", "%"),
     "removed_components": ("components removed", "%"),
     "removed_latency": ("time removed", "%"),
     "top1": ("top-1", "%"),
+    "token_perplexity": ("perplexity", ""),
+    "token_agreement": ("tokens as dense", "%"),
+    "token_kl": ("KL a token", "nats"),
     "agreement": ("agreement", "%"),
     "kl": ("KL", "nats"),
     "speedup": ("speedup", "×"),
@@ -178,7 +243,7 @@ def comparison_table(
         leave_out: Terms that are not shown (a terminal is narrow).
     """
     terms = [term for term in _COMPARED if any(term in row for row in rows) and term not in leave_out]
-    heads = {term: f"{head}, {unit}" for term, (head, unit) in _COMPARED.items()}
+    heads = {term: f"{head}, {unit}" if unit else head for term, (head, unit) in _COMPARED.items()}
     shown = []
     if dense:
         first = {heads[term]: _mean(dense.get(term), None, term) for term in terms}

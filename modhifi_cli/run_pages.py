@@ -19,7 +19,8 @@ _AT_THE_TOP = (
     "latency_ms", "speedup",
 )  # fmt: skip
 _STEPS = ("outside", "scoring", "selection", "compensation", "allocation", "schedule", "method", "statistics")
-_PLAIN = ("sparsity", "batchnorm", "classifier", "round_to", "exclude", "layers", "seeds", "minutes")
+_PLAIN = ("sparsity", "batchnorm", "classifier", "components", "round_to", "exclude", "layers", "seeds", "minutes")
+_OF_IMAGES, _OF_TEXT = ("batchnorm", "classifier"), ("components",)  # settings that the others do not look at
 _COUNTED = {"params": "parameters", "flops": "FLOPs", "components": "components", "latency": "time"}
 _WIDTHS = ("out_channels", "out_features", "num_features")
 
@@ -185,8 +186,10 @@ def _warnings(results: Mapping[str, Any]) -> Section | None:
 
 
 def _asked(results: Mapping[str, Any], settings: Mapping[str, Any]) -> Section | None:
+    of_text = ".hf." in str((settings.get("model") or {}).get("_target_"))
+    plain = [key for key in _PLAIN if key not in (_OF_IMAGES if of_text else _OF_TEXT)]
     rows = [
-        (key.replace("_", " "), reports.told(settings[key])) for key in _PLAIN if settings.get(key) not in (None, [])
+        (key.replace("_", " "), reports.told(settings[key])) for key in plain if settings.get(key) not in (None, [])
     ]
     if results.get("forget"):
         told = ", ".join(_class_name(number, results.get("classes")) for number in results["forget"])
@@ -196,7 +199,7 @@ def _asked(results: Mapping[str, Any], settings: Mapping[str, Any]) -> Section |
         own = ", ".join(f"{key} {reports.told(v)}" for key, v in target.items() if key != "name" and v is not None)
         rows.append(("target", target["name"] + (f" ({own})" if own else "")))
     steps = _STEPS if results["verb"] != "study" or results.get("study") == "ablation" else ("scoring", "statistics")
-    for key in steps:
+    for key in (*steps, *(("decoder",) if of_text else ())):
         node = settings.get(key)
         if isinstance(node, Mapping) and "_target_" in node and not (settings.get("outside") and key != "outside"):
             rows.append((key, _target(node)))

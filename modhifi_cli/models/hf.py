@@ -9,7 +9,7 @@ import contextlib
 import copy
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +145,13 @@ def continuation(model: nn.Module, tokens: Tensor, count: int) -> Tensor:
 def native_config(model: nn.Module) -> Any | None:
     """A configuration from which transformers itself builds a network of exactly these shapes, or None.
 
-    None where layers differ in width, or the family's configuration cannot say it (a bias that was added, head counts
-    that its validation refuses or ties to the width).
+    Layers of different widths are asked for with ``per_layer_config``, which only some families honour. None where
+    the family's configuration cannot say the shapes (such widths, a bias that was added, head counts that its
+    validation refuses or ties to the width).
     """
     shapes = [shape_of(model, number) for number in range(model.config.num_hidden_layers)]
-    if any(shape != shapes[0] for shape in shapes):
-        return None
     with _quiet():
-        config = _with_shape(model.config, shapes[0])
+        config = _with_shapes(model.config, shapes)
         return config if config is not None and _same_shapes(config, model) else None
 
 
@@ -416,6 +415,25 @@ def _with_shape(config: Any, shape: Mapping[str, int]) -> Any | None:
     try:
         return type(config).from_dict(plain)
     except Exception:  # families validate in their own ways
+        return None
+
+
+def _with_shapes(config: Any, shapes: Sequence[Mapping[str, int]]) -> Any | None:
+    """A copy of a configuration with widths for every layer, or None where it has no way to say them."""
+    if all(shape == shapes[0] for shape in shapes):
+        return _with_shape(config, shapes[0])
+    layers = [_with_shape(config, shape) for shape in shapes]
+    if any(layer is None for layer in layers):
+        return None
+    dense = config.to_dict()
+    plain = copy.deepcopy(dense)
+    plain["per_layer_config"] = {
+        number: {key: value for key, value in layer.to_dict().items() if value != dense.get(key)}
+        for number, layer in enumerate(layers)
+    }
+    try:
+        return type(config).from_dict(plain)
+    except Exception:  # a version without it, or one that wants more to be said
         return None
 
 

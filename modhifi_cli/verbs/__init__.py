@@ -4,6 +4,7 @@ A run is a folder (`artifacts`), a voice (`console`) and a sequence of records (
 """
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def run(verb: str, settings: Mapping[str, Any], facts: Mapping[str, Any], *, fol
         ModHiFiError: Whatever the user can mend.
         KeyboardInterrupt: With how to go on, if the user stopped the run.
     """
-    console = Console() if facts.get("parallel") else open_console(settings["console"]["style"])
+    # Of several processes of one run the first one speaks.
+    silent = facts.get("parallel") or os.environ.get("RANK", "0") != "0"
+    console = Console() if silent else open_console(settings["console"]["style"])
     settings = pieces.with_device(settings, facts)
     try:
         verb_of = getattr(importlib.import_module(f"modhifi_cli.verbs.{verb}"), verb)

@@ -14,6 +14,9 @@ def info(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console
     from modhifi_cli.graph.counting import CostModel
     from modhifi_cli.tasks.prune import discover
 
+    if pieces.is_decoder(settings):
+        _of_decoder(settings, console)
+        return
     loaded = config.build(settings["model"])
     example = pieces.example_inputs(loaded.preprocess, 2)
     _, groups, refused = discover(loaded.model, example, exclude=tuple(settings["exclude"]))
@@ -45,5 +48,43 @@ def info(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console
             "macs": cost.dense.macs,
             "groups": rows,
             "refused": [dataclasses.asdict(refusal) for refusal in refused],
+        }
+    )
+
+
+def _of_decoder(settings: Mapping[str, Any], console: Console) -> None:
+    """The same for a language model: neurons and heads of every layer, and what one of them carries."""
+    from modhifi_cli.graph.decoder import component_parameters, find_parts
+
+    loaded = config.build(settings["model"])
+    decoder = find_parts(loaded.model, exclude=tuple(settings["exclude"]))
+    layers = [loaded.model.get_submodule(name) for name in decoder.layers]
+    whole = sum(parameter.numel() for parameter in loaded.model.parameters())
+    decoded = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    rows = [
+        {
+            "group": part.name,
+            "components": part.components,
+            "component": part.unit,
+            "producers": [slot.module for slot in part.group.producers],
+            "consumers": [part.consumer.module],
+            "parameters": part.components * component_parameters(loaded.model, part),
+        }
+        for part in decoder.parts
+    ]
+    console.note(
+        f"{loaded.name}: {whole:,} parameters, {decoded:,} of them in {len(layers)} decoder layers and "
+        f"{whole - decoded:,} in embeddings, head and the last norm; {loaded.weights}"
+    )
+    console.table("groups of neurons and heads, with what hangs on each", rows)
+    for refusal in decoder.refused:
+        console.note(f"left alone: {refusal.name}: {refusal.reason}")
+    console.result(
+        {
+            "model": loaded.name,
+            "parameters": whole,
+            "decoder_parameters": decoded,
+            "groups": rows,
+            "refused": [dataclasses.asdict(refusal) for refusal in decoder.refused],
         }
     )

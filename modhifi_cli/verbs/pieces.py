@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,6 +149,41 @@ def save_network(place: artifacts.RunDirectory, loaded: LoadedModel, model: nn.M
     artifacts.save_verification(place.path / "verification.safetensors", inputs, answers)
 
 
+def refuse_export(settings: Mapping[str, Any]) -> None:
+    """Refuse, before any work, to export a language model as one graph."""
+    if settings["export"] and is_decoder(settings):
+        raise ConfigError(
+            f"export=[{','.join(settings['export'])}] writes one graph for inputs of one shape, and a language model "
+            "generates with a cache that grows; leave export empty and convert the saved folder model/ with the tools "
+            "for transformers (optimum, llama.cpp)."
+        )
+
+
+def told_overlap(
+    settings: Mapping[str, Any],
+    calibration: ImageSource,
+    evaluation: ImageSource | None,
+    console: Console,
+    place: artifacts.RunDirectory,
+) -> tuple[str, ...]:
+    """Look whether calibration and evaluation text share passages, say what was found, and give it back if they do."""
+    if not is_decoder(settings) or evaluation is None:
+        return ()
+    from modhifi_cli.data.text import overlap
+
+    share = overlap(calibration, evaluation)
+    if share == 0:
+        console.note("calibration and evaluation text share no passage of 32 tokens that was looked at")
+        return ()
+    said = (
+        f"{share:.1%} of the evaluation windows hold 32 tokens in a row that the calibration text holds, too: the "
+        "perplexity flatters the pruned network"
+    )
+    place.log(f"warning: {said}")
+    console.warning(said)
+    return (said,)
+
+
 def export(
     place: artifacts.RunDirectory, settings: Mapping[str, Any], model: nn.Module, preprocess: Preprocess
 ) -> list[Any]:
@@ -187,6 +223,27 @@ def write_pages(folder: Path) -> None:
     page = run_pages.page(material, drawn)
     artifacts.write_text(folder / "report.md", pages.markdown(page))
     artifacts.write_text(folder / "report.html", pages.to_html(page))
+
+
+def write_card(
+    place: artifacts.RunDirectory,
+    loaded: LoadedModel,
+    achieved: Mapping[str, float],
+    measurements: Sequence[Measurement],
+    calibration: ImageSource,
+    command: str,
+) -> None:
+    """Put a page beside a pruned language model's weights that says what it is, how it loads and how good it is."""
+    card = reports.model_card(
+        loaded.name,
+        origin=loaded.weights,
+        native=artifacts.opens_natively(place.path),
+        achieved=achieved,
+        measurements=measurements,
+        calibration=calibration.protocol,
+        repeat=command,
+    )
+    artifacts.write_text(place.path / "model" / "README.md", card)
 
 
 def sample_shown(
@@ -327,6 +384,8 @@ def device_of(settings: Mapping[str, Any]) -> torch.device:
     if runtime["threads"] is not None:
         torch.set_num_threads(runtime["threads"])
     device = torch.device(runtime["device"])
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # a card for every process
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"runtime.device={runtime['device']}: torch finds no graphics card here; use runtime=cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -334,6 +393,24 @@ def device_of(settings: Mapping[str, Any]) -> torch.device:
             f"runtime.device={runtime['device']}: there are {torch.cuda.device_count()} graphics cards, from cuda:0."
         )
     return device
+
+
+def team_of(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Number of this process and how many `torchrun` started; they find each other here.
+
+    Raises:
+        ConfigError: If several were started for a network that reads images.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if size > 1 and not is_decoder(settings):
+        raise ConfigError(
+            f"{size} processes were started, and only language models share their calibration text between processes; "
+            "run modhifi without torchrun."
+        )
+    if size > 1 and not torch.distributed.is_initialized():
+        on_card = settings["runtime"]["device"].startswith("cuda")
+        torch.distributed.init_process_group("nccl" if on_card else "gloo")
+    return rank, size
 
 
 def dtype_of(settings: Mapping[str, Any]) -> torch.dtype:

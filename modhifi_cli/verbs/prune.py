@@ -25,10 +25,13 @@ def prune(
     console: Console,
     folder: Path | None,
     shared: comparison.Shared | None = None,
-) -> Path:
+) -> Path | None:
     from modhifi_cli.graph.surgery import describe_widths, weights_hash
 
     command = pieces.command_line("prune", facts["overrides"])
+    pieces.refuse_export(settings)
+    if pieces.team_of(settings)[0] > 0:
+        return _follow(settings)
     resumed = settings["resume"]
     place = artifacts.RunDirectory.reopen(resumed) if resumed else None
     if place is not None:
@@ -48,7 +51,9 @@ def prune(
         artifacts.write_json(place.path / "calibration.json", calibration.protocol)
     done = pieces.edits_so_far(place, dense_hash, calibration) if resumed else ()
     place.log(command)
-    console.note(f"{loaded.name}: {loaded.weights}, {len(calibration)} calibration images; working in {place.path}")
+    what = "sequences" if pieces.is_decoder(settings) else "images"
+    console.note(f"{loaded.name}: {loaded.weights}, {len(calibration)} calibration {what}; working in {place.path}")
+    shared_text = pieces.told_overlap(settings, calibration, evaluation, console, place)
     if calibration.protocol.get("skipped"):
         console.warning(
             f"{calibration.protocol['skipped']} images that cannot be decoded were skipped (data.skip_corrupt), "
@@ -94,10 +99,15 @@ def prune(
         with pieces.timed(seconds, "latency"):
             summary = times.clocked(summary, dense, model, loaded.preprocess, device, console)
         sample = pieces.sample_shown(place.path, settings, loaded, dense, calibration, device)
+        summary = dataclasses.replace(summary, warnings=(*summary.warnings, *shared_text))
         _write_outcome(
             place, settings, loaded, widths, sample, model, summary, edits, predicted, measurements, exported, seconds,
             calibration, trials,
         )  # fmt: skip
+        if pieces.is_decoder(settings):
+            again = [word for word in facts["overrides"] if not word.startswith("resume=")]
+            repeat = pieces.command_line("prune", again)
+            pieces.write_card(place, loaded, summary.achieved, measurements, calibration, repeat)
         final = place.finish()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(pieces.how_to_resume("prune", place, facts)) from None
@@ -112,6 +122,20 @@ def prune(
         raise
     _show_outcome(console, final, summary, measurements)
     return final
+
+
+def _follow(settings: Mapping[str, Any]) -> None:
+    """What a process does that only lends a hand: the same run with its share of the text, nothing written or told."""
+    from modhifi_cli.graph.surgery import weights_hash
+
+    device = pieces.device_of(settings)
+    loaded, calibration, _ = pieces.sources(settings)
+    done: Sequence[Edit] = ()
+    if settings["resume"]:
+        place = artifacts.RunDirectory.reopen(settings["resume"])
+        done = pieces.edits_so_far(place, weights_hash(loaded.model), calibration)
+    for _ in _events(loaded.model, settings, calibration, device, done, None):
+        pass
 
 
 def _edit_(
@@ -236,6 +260,7 @@ def _decoder_events(
     model: nn.Module, settings: Mapping[str, Any], calibration: ImageSource, device: torch.device, done: Sequence[Edit]
 ) -> Iterator[Any]:
     from modhifi_cli.tasks.prune_decoder import prune_decoder_
+    from modhifi_cli.tasks.team import Team
 
     if settings.get("outside"):
         raise ConfigError("outside methods are for networks that read images; set outside=null.")
@@ -256,6 +281,7 @@ def _decoder_events(
         device=device,
         seed=settings["runtime"]["seed"],
         done=done,
+        team=Team(*pieces.team_of(settings)),
     )
 
 
