@@ -68,7 +68,7 @@ class Shared:
     Args:
         settings: Of the comparison.
         load: Settings → loaded network, calibration images, evaluation images.
-        source: (settings, key, preprocess, labelled=…) → images.
+        source: (settings, key, loaded network, labelled=…) → images.
         wants_labels: Whether a cell's method looks at the classes of its calibration images.
         measure: As `verbs.pieces.measure`.
         device: Where to measure.
@@ -103,7 +103,7 @@ class Shared:
         if self._loaded is None:
             self._loaded, self._calibration[key], self._evaluation = self._load(settings)
         if key not in self._calibration:
-            self._calibration[key] = self._source(settings, "data", self._loaded.preprocess, labelled=labelled)
+            self._calibration[key] = self._source(settings, "data", self._loaded, labelled=labelled)
         own = dataclasses.replace(self._loaded, model=copy.deepcopy(self._loaded.model))
         return own, self._calibration[key], self._evaluation
 

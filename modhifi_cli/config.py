@@ -33,7 +33,11 @@ _GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+# Arguments that the run gives to those that take them, and that no YAML may set.
+_GIVEN_IF_TAKEN: Mapping[str, tuple[str, ...]] = {"data": ("making",)}
+
 _SEARCHED = None  # in place of a share that the run shall find
+_MAKES_DATA = ("prune", "unlearn", "compare", "synthesize")  # verbs that make calibration data where none are given
 _TARGETS = ("params", "flops", "components", "latency", "max_drop")
 _SPARSITY = 0.4  # where nothing is said and a share is wanted
 # What people may write for the choice of a group, by verb: `modhifi study name=existence`.
@@ -93,6 +97,9 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "forget_target": ("a share from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "retain_drop": ("a share from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "minutes": ("a number of minutes above 0, or null", lambda v: v is None or (_is_number(v) and v > 0)),
+    "check_data": ("true or false", lambda v: isinstance(v, bool)),
+    "form": ("array or folder", lambda v: v in ("array", "folder")),
+    "cache": ("use, show or clean", lambda v: v in ("use", "show", "clean")),
     "output_dir": ("a folder", lambda v: isinstance(v, str) and v != ""),
     "audit.reference": (
         "a weights file or a run folder, or null", lambda v: v is None or (isinstance(v, str) and v != ""),
@@ -352,7 +359,8 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
         plain.setdefault("evaluation_data", None)  # evaluation_data=none leaves nothing behind
     if "audit" in known:
         plain["audit"] = plain.get("audit") or None  # audit=none leaves an empty mapping
-    _resolve_auto_data(plain)
+    _resolve_auto_data(plain, makes_data=verb in _MAKES_DATA)
+    _resolve_mixed_data(plain)
     _resolve_sparsity(plain)
     for key, (expected, fits) in _NUMBERS.items():
         value = _select(plain, key)
@@ -611,8 +619,8 @@ def _known_keys(verb: str, overrides: Sequence[str]) -> list[str]:
     return sorted(_top_level_keys(verb))
 
 
-def _resolve_auto_data(plain: dict[str, Any]) -> None:
-    """`data: auto` is the embedded network's own digits; a saved run's are its own; other networks need to be told.
+def _resolve_auto_data(plain: dict[str, Any], *, makes_data: bool) -> None:
+    """`data: auto` is the embedded network's own digits; a saved run's are its own; for other networks they are made.
 
     Afterwards a source is a mapping with a `_target_`, or None where there is none, or absent where the run knows it.
     """
@@ -622,10 +630,39 @@ def _resolve_auto_data(plain: dict[str, Any]) -> None:
         if isinstance(node, dict) and node.pop("auto", False):
             if plain.get("run") is not None:
                 del plain[key]
+            elif not embedded and key == "data" and makes_data:
+                count = node.get("num_samples")
+                plain[key] = {
+                    "_target_": "modhifi_cli.data.synthetic.load",
+                    "_partial_": True,
+                    "num_samples": "auto" if count is None else count,
+                    **{name: node[name] for name in ("seed", "labels") if name in node},
+                }
             elif not embedded:
                 plain[key] = None
         elif isinstance(node, dict) and "_target_" not in node or key in plain and node is None:
             plain[key] = None
+
+
+def _resolve_mixed_data(plain: dict[str, Any]) -> None:
+    """Entries ``{name: CHOICE, weight: …, key: value …}`` become ``{name, weight, source: the choice's settings}``."""
+    sources = _select(plain, "data.sources")
+    if sources is _ABSENT:
+        return
+    if not isinstance(sources, list) or not sources:
+        raise ConfigError(f"data.sources must be a list such as [{{name: procedural, weight: 1}}]; got {sources!r}.")
+    choices = [choice for choice in groups()["data"] if choice not in ("auto", "mixed")]
+    for number, entry in enumerate(sources):
+        name = entry.get("name") if isinstance(entry, Mapping) else None
+        if name not in choices:
+            raise ConfigError(f"data.sources[{number}].name: there is no such choice; {nearest(str(name), choices)}")
+        file = config_directory() / "data" / f"{name}.yaml"
+        own = {key: value for key, value in entry.items() if key not in ("name", "weight")}
+        whole = from_yaml(file.read_text(encoding="utf-8")) | own
+        missing = next((key for key, value in whole.items() if value == "???"), None)
+        if missing is not None:
+            raise ConfigError(f"data.sources[{number}].{missing} must be given: {name} needs it.")
+        sources[number] = {"name": name, "weight": entry.get("weight", 1.0), "source": whole}
 
 
 def _resolve_sparsity(plain: dict[str, Any]) -> None:
@@ -663,7 +700,9 @@ def _check_targets(plain: Any, path: str = "") -> None:
         return
     target = _locate(str(plain["_target_"]), path)
     arguments = {key for key in plain if key not in ("_target_", "_partial_")}
-    later = _GIVEN_LATER.get(path.split(".")[0], ()) if plain.get("_partial_") else ()
+    group = path.split(".")[0]
+    always = _GIVEN_LATER.get(group, ()) if plain.get("_partial_") else ()
+    later = (*always, *_GIVEN_IF_TAKEN.get(group, ()))
     parameters = inspect.signature(target).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
@@ -671,10 +710,9 @@ def _check_targets(plain: Any, path: str = "") -> None:
         if name not in parameters or name in later:
             known = [known for known in parameters if known not in later]
             raise ConfigError(f"{path} has no key '{name}': {nearest(name, known)}")
-    if later:
-        for name in later:
-            if name not in parameters:
-                raise ConfigError(f"{path}: {plain['_target_']} does not take '{name}', which every {path} is given.")
+    for name in always:
+        if name not in parameters:
+            raise ConfigError(f"{path}: {plain['_target_']} does not take '{name}', which every {path} is given.")
     for name, parameter in parameters.items():
         required = parameter.default is inspect.Parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
         if required and name not in arguments and name not in later:

@@ -72,7 +72,17 @@ WRONG = {
     "unreadable grammar": (["prune", "exclude=[a"], "cannot read 'exclude=[a': settings are written key=value"),
     "a target elsewhere": (["prune", "model._target_=os.system"], "must lie under modhifi_cli; got 'os.system'"),
     "a target that is not": (["prune", "model._target_=modhifi_cli.models.x.y"], "which does not exist"),
-    "no images": (["prune", "model=resnet50", "model.weights=random"], "resnet50 brings no images of its own"),
+    "a mixture of nothing": (["prune", "data=mixed", "data.sources=[]"], "data.sources must be a list such as"),
+    "a mixture with an unknown source": (
+        ["prune", "data=mixed", "data.sources=[{name: proceduarl}]"], "data.sources[0].name: there is no such choice; did",
+    ),
+    "a mixture with a source without its path": (
+        ["prune", "data=mixed", "data.sources=[{name: folder}]"], "data.sources[0].path must be given: folder needs it.",
+    ),
+    "a mixture with a misspelt key": (
+        ["prune", "data=mixed", "data.sources=[{name: procedural, knd: fractal}]"], "data.sources[0].source has no key 'knd'",
+    ),
+    "a given network for made data": (["prune", "data=inversion", "+data.making=1"], "data has no key 'making'"),
     "a sweep of info": (["info", "-m", "model=resnet18,resnet34"], "modhifi info runs once"),
     "no such run": (["verify", "run=nowhere"], "run=nowhere: no such folder"),
     "no such run to resume": (["prune", "resume=nowhere"], "resume=nowhere: no such folder"),

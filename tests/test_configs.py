@@ -23,7 +23,8 @@ COMMANDS = sorted(
 
 def required(path: Path, group: str) -> list[str]:
     """Overrides for the keys that a file leaves open with ???."""
-    return [f"{group}.{key}=given" for key in re.findall(r"^(\w+): \?\?\?", path.read_text(encoding="utf-8"), re.M)]
+    known = {"sources": "[{name: procedural}]"}
+    return [f"{group}.{key}={known.get(key, 'given')}" for key in re.findall(r"^(\w+): \?\?\?", path.read_text(encoding="utf-8"), re.M)]
 
 
 def fill(overrides: list[str]) -> list[str]:
@@ -104,15 +105,27 @@ def test_a_list_of_evaluations_replaces_the_default_list():
     assert config.compose("prune", ["evaluation=[]"])["evaluation"] == {}
 
 
-def test_the_embedded_network_brings_its_images_and_others_do_not():
+def test_the_embedded_network_brings_its_images_and_others_have_theirs_made():
     assert config.compose("prune", [])["data"]["_target_"].endswith("digits.load")
-    others = config.compose("prune", ["model=resnet50"])
-    assert others["data"] is None
-    assert others["evaluation_data"] is None
+    for verb, words in (("prune", []), ("unlearn", ["forget_class=3"]), ("compare", [])):
+        others = config.compose(verb, ["model=resnet50", *words])
+        assert others["data"]["_target_"] == "modhifi_cli.data.synthetic.load"
+        assert others["evaluation_data"] is None
+    assert config.compose("evaluate", ["model=resnet50"])["data"] is None
+
+
+def test_a_mixture_takes_the_keys_of_the_choices_it_names():
+    parts = "data.sources=[{name: folder, path: here, weight: 0.25}, {name: procedural, kind: fractal}]"
+    sources = config.compose("prune", ["data=mixed", parts])["data"]["sources"]
+    assert [(one["name"], one["weight"]) for one in sources] == [("folder", 0.25), ("procedural", 1.0)]
+    assert sources[0]["source"]["path"] == "here" and sources[0]["source"]["skip_corrupt"] is False
+    assert sources[1]["source"]["kind"] == "fractal" and sources[1]["source"]["seed"] == 0
 
 
 IMAGES = [
-    choice for choice in GROUPS["data"] if "modhifi_cli.data.text." not in (ROOT / f"data/{choice}.yaml").read_text()
+    choice
+    for choice in GROUPS["data"]
+    if not re.search(r"modhifi_cli\.data\.(text|generated)\.", (ROOT / f"data/{choice}.yaml").read_text())
 ]
 
 

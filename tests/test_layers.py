@@ -25,6 +25,7 @@ LAYERS = {
     "run_pages": 5,
     "reports": 5,
     "plots": 5,
+    "cache": 6,
     "comparison": 6,
     "verbs": 7,
     "cli": 7,

@@ -1,5 +1,6 @@
 """`modhifi compare`: several methods on one protocol."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ def compare(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     def shared(kept: Path) -> comparison.Shared:
         return comparison.Shared(
             settings,
-            load=pieces.sources,
-            source=pieces.image_source,
+            load=functools.partial(pieces.sources, console=console),
+            source=functools.partial(pieces.image_source, console=console),
             wants_labels=pieces.wants_labels,
             measure=pieces.measure,
             device=pieces.device_of(settings),

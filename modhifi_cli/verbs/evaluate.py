@@ -10,13 +10,15 @@ from modhifi_cli import artifacts, config
 from modhifi_cli.console import Console
 from modhifi_cli.verbs import pieces
 
+_MADE = ("modhifi_cli.data.synthetic.", "modhifi_cli.data.inversion.", "modhifi_cli.data.mixed.")
+
 
 def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
     asked, settings = settings, dict(settings)
     device = pieces.device_of(settings)
     models: dict[str, nn.Module] = {}
     if settings["run"] is None:
-        loaded = config.build(settings["model"])
+        loaded = dense = config.build(settings["model"])
         models["dense"] = loaded.model
     else:
         saved = artifacts.run_folder(settings["run"])
@@ -24,14 +26,18 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
         for key in ("data", "evaluation_data"):
             settings.setdefault(key, before.get(key))
         loaded = artifacts.load_saved(saved)
+        dense = loaded
+        # Data that were made came from the dense network, and are made from it again.
+        if settings["measure_dense"] or str((settings["data"] or {}).get("_target_")).startswith(_MADE):
+            dense = config.build(before["model"])
         if settings["measure_dense"]:
-            models["dense"] = config.build(before["model"]).model
+            models["dense"] = dense.model
         results = artifacts.read_results(saved)
         models["edited" if results.get("verb") == "unlearn" else "pruned"] = loaded.model
         pieces.name_forgotten_(settings, results.get("forget"))
+    calibration = pieces.image_source(settings, "data", dense, labelled=False, console=console)
+    evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True)
     models = {name: model.to(device=device, dtype=pieces.dtype_of(settings)) for name, model in models.items()}
-    calibration = pieces.image_source(settings, "data", loaded.preprocess, labelled=False)
-    evaluation = pieces.image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)
     measurements = pieces.measure(settings, models, calibration, evaluation, loaded.preprocess, device, console)
     place = artifacts.RunDirectory.create(folder or pieces.new_folder("evaluate", loaded.name, settings, facts))
     command = pieces.command_line("evaluate", facts["overrides"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import json
 import os
 import shlex
@@ -13,49 +14,71 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli import artifacts, comparison, config, pages, reports, run_pages
+from modhifi_cli import artifacts, cache, comparison, config, pages, reports, run_pages
 from modhifi_cli.console import Console
+from modhifi_cli.data.making import Making
 from modhifi_cli.errors import ConfigError, DataError, NumericsError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Preprocess, TextInput
 
 # Settings that may differ between a run and its continuation; the audit looks at the network and changes nothing.
 _NOT_COMPARED = ("resume", "console", "output_dir", "audit")
 _VERIFICATION_IMAGES = 4
+# Sources that language models take.
+_READ_TEXT = ("modhifi_cli.data.text.", "modhifi_cli.data.generated.", "modhifi_cli.data.synthetic.")
 
-def sources(settings: Mapping[str, Any]) -> tuple[LoadedModel, ImageSource, ImageSource | None]:
+
+def sources(
+    settings: Mapping[str, Any], console: Console | None = None
+) -> tuple[LoadedModel, ImageSource, ImageSource | None]:
+    """The network, its calibration data (made now if the settings say so) and its evaluation data, or None."""
     require_data(settings)
     labelled = wants_labels(settings)
     loaded = config.build(settings["model"])
-    calibration = image_source(settings, "data", loaded.preprocess, labelled=labelled)
+    calibration = image_source(settings, "data", loaded, labelled=labelled, console=console)
     assert calibration is not None
-    return loaded, calibration, image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)
+    return loaded, calibration, image_source(settings, "evaluation_data", loaded, labelled=True)
 
 
 def require_data(settings: Mapping[str, Any]) -> None:
-    """Refuse a run without calibration images before the network is loaded."""
+    """Refuse a run without calibration data before the network is loaded."""
     if settings["data"] is None:
         name = settings["model"].get("name", "this model")
-        if is_decoder(settings):
-            raise ConfigError(
-                f"{name} brings no text of its own: give calibration text with data=text data.path=FILE, "
-                "data=wikitext2, data=alpaca or data=c4."
-            )
-        raise ConfigError(
-            f"{name} brings no images of its own: give unlabelled calibration images with data=folder "
-            "data.path=FOLDER, data=arrays data.path=FILE, data=cifar10 or data=cifar100."
-        )
+        raise ConfigError(f"data=null leaves {name} without calibration data; leave data out, or choose a source.")
 
 
 def image_source(
-    settings: Mapping[str, Any], key: str, preprocess: Preprocess, *, labelled: bool
+    settings: Mapping[str, Any],
+    key: str,
+    loaded: LoadedModel,
+    *,
+    labelled: bool,
+    console: Console | None = None,
 ) -> ImageSource | None:
+    """The source that a setting names, or None.
+
+    Args:
+        settings: Of the run.
+        key: ``"data"`` or ``"evaluation_data"``.
+        loaded: The dense network: its preprocessing, and what sources are made from that make their samples up.
+        labelled: Whether labels are asked for.
+        console: Who hears of what is made; None for nobody.
+    """
     node = settings.get(key)
     if node is None:
         return None
-    reads_text = isinstance(preprocess, TextInput)
-    if reads_text and not str(node["_target_"]).startswith("modhifi_cli.data.text."):
+    reads_text = isinstance(loaded.preprocess, TextInput)
+    if reads_text and not str(node["_target_"]).startswith(_READ_TEXT):
         raise ConfigError(f"{key}: a language model reads text; give {key}=text {key}.path=FILE.")
-    source = config.build(node)(preprocess=preprocess, labelled=labelled)
+    if "sources" in node:
+        node = {**node, "sources": [{**one, "source": config.build(one["source"])} for one in node["sources"]]}
+    build = config.build(node)
+    given: dict[str, Any] = {}
+    if "making" in inspect.signature(build).parameters:
+        said = console or Console()
+        given["making"] = Making(
+            loaded.model, loaded.name, device_of(settings), said.progress, said.note, cache.open_store
+        )
+    source = build(preprocess=loaded.preprocess, labelled=labelled, **given)
     return source if reads_text or settings["runtime"]["dtype"] == "float32" else _Cast(source, dtype_of(settings))
 
 

@@ -14,7 +14,7 @@ from modhifi_cli import artifacts, comparison, config
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress
-from modhifi_cli.verbs import drop, pieces, timing
+from modhifi_cli.verbs import drop, pieces, quality, timing
 
 _GROUP_FACTS = ("dead_outputs", "fidelity", "subset_fidelity", "rows", "seconds")
 
@@ -39,7 +39,7 @@ def prune(
     device = pieces.device_of(settings)
     seconds: dict[str, float] = {}
     with pieces.timed(seconds, "load"):
-        loaded, calibration, evaluation = pieces.sources(settings) if shared is None else shared.sources(settings)
+        loaded, calibration, evaluation = pieces.sources(settings, console) if shared is None else shared.sources(settings)
         # A second copy of a large language model is made only if somebody will look at it.
         kept = settings["measure_dense"] or not pieces.is_decoder(settings)
         dense = pieces.placed(copy.deepcopy(loaded.model), settings, device) if kept else None
@@ -62,6 +62,9 @@ def prune(
     try:
         with pieces.timed(seconds, "prune"):
             model = pieces.placed(loaded.model, settings, device)
+            settings, seen = quality.before_the_run(
+                model, calibration, settings, loaded.preprocess, device, console, place
+            )
             times = timing.Times(settings, facts, place)
             trials: list[dict[str, Any]] = []
             if settings["target"]["name"] == "max_drop":
@@ -102,7 +105,7 @@ def prune(
         summary = dataclasses.replace(summary, warnings=(*summary.warnings, *shared_text))
         _write_outcome(
             place, settings, loaded, widths, sample, model, summary, edits, predicted, measurements, exported, seconds,
-            calibration, trials,
+            calibration, trials, seen,
         )  # fmt: skip
         if pieces.is_decoder(settings):
             again = [word for word in facts["overrides"] if not word.startswith("resume=")]
@@ -319,6 +322,7 @@ def _write_outcome(
     seconds: Mapping[str, float],
     calibration: ImageSource,
     trials: Sequence[Mapping[str, Any]],
+    seen: Any,
 ) -> None:
     from modhifi_cli.graph.surgery import describe_widths
 
@@ -347,9 +351,9 @@ def _write_outcome(
             "predicted_error": dict(predicted),
             "exports": [{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
             "calibration": dict(calibration.protocol) | labelled,
-            **sample,
+            **quality.entries(sample, calibration, seen),
             "widths": {name: {key: [counts[key], kept[name][key]] for key in counts} for name, counts in widths.items()},
-            "warnings": list(summary.warnings),
+            "warnings": [*(seen.warnings if seen else ()), *summary.warnings],
             "seconds": dict(seconds),
         },
     )

@@ -15,7 +15,7 @@ from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress
 from modhifi_cli.tasks.audit import AuditReport
-from modhifi_cli.verbs import pieces
+from modhifi_cli.verbs import pieces, quality
 from modhifi_cli.verbs.audit import audit_measurements, audit_settings, make_audit, show_audit, write_audit
 
 
@@ -34,9 +34,9 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     with pieces.timed(seconds, "load"):
         pieces.require_data(settings)
         loaded = config.build(settings["model"])
+        calibration = pieces.image_source(settings, "data", loaded, labelled=True, console=console)
+        evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True)
         model = loaded.model.to(device=device, dtype=pieces.dtype_of(settings)).eval()
-        calibration = pieces.image_source(settings, "data", loaded.preprocess, labelled=True)
-        evaluation = pieces.image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)
         dense, dense_hash = copy.deepcopy(model), weights_hash(loaded.model)
         labels = _labels(model, calibration, settings, loaded, device, console)
     if loaded.classes is not None and len(loaded.classes) != labels.classes:
@@ -56,6 +56,10 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     console.note(f"{loaded.name}: {loaded.weights}; {labels.account}; working in {place.path}")
     console.note(f"to be forgotten: {', '.join(_class_name(cls, loaded.classes) for cls in forget)}")
     try:
+        with pieces.timed(seconds, "quality"):
+            _, seen = quality.before_the_run(
+                model, calibration, settings, loaded.preprocess, device, console, place
+            )
         with pieces.timed(seconds, "unlearn"):
             summary, edits = _edit_(
                 model, settings, loaded, calibration, labels.values, forget, device, done, place, dense_hash, console
@@ -77,7 +81,7 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
         sample = pieces.sample_shown(place.path, settings, loaded, dense, calibration, device)
         _write_outcome(
             place, settings, loaded, labels, forget, sample, summary, edits, measurements, audited, exported, seconds,
-            calibration,
+            calibration, seen,
         )  # fmt: skip
         final = place.finish()
     except KeyboardInterrupt:
@@ -225,6 +229,7 @@ def _write_outcome(
     exported: Sequence[Any],
     seconds: Mapping[str, float],
     calibration: ImageSource,
+    seen: Any,
 ) -> None:
     from modhifi_cli.tasks.unlearn import trials_as_rows
 
@@ -232,7 +237,7 @@ def _write_outcome(
     hidden = ("trials", "warnings", "strength", "edits", "finetuned")
     layers = [{"layer": edit.name} | {k: v for k, v in edit.facts.items() if k not in hidden} for edit in edits]
     trials = trials_as_rows(summary.trials, summary.strength_name)
-    warnings = [*summary.warnings, *([_finetuned(summary)] if summary.finetuned else [])]
+    warnings = [*(seen.warnings if seen else ()), *summary.warnings, *([_finetuned(summary)] if summary.finetuned else [])]
     artifacts.write_json(
         place.path / "results.json",
         {
@@ -252,7 +257,7 @@ def _write_outcome(
             "audit": None if audited is None else _audit_in_short(audited),
             "exports": [{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
             "calibration": dict(calibration.protocol) | {"labels": labels.account},
-            **sample,
+            **quality.entries(sample, calibration, seen),
             "warnings": warnings,
             "seconds": dict(seconds),
         },

@@ -1,0 +1,471 @@
+"""Images made from a network's own BatchNorm statistics: pixels move until every layer sees what it saw in training.
+
+Every BatchNorm remembers mean and variance of each of its channels over the training images. From procedural starts the
+pixels, and nothing else, follow the gradient of the distance between those and the statistics of the images at hand,
+while a weak pull makes the network call every image a wanted class, all classes equally often (Yin et al., "Dreaming to
+distill", arXiv:1912.08795, without its adversary). Distances are taken over a whole part of the set, however many
+images fit into one forward: the sums of the others stand in for them.
+"""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modhifi_cli.data.making import Making
+from modhifi_cli.data.procedural import KINDS, draw, made_samples, refuse_given_labels
+from modhifi_cli.data.sources import ArrayImages, normalise, sha256_of_samples
+from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, nearest
+from modhifi_cli.graph.surgery import weights_hash
+from modhifi_cli.records import Preprocess, Progress, TextInput
+
+VERSION = 1  # of the procedure: another one makes other images from the same settings
+_CONFIDENT = 0.1  # nats: an image that its class costs less is not pulled further
+_SHIFT = 16  # images are seen shifted by up to 1/16 of their side
+_DIVERGED = 2.0  # times the distance it began with
+_MOST_PARTS = 4  # times the parts that would do if every image passed the filter
+_SUITS = "data=procedural needs no statistics and suits every network that reads images"
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """Settings of one part of a set.
+
+    Attributes:
+        steps: Gradient steps.
+        lr: Adam's first step width on the 0..1 scale of pixels; it falls along half a cosine.
+        together: Images whose joint statistics are matched: one part.
+        class_weight: Of the pull towards the wanted class, in nats against the distance of the statistics.
+        smoothness: Of the mean squared difference of neighbouring pixels, on the 0..1 scale.
+        starts: Kind of procedural images to begin with.
+        gigabytes: Activations that a forward with gradients may keep, 10⁹ bytes.
+    """
+
+    steps: int
+    lr: float
+    together: int
+    class_weight: float
+    smoothness: float
+    starts: str
+    gigabytes: float
+
+    def __post_init__(self) -> None:
+        for key, low in (("steps", 1), ("together", 2)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"data.{key}: expected a whole number from {low}, got {value!r}.")
+        for key in ("lr", "class_weight", "smoothness", "gigabytes"):
+            value = getattr(self, key)
+            above = key in ("lr", "gigabytes")
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+            if not fits or above and value == 0:
+                raise ConfigError(f"data.{key}: expected a number {'above' if above else 'from'} 0, got {value!r}.")
+        if self.starts not in KINDS:
+            raise ConfigError(f"data.starts: unknown kind '{self.starts}', {nearest(str(self.starts), KINDS)}")
+
+
+def load(
+    *,
+    preprocess: Preprocess,
+    labelled: bool,
+    making: Making,
+    labels: str | None = None,
+    num_samples: int | str | None = "auto",
+    seed: int = 0,
+    classes: Sequence[int] | None = None,
+    confidence: float = 0.0,
+    cache: str | None = "auto",
+    steps: int = 80,
+    lr: float = 0.04,
+    together: int = 256,
+    class_weight: float = 0.01,
+    smoothness: float = 0.0,
+    starts: str = "mixture",
+    gigabytes: float = 2.0,
+) -> ArrayImages:
+    """Images whose BatchNorm statistics match the stored ones, class-balanced by the network's own predictions.
+
+    Args:
+        preprocess: What the network wants.
+        labelled: Whether labels are asked for; they are the network's predictions, made by whoever needs them.
+        making: The network, and who listens.
+        labels: As of every source; ``"given"`` cannot be.
+        num_samples: How many; ``"auto"`` and None are 512.
+        seed: Of everything that is drawn.
+        classes: Classes that the images shall show, equally often; None for all.
+        confidence: Only images that the network calls their class with at least this probability are taken, 0 … 1.
+        cache: Where finished parts are kept: ``"auto"``, a folder, or None.
+        steps, lr, together, class_weight, smoothness, starts, gigabytes: As in `Inversion`.
+
+    Raises:
+        ConfigError: If a setting is out of range, or a class is not one of the network's.
+        DataError: If too few images pass the filter, or the cache is damaged or cannot be written.
+        NumericsError: If the optimisation diverges.
+        UnsupportedModelError: If the network has no BatchNorm statistics, or takes anything but one image tensor.
+    """
+    refuse_given_labels(labelled=labelled, labels=labels, source="inversion")
+    if isinstance(preprocess, TextInput):
+        raise ConfigError("data=inversion makes images, and this network reads text; choose data=generated.")
+    inversion = Inversion(steps, lr, together, class_weight, smoothness, starts, gigabytes)
+    count = made_samples(num_samples)
+    if not isinstance(confidence, (int, float)) or isinstance(confidence, bool) or not 0 <= confidence < 1:
+        raise ConfigError(f"data.confidence: expected a probability with 0 <= confidence < 1, got {confidence!r}.")
+    require_statistics(making.model)
+    model = copy.deepcopy(making.model).to(device=making.device, dtype=torch.float32).eval().requires_grad_(False)
+    wanted = _wanted_classes(classes, _count_classes(model, preprocess, making.device))
+    identity = {
+        "method": "inversion",
+        "version": VERSION,
+        "weights_sha256": weights_hash(making.model),
+        "size": list(preprocess.size),
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "seed": seed,
+        "classes": wanted,
+        **{key: getattr(inversion, key) for key in Inversion.__dataclass_fields__},
+    }
+    store = making.store(cache, making.name, identity)
+    found: list[np.ndarray] = []
+    facts: list[dict[str, float]] = []
+    have, number, made, parts = 0, 0, 0, -(-count // inversion.together)
+    while have < count:
+        if number == _MOST_PARTS * parts:
+            raise DataError(
+                f"data.confidence={confidence:g}: only {have} of {number * inversion.together} images made are called "
+                f"their class with that probability, {count} were asked for; lower it, or raise data.class_weight."
+            )
+        part = store.read(number)
+        if part is None:
+            made += 1
+            started = time.perf_counter()
+            part = invert(
+                model, preprocess, inversion, wanted=wanted, number=number, parts=max(parts, number + 1), seed=seed,
+                making=making,
+            )  # fmt: skip
+            store.write(number, part, time.perf_counter() - started)
+        sure = (part["predicted"] == part["wanted"]) & (part["confidence"] >= confidence)
+        images = part["images"][sure] if confidence > 0 else part["images"]
+        found.append(images.numpy())
+        have += len(images)
+        before, after = part["distance"].tolist()
+        facts.append(
+            {"before": before, "after": after, "as_wanted": float((part["predicted"] == part["wanted"]).float().mean())}
+        )
+        number += 1
+    if store.place is not None:
+        how = "taken from" if not made else "made and kept in"
+        making.note(f"{count} images inverted from BatchNorm statistics, {how} {store.place}")
+    images = np.concatenate(found)[:count]
+    protocol = {
+        "source": "inversion",
+        "path": "made from the network's BatchNorm statistics",
+        "num_samples": count,
+        "available": count,
+        "seed": seed,
+        "sha256": sha256_of_samples(image.tobytes() for image in images),
+        "settings": {key: identity[key] for key in (*Inversion.__dataclass_fields__, "classes")}
+        | {"confidence": confidence},
+        "distance_before": round(float(np.mean([fact["before"] for fact in facts])), 5),
+        "distance_after": round(float(np.mean([fact["after"] for fact in facts])), 5),
+        "predicted_as_wanted": round(float(np.mean([fact["as_wanted"] for fact in facts])), 4),
+        "weights_sha256": identity["weights_sha256"],
+    }
+    return ArrayImages(images, None, preprocess, protocol, prepared=True)
+
+
+def statistics_of(model: nn.Module) -> list[nn.Module]:
+    """BatchNorms of a network that remember statistics which say something; empty where none does.
+
+    Untrained networks and those whose BatchNorm was folded into the weights have mean 0 and one variance everywhere.
+    """
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
+    told = any(
+        bool(norm.running_mean.any()) or float(norm.running_var.amax() - norm.running_var.amin()) > 0 for norm in norms
+    )
+    return norms if told else []
+
+
+def require_statistics(model: nn.Module) -> None:
+    """Refuse a network that remembers nothing of its training images.
+
+    Raises:
+        UnsupportedModelError: With what is missing and what suits instead.
+    """
+    if statistics_of(model):
+        return
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise UnsupportedModelError(
+            f"data=inversion matches the statistics of BatchNorm layers, and this network has none; {_SUITS}."
+        )
+    raise UnsupportedModelError(
+        f"data=inversion matches stored BatchNorm statistics, and those of this network say nothing (mean 0 and one "
+        f"variance everywhere: folded or untrained); {_SUITS}."
+    )
+
+
+def invert(
+    model: nn.Module,
+    preprocess: Preprocess,
+    inversion: Inversion,
+    *,
+    wanted: Sequence[int],
+    number: int,
+    parts: int,
+    seed: int,
+    making: Making,
+) -> dict[str, Tensor]:
+    """One part of a set: `together` images whose statistics are matched as one.
+
+    Args:
+        model: The network with gradients off for its parameters, evaluation mode, on the device.
+        preprocess: What it wants.
+        inversion: How.
+        wanted: Classes in turn.
+        number: Of the part, from 0.
+        parts: How many there will be, for progress.
+        seed: Of everything that is drawn.
+        making: Who listens.
+
+    Returns:
+        ``images`` ``[together, height, width, channels]`` uint8; ``wanted``, ``predicted`` ``[together]`` int64;
+        ``confidence`` ``[together]`` float32, the probability of the predicted class; ``distance`` ``[2]`` float64
+        before and after, mean over BatchNorms of the mean squared deviation of the channel means in units of their
+        deviations plus a quarter of the mean squared logarithm of the variance ratios.
+
+    Raises:
+        NumericsError: If the optimisation diverges.
+    """
+    count, device = inversion.together, making.device
+    starts = draw(count, preprocess, kind=inversion.starts, seed=seed, first=number * count)
+    at = torch.arange(number * count, (number + 1) * count)
+    classes = torch.tensor(wanted)[at % len(wanted)]
+    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (preprocess.mean, preprocess.std))
+    pixels = torch.from_numpy(starts).permute(0, 3, 1, 2).to(device=device, dtype=torch.float32).div(255)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    with _Listening(model) as heard:
+        size = _images_at_once(model, (pixels[:1] - mean) / std, inversion.gigabytes)
+        heard.take()
+        chunks = [chunk.contiguous().requires_grad_(True) for chunk in pixels.split(size)]
+        aims = [aim.to(device) for aim in classes.split(size)]
+        sums: list[list[_Sums]] = []
+        for chunk in chunks:
+            with torch.no_grad():
+                model((chunk - mean) / std)
+            sums.append(heard.take())
+        before = float(heard.distance(_total(sums)))
+        optimiser = torch.optim.Adam(chunks, lr=inversion.lr, betas=(0.9, 0.99))
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, inversion.steps, eta_min=inversion.lr / 20)
+        for step in range(inversion.steps):
+            shift = [
+                int(torch.randint(-(side // _SHIFT), side // _SHIFT + 1, (1,), generator=generator))
+                for side in preprocess.size
+            ]
+            for place, (chunk, aim) in enumerate(zip(chunks, aims, strict=True)):
+                seen = torch.roll(chunk, shift, (2, 3))
+                seen = seen.flip(3) if step % 2 else seen
+                logits = model((seen - mean) / std)
+                own = heard.take()
+                others = _total(sums[:place] + sums[place + 1 :])
+                distance = heard.distance(
+                    [mine.plus(rest) for mine, rest in zip(own, others or [None] * len(own), strict=True)]
+                )
+                sums[place] = [mine.detached() for mine in own]
+                costs = F.cross_entropy(logits, aim, reduction="none")
+                share = len(chunk) / count
+                loss = distance + share * inversion.class_weight * (costs - _CONFIDENT).relu().mean()
+                if inversion.smoothness:
+                    loss = loss + share * inversion.smoothness * (_roughness(seen, 2) + _roughness(seen, 3))
+                if not bool(torch.isfinite(loss)):
+                    raise _diverged(number, step, inversion, "the distance is no longer a finite number")
+                chunk.grad = torch.autograd.grad(loss, chunk)[0]
+            optimiser.step()
+            falling.step()
+            with torch.no_grad():
+                for chunk in chunks:
+                    chunk.clamp_(0, 1)
+            making.progress(
+                Progress(
+                    "inversion",
+                    f"part {number + 1} of {parts}",
+                    number * inversion.steps + step + 1,
+                    parts * inversion.steps,
+                )
+            )
+        images = (
+            torch.cat([chunk.detach() for chunk in chunks])
+            .mul(255)
+            .round()
+            .to(torch.uint8)
+            .permute(0, 2, 3, 1)
+            .cpu()
+            .contiguous()
+        )
+        probabilities, sums = [], []
+        with torch.no_grad():
+            for part in images.split(size):
+                probabilities.append(model(normalise(part.numpy(), preprocess).to(device)).softmax(1).cpu())
+                sums.append(heard.take())
+        after = float(heard.distance(_total(sums)))
+    if not after <= _DIVERGED * before:
+        raise _diverged(
+            number, inversion.steps, inversion, f"the distance of the statistics rose from {before:.3g} to {after:.3g}"
+        )
+    sure, predicted = torch.cat(probabilities).max(1)
+    return {
+        "images": images,
+        "wanted": classes,
+        "predicted": predicted,
+        "confidence": sure,
+        "distance": torch.tensor([before, after], dtype=torch.float64),
+    }
+
+
+def _diverged(number: int, step: int, inversion: Inversion, how: str) -> NumericsError:
+    return NumericsError(
+        f"data=inversion: the optimisation diverged in part {number + 1} at step {step} ({how}); lower data.lr (now "
+        f"{inversion.lr:g}) or data.class_weight (now {inversion.class_weight:g})."
+    )
+
+
+def _roughness(images: Tensor, axis: int) -> Tensor:
+    return images.diff(dim=axis).square().mean()
+
+
+def _count_classes(model: nn.Module, preprocess: Preprocess, device: torch.device) -> int:
+    example = torch.zeros((2, len(preprocess.mean), *preprocess.size), device=device)
+    try:
+        with torch.no_grad():
+            logits = model(example)
+    except Exception as error:  # networks fail in their own ways on inputs they were not made for
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        raise UnsupportedModelError(
+            f"data=inversion makes one image tensor of {tuple(example.shape[1:])} for a forward, and this network does "
+            f"not take that ({detail}); give a network with a single image input, or set model.preprocess.size."
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UnsupportedModelError(
+            f"data=inversion balances classes, which needs logits of shape [images, classes], got {got}; {_SUITS}."
+        )
+    return logits.shape[1]
+
+
+def _wanted_classes(classes: Sequence[int] | None, known: int) -> list[int]:
+    if classes is None:
+        return list(range(known))
+    fits = isinstance(classes, Sequence) and not isinstance(classes, str) and len(classes) > 0
+    if not fits or any(isinstance(one, bool) or not isinstance(one, int) for one in classes):
+        raise ConfigError(f"data.classes: expected a list of class numbers such as [3,5], got {classes!r}.")
+    wrong = [one for one in classes if not 0 <= one < known]
+    if wrong:
+        raise ConfigError(
+            f"data.classes: the network has {known} logits, so classes are 0 to {known - 1}; got {wrong[0]}."
+        )
+    return list(dict.fromkeys(classes))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums of one BatchNorm's input about its stored mean: rows, Σ(x − m), Σ(x − m)², each ``[channels]``."""
+
+    rows: int
+    first: Tensor
+    second: Tensor
+
+    def plus(self, other: "_Sums | None") -> "_Sums":
+        return (
+            self
+            if other is None
+            else _Sums(self.rows + other.rows, self.first + other.first, self.second + other.second)
+        )
+
+    def detached(self) -> "_Sums":
+        return _Sums(self.rows, self.first.detach(), self.second.detach())
+
+
+def _total(sums: Sequence[Sequence[_Sums]]) -> list[_Sums] | None:
+    if not sums:
+        return None
+    total = list(sums[0])
+    for more in sums[1:]:
+        total = [one.plus(other) for one, other in zip(total, more, strict=True)]
+    return total
+
+
+class _Listening:
+    """Hooks that take the sums of every BatchNorm's input, in the order in which they run; gone after the block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._norms = statistics_of(model)
+        self._heard: list[_Sums] = []
+        self._order: list[nn.Module] = []
+
+    def __enter__(self) -> "_Listening":
+        self._handles = [norm.register_forward_pre_hook(self._hear) for norm in self._norms]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hear(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        maps = inputs[0].flatten(2) if inputs[0].ndim > 2 else inputs[0][..., None]
+        # About the stored mean: plain sums of squares lose digits in float32 where the mean is large.
+        about = maps - norm.running_mean[:, None]
+        self._heard.append(_Sums(maps.shape[0] * maps.shape[2], about.sum((0, 2)), about.square().sum((0, 2))))
+        self._order.append(norm)
+
+    def take(self) -> list[_Sums]:
+        """What was heard since the last time."""
+        heard, self._heard = self._heard, []
+        self._ran, self._order = self._order, []
+        return heard
+
+    def distance(self, sums: Sequence[_Sums]) -> Tensor:
+        """Of the statistics that sums stand for from the stored ones, mean over BatchNorms; a scalar."""
+        return torch.stack(
+            [distance(norm, one.rows, one.first, one.second) for norm, one in zip(self._ran, sums, strict=True)]
+        ).mean()
+
+
+def distance(norm: nn.Module, rows: int, first: Tensor, second: Tensor) -> Tensor:
+    """How far a BatchNorm's input is from what it remembers; a scalar, 0 where mean and variance are the same.
+
+    Args:
+        norm: The BatchNorm.
+        rows: Number of values of a channel.
+        first: Σ(x − m) of every channel, m the stored mean, ``[channels]``.
+        second: Σ(x − m)², ``[channels]``.
+    """
+    off = first / rows
+    variance = (second / rows - off.square()).clamp_min(0)
+    stored = norm.running_var + norm.eps
+    return (off.square() / stored).mean() + 0.25 * ((variance + norm.eps) / stored).log().square().mean()
+
+
+def _images_at_once(model: nn.Module, image: Tensor, gigabytes: float) -> int:
+    """How many images a forward with gradients may hold: what its modules put out, twice, is what autograd keeps."""
+    values = 0
+
+    def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal values
+        values += output.numel() if isinstance(output, Tensor) else 0
+
+    leaves = [module for module in model.modules() if not list(module.children())]
+    handles = [leaf.register_forward_hook(count) for leaf in leaves]
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(1, int(gigabytes * 1e9 / max(8 * values, 1)))
