@@ -61,8 +61,8 @@ def load(
     """
     if not isinstance(preprocess, TextInput):
         raise ConfigError(
-            "data=generated samples text from a language model, and this network reads images; choose data=inversion or "
-            "data=procedural."
+            "data=generated samples text from a language model, and this network reads images; choose data=inversion "
+            "or data=procedural."
         )
     count = SEQUENCES if sequences in ("auto", None) else sequences
     length = min(LENGTH, preprocess.max_length) if length == "auto" else length
@@ -108,7 +108,8 @@ def load(
             found.append(tokens)
         number += 1
     if store.place is not None:
-        making.note(f"{count} sequences sampled from {making.name}, {'made and kept in' if made else 'taken from'} {store.place}")
+        how = "made and kept in" if made else "taken from"
+        making.note(f"{count} sequences sampled from {making.name}, {how} {store.place}")
     windows = found[: int(count)]
     digest = hashlib.sha256(b"".join(window.numpy().tobytes() for window in windows)).hexdigest()
     protocol = {
@@ -150,7 +151,9 @@ def _checked(
         raise ConfigError(f"data.length={length}: the network was made for at most {text.max_length} tokens; lower it.")
     fits = isinstance(temperatures, Sequence) and not isinstance(temperatures, str) and len(temperatures) > 0
     if not fits or any(isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t < 100 for t in temperatures):
-        raise ConfigError(f"data.temperatures: expected a list of numbers above 0, such as [0.7,1.0], got {temperatures!r}.")
+        raise ConfigError(
+            f"data.temperatures: expected a list of numbers above 0, such as [0.7,1.0], got {temperatures!r}."
+        )
     if start not in STARTS:
         raise ConfigError(f"data.start: expected one of {', '.join(STARTS)}, got {start!r}.")
     if start == "bos" and text.bos is None:
@@ -197,6 +200,8 @@ def _sample(
             fresh = torch.where(free[:, None], drawn[:, None], fresh)
         tokens = torch.cat([tokens, fresh], 1)
         making.progress(
-            Progress("generated", f"part {number + 1}", number * length + tokens.shape[1], max(parts, number + 1) * length)
+            Progress(
+                "generated", f"part {number + 1}", number * length + tokens.shape[1], max(parts, number + 1) * length
+            )
         )
     return tokens

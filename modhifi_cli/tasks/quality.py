@@ -200,8 +200,8 @@ def _warnings(quality: Quality) -> tuple[str, ...]:
     worst = max(quality.repairs, key=lambda trial: trial.held_out / max(trial.fitted, 1e-12), default=None)
     if worst is not None and worst.held_out > _OVERFITTED * worst.fitted and worst.held_out > 0.01:
         found.append(
-            f"the calibration images are too few or too different to repair from: at {worst.layer} a trial repair leaves "
-            f"an error of {worst.fitted:.1%} on the images it was fitted to and of {worst.held_out:.1%} on others"
+            f"the calibration images are too few or too different to repair from: at {worst.layer} a trial repair "
+            f"leaves an error of {worst.fitted:.1%} on the images it was fitted to and of {worst.held_out:.1%} on others"
         )
     return tuple(found)
 

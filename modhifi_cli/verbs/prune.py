@@ -39,7 +39,8 @@ def prune(
     device = pieces.device_of(settings)
     seconds: dict[str, float] = {}
     with pieces.timed(seconds, "load"):
-        loaded, calibration, evaluation = pieces.sources(settings, console) if shared is None else shared.sources(settings)
+        found = pieces.sources(settings, console) if shared is None else shared.sources(settings)
+        loaded, calibration, evaluation = found
         # A second copy of a large language model is made only if somebody will look at it.
         kept = settings["measure_dense"] or not pieces.is_decoder(settings)
         dense = pieces.placed(copy.deepcopy(loaded.model), settings, device) if kept else None

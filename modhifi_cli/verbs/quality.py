@@ -69,8 +69,8 @@ def before_the_run(
         # Every statistic that these images would give is that of other images: what is stored, less what the edits
         # took from it, is nearer to the truth.
         kept = (
-            "the stored BatchNorm statistics are kept and only corrected for what is removed; with check_data=false they "
-            "are re-estimated all the same"
+            "the stored BatchNorm statistics are kept and only corrected for what is removed; with check_data=false "
+            "they are re-estimated all the same"
         )
         found = dataclasses.replace(found, warnings=(*found.warnings, kept))
         settings = {**settings, "batchnorm": "stored"}

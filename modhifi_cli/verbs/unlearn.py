@@ -237,7 +237,8 @@ def _write_outcome(
     hidden = ("trials", "warnings", "strength", "edits", "finetuned")
     layers = [{"layer": edit.name} | {k: v for k, v in edit.facts.items() if k not in hidden} for edit in edits]
     trials = trials_as_rows(summary.trials, summary.strength_name)
-    warnings = [*(seen.warnings if seen else ()), *summary.warnings, *([_finetuned(summary)] if summary.finetuned else [])]
+    warnings = [*(seen.warnings if seen else ()), *summary.warnings]
+    warnings += [_finetuned(summary)] if summary.finetuned else []
     artifacts.write_json(
         place.path / "results.json",
         {
