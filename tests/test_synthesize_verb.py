@@ -64,7 +64,13 @@ def test_the_second_run_takes_its_images_from_the_cache_which_can_be_shown_and_e
 
 def test_a_network_without_data_is_calibrated_on_images_of_its_own(here, capsys):
     words = ["model=timm", "model.name=resnet10t", "model.weights=random", "model.num_classes=4"]
-    words += ["model.preprocess={size: 32, resize: null}", "data.num_samples=6", "evaluation=[]", "preset=fast", "sparsity=0.1"]
+    words += [
+        "model.preprocess={size: 32, resize: null}",
+        "data.num_samples=6",
+        "evaluation=[]",
+        "preset=fast",
+        "sparsity=0.1",
+    ]
     assert main(["prune", *words, "console=plain"]) == 0
     assert "no data= was given, so resnet10t is calibrated on procedural images" in capsys.readouterr().out
     told = json.loads((only_run(here, "prune") / "calibration.json").read_text())
@@ -93,3 +99,41 @@ def test_what_is_wrong_is_said_in_one_sentence(here, capsys, words, expected):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and expected in lines[0], lines
     assert [path.name for path in here.iterdir()] == ["file"], "nothing half-written is left"
+
+
+def test_unlearning_works_on_images_inverted_from_the_network(here, capsys):
+    words = ["data=inversion", "data.num_samples=40", "data.together=40", "data.steps=12", "data.class_weight=1"]
+    words += ["data.confidence=0.3", "forget_class=3", "evaluation=[]", "console=plain", "runtime.seed=1"]
+    assert main(["unlearn", *words]) == 0
+    results = json.loads((only_run(here, "unlearn") / "results.json").read_text())
+    assert results["labels"] == "model" and results["calibration"]["source"] == "inversion"
+    assert results["quality"]["classes_seen"] >= 5
+    assert (only_run(here, "unlearn") / "samples.png").is_file()
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_statistics_that_poor_images_would_ruin_are_kept(here, capsys, checked):
+    from modhifi_cli.artifacts import load_model
+    from modhifi_cli.models import embedded
+
+    np.save("noise.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8))
+    words = ["data=arrays", "data.path=noise.npy", "preset=fast", "sparsity=0.1", "evaluation=[]", "console=plain"]
+    assert main(["prune", *words, f"check_data={str(checked).lower()}"]) == 0
+    said, run = capsys.readouterr().out, only_run(here, "prune")
+    dense, pruned = embedded.load(name="embedded").model.state_dict(), load_model(run).state_dict()
+    kept = [
+        name
+        for name, tensor in pruned.items()
+        if name.endswith("running_var") and len(tensor) == len(dense[name]) and (tensor == dense[name]).all()
+    ]
+    assert bool(kept) == checked
+    assert ("the stored BatchNorm statistics are kept" in said) == checked
+    assert (run / "quality.json").is_file() == checked and (run / "samples.png").is_file() == checked
+    if checked:
+        page = (run / "report.md").read_text()
+        assert "samples.png" in page and "the stored BatchNorm statistics are kept" in page
+
+
+def test_check_data_is_yes_or_no(here, capsys):
+    assert main(["prune", "check_data=maybe"]) == 2
+    assert "check_data must be true or false; got 'maybe'." in capsys.readouterr().err

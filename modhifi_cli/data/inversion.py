@@ -118,6 +118,7 @@ def load(
         raise ConfigError(f"data.confidence: expected a probability with 0 <= confidence < 1, got {confidence!r}.")
     require_statistics(making.model)
     model = copy.deepcopy(making.model).to(device=making.device, dtype=torch.float32).eval().requires_grad_(False)
+    model = model.to(memory_format=torch.channels_last)  # a quarter faster on processors
     wanted = _wanted_classes(classes, _count_classes(model, preprocess, making.device))
     identity = {
         "method": "inversion",
