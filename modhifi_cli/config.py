@@ -37,7 +37,8 @@ _GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
 _GIVEN_IF_TAKEN: Mapping[str, tuple[str, ...]] = {"data": ("making",)}
 
 _SEARCHED = None  # in place of a share that the run shall find
-_MAKES_DATA = ("prune", "unlearn", "compare", "synthesize")  # verbs that make calibration data where none are given
+# Verbs that make calibration data where none are given.
+_MAKES_DATA = ("prune", "unlearn", "compare", "study", "synthesize")
 _TARGETS = ("params", "flops", "components", "latency", "max_drop")
 _SPARSITY = 0.4  # where nothing is said and a share is wanted
 # What people may write for the choice of a group, by verb: `modhifi study name=existence`.

@@ -29,7 +29,7 @@ def audit(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     loaded, dtype = _dense(saved, before), pieces.dtype_of(settings)
     dense, edited = loaded.model.to(dtype), artifacts.load_model(saved).to(dtype)
     calibration, labels = _labelled(settings, loaded, dense, device, console)
-    evaluation = pieces.image_source(settings, "evaluation_data", loaded.preprocess, labelled=True)
+    evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True)
     report = make_audit(
         settings, before["model"], loaded, dense, edited,
         calibration=calibration, labels=labels, evaluation=evaluation, forget=forget, device=device, console=console,
@@ -203,7 +203,7 @@ def _labelled(
     settings: Mapping[str, Any], loaded: LoadedModel, dense: nn.Module, device: torch.device, console: Console
 ) -> tuple[ImageSource, Labels]:
     """Calibration images and their labels, the source's or the dense network's predictions (``data.labels``)."""
-    source = pieces.image_source(settings, "data", loaded.preprocess, labelled=True)
+    source = pieces.image_source(settings, "data", loaded, labelled=True, console=console)
     if source is None:
         raise ConfigError(
             "audit: the run names no calibration images; give labelled ones with data=arrays data.path=FILE."

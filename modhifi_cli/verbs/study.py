@@ -23,7 +23,7 @@ def study(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     name = str(settings["study"]["_target_"]).rpartition(".")[2].lower()
     command = pieces.command_line("study", config.spelled("study", facts["overrides"], for_people=True))
     device = pieces.device_of(settings)
-    loaded, calibration, evaluation = pieces.sources(settings)
+    loaded, calibration, evaluation = pieces.sources(settings, console)
     subject, identity = _subject(settings, loaded, calibration, evaluation, device)
     asked = config.build(settings["study"])
     own = config.slug(word for word in facts["overrides"] if not word.startswith(_NOT_IN_FOLDER))
@@ -85,7 +85,7 @@ def _subject(
     def draw(source: str, seed: int) -> ImageSource:
         own = copy.deepcopy(dict(settings))
         own["data"] = _source_node(settings, source) | {"seed": seed}
-        found = pieces.image_source(own, "data", loaded.preprocess, labelled=False)
+        found = pieces.image_source(own, "data", loaded, labelled=False)
         assert found is not None
         return found
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from modhifi_cli import artifacts, cache, config
 from modhifi_cli.console import Console
+from modhifi_cli.data.sheet import contact_sheet
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.records import ImageSource, LoadedModel, TextInput
 from modhifi_cli.verbs import pieces, quality
@@ -43,7 +44,7 @@ def synthesize(
     model = pieces.placed(loaded.model, settings, device)
     with pieces.timed(seconds, "quality"):
         found = quality.look(model, source, settings, device, console, place)
-    quality.keep_sheet(source, loaded.preprocess, place)
+    artifacts.write_bytes(place.path / "calibration.png", contact_sheet(source, loaded.preprocess))
     _write(place.path, settings["form"], pixels)
     manifest = {
         "format_version": artifacts.FORMAT_VERSION,
