@@ -238,12 +238,6 @@ def _cells(
         if key in _SET_HERE:
             instead = f"give {_SET_HERE[key]}=[…] instead" if _SET_HERE[key] else "leave it out"
             raise ConfigError(f"modhifi compare sets {key} itself for every cell; {instead}.")
-    if settings["data"] is None:
-        name = _model_name(settings)
-        raise ConfigError(
-            f"{name} brings no images of its own: give unlabelled calibration images with data=folder "
-            "data.path=FOLDER, data=arrays data.path=FILE, data=cifar10 or data=cifar100."
-        )
     mine = [word for word in overrides if not word.startswith(("methods=", "budgets=", "seeds=", "hydra"))]
     given = {word.partition("=")[0] for word in mine}
     same = {

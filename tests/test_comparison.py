@@ -199,7 +199,6 @@ def test_latency_gives_a_second_frontier_and_no_labels_give_agreement(here):
         (["preset=paper"], r"compare sets preset itself for every cell; give methods=\[…\] instead"),
         (["resume=x"], "compare sets resume itself for every cell; leave it out"),
         (["method=[paper]"], "modhifi compare has no key 'method', which is for modhifi unlearn: did you mean 'methods'"),
-        (["model=resnet20_cifar", "model.weights=random"], "resnet20_cifar brings no images of its own"),
         (["-m"], "-m is for prune, unlearn and evaluate"),
     ],
 )

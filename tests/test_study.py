@@ -113,7 +113,6 @@ def test_a_study_that_ran_out_of_time_says_so_and_goes_on(here, capsys):
         (["seeds=[]"], "seeds must be a list of whole numbers from 0"),
         (["data.num_samples=8"], "existence: fidelity needs at least 32 images, got 8"),
         (["scoring=magnitude_l2"], "scoring: Magnitude does not look at what a layer reads"),
-        (["model=resnet18", "model.weights=random"], "brings no images of its own"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_sentence(words, told, here, capsys):

@@ -30,7 +30,7 @@ def test_a_set_is_written_with_manifest_and_sheet_and_calibrates_a_run(here, cap
     assert images.shape == (8, 8, 8, 1) and images.dtype == np.uint8
     assert manifest["settings"]["steps"] == 2 and len(manifest["weights_sha256"]) == 64
     assert manifest["quality"]["samples"] == 8 and manifest["images"]["source"] == "inversion"
-    assert Image.open(folder / "calibration.png").size == (8 * 8 + 7 * 2, 8)
+    assert Image.open(folder / "calibration.png").size == (10 * 8 + 9 * 2, 8)
     said = capsys.readouterr().out
     path = f"data.path={folder.relative_to(here)}/images.npz"
     assert f"use them with data=arrays {path}" in said

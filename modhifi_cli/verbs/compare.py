@@ -12,6 +12,8 @@ from modhifi_cli.verbs.prune import prune
 
 
 def compare(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
+    pieces.require_data(settings)
+
     def shared(kept: Path) -> comparison.Shared:
         return comparison.Shared(
             settings,
