@@ -107,7 +107,8 @@ def test_unlearning_works_on_images_inverted_from_the_network(here, capsys):
     assert main(["unlearn", *words]) == 0
     results = json.loads((only_run(here, "unlearn") / "results.json").read_text())
     assert results["labels"] == "model" and results["calibration"]["source"] == "inversion"
-    assert results["quality"]["classes_seen"] >= 5
+    quality = json.loads((only_run(here, "unlearn") / "quality.json").read_text())
+    assert quality["classes_seen"] >= 5
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -120,12 +121,10 @@ def test_statistics_that_poor_images_would_ruin_are_kept(here, capsys, checked):
     assert main(["prune", *words, f"check_data={str(checked).lower()}"]) == 0
     said, run = capsys.readouterr().out, only_run(here, "prune")
     dense, pruned = embedded.load(name="embedded").model.state_dict(), load_model(run).state_dict()
-    kept = [
-        name
-        for name, tensor in pruned.items()
-        if name.endswith("running_var") and len(tensor) == len(dense[name]) and (tensor == dense[name]).all()
-    ]
-    assert bool(kept) == checked
+    variances = [name for name in pruned if name.endswith("running_var")]
+    # What is kept of a layer's statistics is a slice of the dense ones.
+    kept = all(set(pruned[name].tolist()) <= set(dense[name].tolist()) for name in variances)
+    assert kept == checked
     assert ("the stored BatchNorm statistics are kept" in said) == checked
     assert (run / "quality.json").is_file() == checked
     if checked:
