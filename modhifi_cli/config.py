@@ -453,6 +453,11 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
     if not _is_hydra_error(error):
         return error
     text = str(error)
+    if text.startswith(_NO_CHOICE):
+        return ConfigError(
+            f"modhifi {verb}: a group takes the name of one of its choices (modhifi list group=NAME), not null or a number; "
+            "leave it out for the default."
+        )
     if isinstance(error, OverrideParseException):
         written = getattr(error, "override", "") or ""
         return ConfigError(
@@ -497,6 +502,7 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
 
 
 _ABSENT = object()
+_NO_CHOICE = "Config group override must be"  # how Hydra begins to say that a group was given null or a number
 
 _PLACEHOLDERS: Mapping[str, str] = {"run": "DIR", "forget_class": "3", "path": "PATH", "weights": "FILE", "name": "NAME"}
 
@@ -528,6 +534,8 @@ def _is_hydra_error(error: Exception) -> bool:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    if isinstance(error, ValueError) and str(error).startswith(_NO_CHOICE):
+        return True
     return isinstance(error, (HydraException, OmegaConfBaseException))
 
 

@@ -72,6 +72,7 @@ WRONG = {
     "unreadable grammar": (["prune", "exclude=[a"], "cannot read 'exclude=[a': settings are written key=value"),
     "a target elsewhere": (["prune", "model._target_=os.system"], "must lie under modhifi_cli; got 'os.system'"),
     "a target that is not": (["prune", "model._target_=modhifi_cli.models.x.y"], "which does not exist"),
+    "a group without a choice": (["prune", "data=null"], "a group takes the name of one of its choices"),
     "a mixture of nothing": (["prune", "data=mixed", "data.sources=[]"], "data.sources must be a list such as"),
     "a mixture with an unknown source": (
         ["prune", "data=mixed", "data.sources=[{name: proceduarl}]"], "data.sources[0].name: there is no such choice; did",

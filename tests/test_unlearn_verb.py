@@ -170,14 +170,14 @@ WRONG = {
         ["forget_class=1", "model.num_classes=3", "model.weights=random"], "network has 3 logits",
     ),
     "a wrong share": (["forget_class=3", "forget_target=2"], "forget_target must be a share from 0 to 1; got 2"),
-    "no data": (["forget_class=3", "data=null"], "data=null leaves embedded without calibration data; leave data out"),
+    "no data": (["forget_class=3", "~data"], "embedded is left without calibration data; leave data out, or choose"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("words, expected", WRONG.values(), ids=WRONG.keys())
 def test_what_a_user_can_mend_is_one_sentence_and_leaves_nothing(here, capsys, words, expected):
     samples = [word for word in SMALL if not any(word.split("=")[0] == given.split("=")[0] for given in words)]
-    if "data=null" in words:
+    if "~data" in words:
         samples = ["console=plain", "audit=none"]
     assert main(["unlearn", *samples, *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

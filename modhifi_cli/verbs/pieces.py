@@ -41,9 +41,9 @@ def sources(
 
 def require_data(settings: Mapping[str, Any]) -> None:
     """Refuse a run without calibration data before the network is loaded."""
-    if settings["data"] is None:
+    if settings.get("data") is None:
         name = settings["model"].get("name", "this model")
-        raise ConfigError(f"data=null leaves {name} without calibration data; leave data out, or choose a source.")
+        raise ConfigError(f"{name} is left without calibration data; leave data out, or choose a source.")
 
 
 def image_source(
