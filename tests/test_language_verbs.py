@@ -144,13 +144,21 @@ def test_text_that_calibration_and_evaluation_share_is_told(place, words, here, 
     assert any("32 tokens in a row" in warning for warning in artifacts.read_results(run)["warnings"])
 
 
+def test_a_decoder_without_text_is_calibrated_on_what_it_says_itself(words, here, capsys):
+    kept = [word for word in words if not word.startswith("data")]
+    assert main(["prune", *kept, "data.num_samples=6", "preset=fast", "evaluation=[]"]) == 0
+    (run,) = (here / "outputs" / "prune" / "dense").iterdir()
+    calibration = artifacts.read_results(run)["calibration"]
+    assert calibration["source"] == "generated" and calibration["sequences"] == 6
+    assert "no data= was given, so dense is calibrated on text sampled from itself" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("asked, said", [
     (["export=[onnx]"], "a language model generates with a cache that grows"),
     (["sparsity=0.95"], "cannot be reached"),
     (["sparsity=0.9", "components=[attention]", "target=components"], "cannot be reached"),
     (["data.length=1000"], "made for at most 64 tokens"),
     (["data.sequences=1000"], "1000 were asked for"),
-    (["data=auto"], "brings no text of its own"),
     (["data=digits"], "a language model reads text"),
     (["target=latency"], "target"),
     (["scoring=tvsprune"], "a language model reads text"),
@@ -158,7 +166,7 @@ def test_text_that_calibration_and_evaluation_share_is_told(place, words, here, 
 def test_bad_input_is_one_sentence_and_leaves_nothing(words, here, capsys, asked, said):
     keys = {word.partition("=")[0] for word in asked}
     kept = [word for word in words if word.partition("=")[0] not in keys]
-    if {"data=auto", "data=digits"} & set(asked):
+    if "data=digits" in asked:
         kept = [word for word in kept if not word.startswith("data.")]
     assert main(["prune", *kept, "evaluation=[]", *asked]) == 2
     error = capsys.readouterr().err
