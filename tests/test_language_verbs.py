@@ -178,3 +178,11 @@ def test_the_default_of_language_models_keeps_layers_alike():
     settings = config.compose("prune", ["model=smollm2_135m"])
     assert settings["allocation"]["_target_"].endswith("Uniform") and settings["decoder"]["weighting"] == "even"
     assert config.compose("prune", ["model=resnet50"])["allocation"]["_target_"].endswith("Global")
+
+
+def test_rivals_of_language_models_compose():
+    without = config.compose("prune", ["model=smollm2_135m", "preset=paper_without_compensation"])
+    assert without["scoring"]["_target_"].endswith("Energy")
+    assert without["compensation"]["_target_"].endswith("NoCompensation")
+    rival = config.compose("prune", ["model=smollm2_135m", "preset=fluctuation_bias"])
+    assert rival["decoder"]["add_bias"] and rival["scoring"]["_target_"].endswith("Fluctuation")
