@@ -354,14 +354,14 @@ img.sheet{max-width:100%;width:36rem;height:auto;image-rendering:pixelated;borde
 .bars{display:grid;gap:.25rem;font-size:.82rem}
 .line{display:grid;grid-template-columns:minmax(6rem,14rem) 1fr;gap:.6rem;align-items:center}
 .line>span{overflow-wrap:anywhere;color:var(--quiet);line-height:1.2}
-.bar{display:flex;align-items:center;gap:.4rem;height:1.05em;padding-right:8.5em}
+.bar{display:flex;align-items:center;gap:.4rem;height:1.05em;padding-right:7.5em}
 .bar i{display:block;height:.72em;min-width:1px;border-radius:0 2px 2px 0;flex:none}
 .bar b{font-weight:400;white-space:nowrap;font-variant-numeric:tabular-nums}
 .c0{background:var(--c0)}.c1{background:var(--c1)}.c2{background:var(--c2)}.c3{background:var(--c3)}
 .c4{background:var(--c4)}.c5{background:var(--c5)}.c6{background:var(--c6)}
 details{border-top:1px solid var(--line);margin-top:1.6rem}summary{cursor:pointer}
 summary h2{display:inline-block;margin:.8rem 0 .4rem}
-@media (max-width:34rem){main{padding:1rem .8rem 3rem}.line{grid-template-columns:6.2rem 1fr}.bar{padding-right:5.5em}
+@media (max-width:34rem){main{padding:1rem .8rem 3rem}.line{grid-template-columns:6.2rem minmax(0,1fr)}.bar{padding-right:7.5em}
 .facts{grid-template-columns:1fr 1fr}}
 @media print{details>*{display:block}.scroll{overflow:visible}}
 """.replace("\n", "")

@@ -282,7 +282,7 @@ def _bars(
 
 
 def _draw_lines(chart: Chart) -> dict[str, bytes]:
-    """Curves named at their end; small multiples share both axes and name the curves beside the last of the first row."""
+    """Curves named at their end; small multiples share both axes and list the curves beside the first row."""
     panels = list(dict.fromkeys(series.panel for series in chart.series))
     styles = {name: number for number, name in enumerate(dict.fromkeys(series.name for series in chart.series))}
     columns = 1 if len(panels) == 1 else 2 if len(panels) <= 4 else 3
@@ -311,7 +311,10 @@ def _draw_lines(chart: Chart) -> dict[str, bytes]:
             axes.tick_params(labelsize=8)
         if place == min(columns, len(panels)) - 1:
             figure.canvas.draw()
-            _name_curves(axes, ends, None, "", levels=chart.levels if len(panels) == 1 else {})
+            if len(panels) == 1:
+                _name_curves(axes, ends, None, "", levels=chart.levels)
+            else:
+                _list_curves(axes, chart, styles)
     if len(panels) == 1:
         grid[0].set_title(chart.title, loc="left", fontsize=11)
         grid[0].set_xlabel(chart.x_label)
@@ -319,9 +322,25 @@ def _draw_lines(chart: Chart) -> dict[str, bytes]:
     else:
         figure.suptitle(chart.title, x=0.01, ha="left", fontsize=11)
         figure.supxlabel(chart.x_label, fontsize=9)
-        figure.supylabel(chart.y_label, fontsize=9)
+        figure.supylabel(chart.y_label, fontsize=9, x=-0.01)
         figure.tight_layout(pad=0.6)
     return _rendered(figure)
+
+
+def _list_curves(axes: Any, chart: Chart, styles: Mapping[str, int]) -> None:
+    """The curves of small multiples by name beside the last panel of the first row: their ends may lie together."""
+    from matplotlib.lines import Line2D
+
+    dashed = {series.name for series in chart.series if series.baseline}
+    handles = [
+        Line2D([], [], color=_GREY if name in dashed else _COLOURS[number % len(_COLOURS)], linewidth=1.6,
+               linestyle=(0, (3, 2)) if name in dashed else _LINES[number // len(_COLOURS) % len(_LINES)])
+        for name, number in styles.items()
+    ]  # fmt: skip
+    axes.legend(
+        handles, list(styles), frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.02),
+        labelcolor="linecolor", handlelength=1.6,
+    )  # fmt: skip
 
 
 def _draw_curve(axes: Any, series: Series, number: int, *, markers: bool) -> list[tuple[Point, str, str]]:
@@ -474,8 +493,8 @@ def _name_curves(
             fontsize=9,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
-        )
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)},
+        )  # fmt: skip
 
 
 def _rendered(figure: Any) -> dict[str, bytes]:

@@ -679,4 +679,5 @@ def _rounded(value: float | None, deviation: float | None = None) -> str:
     if value is None:
         return ""
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return text + (f" ± {deviation:.2g}" if deviation else "")
+    spread = f"{deviation:,.0f}" if deviation and deviation >= 100 else f"{deviation or 0:.2g}"
+    return text + (f" ± {spread}" if deviation else "")

@@ -196,3 +196,25 @@ def test_pages_in_a_real_browser_fit_the_window_and_load_nothing(pruned, done):
     pytest.importorskip("playwright", reason="pip install playwright drives the browser")
     wrong = [fault for folder in (pruned, done) for fault in check.faults(folder / "report.html", program=program)]
     assert not wrong
+
+
+QUICK = {
+    "counterfactual": ["study.shares=[0.3]", LAYERS],
+    "noise": ["study.levels=[0.05]", LAYERS],
+    "robustness": ["study.sizes=[32,96]", "layers=[linear]"],
+    "lipschitz": ["layers=[linear]"],
+    "ablation": ["study.shares=[0.2]"],
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_every_study_runs_on_the_embedded_network_and_says_what_it_found(name, here, capsys):
+    words = ["data.num_samples=96", "evaluation_data.num_samples=60", "console=json", *QUICK[name]]
+    assert main(["study", f"name={name}", *words]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["findings"] and last["summary"]
+    results = json.loads((here / last["folder"] / "results.json").read_text())
+    assert results["study"] == name and not results["missing_cells"]
+    for chart in results["charts"]:
+        assert (here / last["folder"] / f"{chart}.svg").stat().st_size > 1000
+        assert json.loads((here / last["folder"] / f"{chart}.json").read_text())["title"].startswith("embedded: ")

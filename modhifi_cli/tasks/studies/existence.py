@@ -68,7 +68,8 @@ class Existence:
         layer, seed = cell["layer"], cell["seed"]
         model = None
         if cell["weights"] == "untrained":
-            model = subject.untrained().to(subject.example.dtype).to(subject.device).eval()
+            like = next(subject.model.parameters())
+            model = subject.untrained().to(device=like.device, dtype=like.dtype).eval()
         found = yield from subject.consumers([layer], model=model, item=layer)
         consumer = found[layer]
         _enough_rows(consumer)
