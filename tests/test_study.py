@@ -99,6 +99,25 @@ def test_a_study_that_ran_out_of_time_says_so_and_goes_on(here, capsys):
     assert "not finished" not in (only(here) / "report.md").read_text()
 
 
+def test_an_interrupted_study_keeps_its_cells_and_goes_on(here, monkeypatch, capsys):
+    from modhifi_cli.tasks.studies.existence import Existence
+
+    compute = Existence.compute
+
+    def interrupted(self, subject, cell):
+        if cell["layer"] == "linear":
+            raise KeyboardInterrupt
+        return compute(self, subject, cell)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Existence, "compute", interrupted)
+        assert study("name=existence", LAYERS) == 130
+    assert "1 of 4 cells are finished and kept; the same command goes on with the others" in error_of(capsys)
+    assert [path.name for path in only(here).iterdir()] == ["cells"] and len(list((only(here) / "cells").iterdir())) == 1
+    assert study("name=existence", LAYERS) == 0
+    assert len(list((only(here) / "cells").iterdir())) == 4
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

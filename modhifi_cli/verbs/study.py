@@ -43,7 +43,11 @@ def study(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
                 missing += 1
                 continue
             begun = time.perf_counter()
-            kept = {"cell": cell, "rows": _computed(asked.compute(subject, cell), console)}
+            try:
+                kept = {"cell": cell, "rows": _computed(asked.compute(subject, cell), console)}
+            except KeyboardInterrupt:
+                told = f"{len(seconds)} of {len(cells)} cells are finished and kept; the same command goes on with the others."
+                raise KeyboardInterrupt(told) from None
             kept["seconds"] = round(time.perf_counter() - begun, 3)
             artifacts.write_json(path, kept)
             kept = _kept(path)  # as a later command will read it
