@@ -26,6 +26,11 @@ from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.records import Preprocess, Progress, TextInput
 
 VERSION = 1  # of the procedure: another one makes other images from the same settings
+# What "auto" means for the number of images and for those matched together, up to 96 px and above: large images take
+# minutes each, and a part is what an interruption can cost.
+_SMALL = 96
+_SAMPLES, _TOGETHER = (512, 128), (256, 64)
+_LONG = 120  # seconds that are worth a word beforehand
 _CONFIDENT = 0.1  # nats: an image that its class costs less is not pulled further
 _SHIFT = 16  # images are seen shifted by up to 1/16 of their side
 _DIVERGED = 2.0  # times the distance it began with
@@ -83,7 +88,7 @@ def load(
     cache: str | None = "auto",
     steps: int = 80,
     lr: float = 0.04,
-    together: int = 256,
+    together: int | str = "auto",
     class_weight: float = 0.01,
     smoothness: float = 0.0,
     starts: str = "mixture",
@@ -96,12 +101,13 @@ def load(
         labelled: Whether labels are asked for; they are the network's predictions, made by whoever needs them.
         making: The network, and who listens.
         labels: As of every source; ``"given"`` cannot be.
-        num_samples: How many; ``"auto"`` and None are 512.
+        num_samples: How many; ``"auto"`` and None are 512, or 128 above 96 px.
         seed: Of everything that is drawn.
         classes: Classes that the images shall show, equally often; None for all.
         confidence: Only images that the network calls their class with at least this probability are taken, 0 … 1.
         cache: Where finished parts are kept: ``"auto"``, a folder, or None.
-        steps, lr, together, class_weight, smoothness, starts, gigabytes: As in `Inversion`.
+        steps, lr, together, class_weight, smoothness, starts, gigabytes: As in `Inversion`; ``together="auto"`` is 256,
+            or 64 above 96 px.
 
     Raises:
         ConfigError: If a setting is out of range, or a class is not one of the network's.
@@ -112,8 +118,10 @@ def load(
     refuse_given_labels(labelled=labelled, labels=labels, source="inversion")
     if isinstance(preprocess, TextInput):
         raise ConfigError("data=inversion makes images, and this network reads text; choose data=generated.")
+    large = max(preprocess.size) > _SMALL
+    together = _TOGETHER[large] if together == "auto" else together
     inversion = Inversion(steps, lr, together, class_weight, smoothness, starts, gigabytes)
-    count = made_samples(num_samples)
+    count = made_samples(_SAMPLES[large] if num_samples in ("auto", None) else num_samples)
     if not isinstance(confidence, (int, float)) or isinstance(confidence, bool) or not 0 <= confidence < 1:
         raise ConfigError(f"data.confidence: expected a probability with 0 <= confidence < 1, got {confidence!r}.")
     require_statistics(making.model)
@@ -265,7 +273,10 @@ def invert(
         before = float(heard.distance(_total(sums)))
         optimiser = torch.optim.Adam(chunks, lr=inversion.lr, betas=(0.9, 0.99))
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, inversion.steps, eta_min=inversion.lr / 20)
+        began = time.perf_counter()
         for step in range(inversion.steps):
+            if step == 1 and number == 0:
+                _warn_of_waiting(making, (time.perf_counter() - began) * inversion.steps * parts, inversion.together)
             shift = [
                 int(torch.randint(-(side // _SHIFT), side // _SHIFT + 1, (1,), generator=generator))
                 for side in preprocess.size
@@ -328,6 +339,14 @@ def invert(
         "confidence": sure,
         "distance": torch.tensor([before, after], dtype=torch.float64),
     }
+
+
+def _warn_of_waiting(making: Making, seconds: float, together: int) -> None:
+    if seconds > _LONG:
+        making.note(
+            f"inverting will take about {seconds / 60:.0f} minutes here; it can be interrupted, parts of {together} images "
+            "are kept once they are whole; data=procedural takes seconds"
+        )
 
 
 def _diverged(number: int, step: int, inversion: Inversion, how: str) -> NumericsError:

@@ -17,9 +17,12 @@ Source = TypeVar("Source", ArrayImages, TokenWindows)
 
 # How such data has served where it could be checked (modhifi_cli/README.md, "Data from nothing").
 SERVED = {
-    "inversion": "give your own images with data=folder data.path=FOLDER if you have any",
-    "generated": "give your own text with data=text data.path=FILE if you have any",
-    "procedural": "give your own images with data=folder data.path=FOLDER if you have any",
+    "inversion": "on ResNet-20 and CIFAR-10 (91.7 % dense) 256 such images kept 1.6 points less than 512 real "
+    "ones at 30 % of the channels and 6 less at 50 %; your own images are better: data=folder data.path=FOLDER",
+    "generated": "how well such text serves has not been measured; give your own with data=text data.path=FILE if you "
+    "have any",
+    "procedural": "on ResNet-20 and CIFAR-10 (91.7 % dense) 512 such images kept 16 points less than 512 real "
+    "ones at 30 % of the channels; your own images are far better: data=folder data.path=FOLDER",
 }
 
 

@@ -207,3 +207,10 @@ def test_networks_that_are_not_square_can_be_inverted(trained):
     wide = Preprocess((8, 14), PREPROCESS.mean, PREPROCESS.std)
     source = inversion.load(making=making(trained), num_samples=4, **QUICK | {"preprocess": wide, "steps": 2})
     assert source.images.shape == (4, 8, 14, 3)
+
+
+def test_a_long_wait_is_told_beforehand(trained, monkeypatch):
+    monkeypatch.setattr(inversion, "_LONG", 0)
+    told = []
+    inversion.load(making=making(trained, note=told.append), num_samples=12, cache=None, **QUICK)
+    assert len(told) == 1 and "parts of 12 images are kept once they are whole; data=procedural takes seconds" in told[0]
