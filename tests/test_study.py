@@ -113,7 +113,8 @@ def test_an_interrupted_study_keeps_its_cells_and_goes_on(here, monkeypatch, cap
         patched.setattr(Existence, "compute", interrupted)
         assert study("name=existence", LAYERS) == 130
     assert "1 of 4 cells are finished and kept; the same command goes on with the others" in error_of(capsys)
-    assert [path.name for path in only(here).iterdir()] == ["cells"] and len(list((only(here) / "cells").iterdir())) == 1
+    assert [path.name for path in only(here).iterdir()] == ["cells"]
+    assert len(list((only(here) / "cells").iterdir())) == 1
     assert study("name=existence", LAYERS) == 0
     assert len(list((only(here) / "cells").iterdir())) == 4
 

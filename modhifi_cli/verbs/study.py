@@ -46,8 +46,10 @@ def study(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
             try:
                 kept = {"cell": cell, "rows": _computed(asked.compute(subject, cell), console)}
             except KeyboardInterrupt:
-                told = f"{len(seconds)} of {len(cells)} cells are finished and kept; the same command goes on with the others."
-                raise KeyboardInterrupt(told) from None
+                raise KeyboardInterrupt(
+                    f"{len(seconds)} of {len(cells)} cells are finished and kept; the same command goes on with the "
+                    "others"
+                ) from None
             kept["seconds"] = round(time.perf_counter() - begun, 3)
             artifacts.write_json(path, kept)
             kept = _kept(path)  # as a later command will read it

@@ -82,7 +82,7 @@ def test_studies_take_a_language_model_and_leave_it_as_it_was(study):
 
 
 def test_the_study_that_does_not_apply_says_which_do():
-    with pytest.raises(UnsupportedModelError, match="ablation: a language model has no BatchNorm .* that apply: existence"):
+    with pytest.raises(UnsupportedModelError, match="ablation: a language model has no BatchNorm .* apply: existence"):
         Ablation().cells(subject())
     with pytest.raises(ConfigError, match="study.sources are for networks that read images"):
         Robustness(sources=("more.txt",)).cells(subject())
