@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modhifi_cli.errors import ConfigError, nearest
+from modhifi_cli.errors import ConfigError, is_number, is_whole, nearest
 
 PACKAGE = "modhifi_cli."
 
@@ -53,13 +53,13 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "target.name": ("params, flops, components, latency or max_drop", lambda v: v in _TARGETS),
     "target.value": ("points of agreement, above 0 and below 100", lambda v: _is_number(v) and 0 < v < 100),
     "target.of": ("params, flops or latency", lambda v: v in ("params", "flops", "latency")),
-    "target.trials": ("a whole number from 2", lambda v: _is_int(v) and v >= 2),
+    "target.trials": ("a whole number from 2", lambda v: is_whole(v) and v >= 2),
     "target.held_out": ("a share with 0 < held_out <= 0.5", lambda v: _is_number(v) and 0 < v <= 0.5),
-    "target.batch_size": ("a whole number from 1, or null", lambda v: v is None or (_is_int(v) and v >= 1)),
-    "target.rounds": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
+    "target.batch_size": ("a whole number from 1, or null", lambda v: v is None or (is_whole(v) and v >= 1)),
+    "target.rounds": ("a whole number from 1", lambda v: is_whole(v) and v >= 1),
     "target.max_seconds": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "target.table": ("a latency_table.json, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
-    "round_to": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
+    "round_to": ("a whole number from 1", lambda v: is_whole(v) and v >= 1),
     "tolerance": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "components": (
         "mlp, attention or both, such as [mlp,attention]",
@@ -72,12 +72,12 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         "cpu, cuda or cuda:N", lambda v: isinstance(v, str) and re.fullmatch(r"cpu|cuda(:\d+)?", v) is not None,
     ),
     "runtime.dtype": ("float32 or float64", lambda v: v in ("float32", "float64")),
-    "runtime.threads": ("a whole number from 1, or null", lambda v: v is None or (_is_int(v) and v >= 1)),
-    "runtime.batch_size": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
-    "runtime.seed": ("a whole number from 0", lambda v: _is_int(v) and v >= 0),
+    "runtime.threads": ("a whole number from 1, or null", lambda v: v is None or (is_whole(v) and v >= 1)),
+    "runtime.batch_size": ("a whole number from 1", lambda v: is_whole(v) and v >= 1),
+    "runtime.seed": ("a whole number from 0", lambda v: is_whole(v) and v >= 0),
     "console.style": ("rich, plain or json", lambda v: v in ("rich", "plain", "json")),
     "data.labels": ("auto, given or model", lambda v: v in ("auto", "given", "model")),
-    "schedule.iterations": ("a whole number from 1", lambda v: _is_int(v) and v >= 1),
+    "schedule.iterations": ("a whole number from 1", lambda v: is_whole(v) and v >= 1),
     "methods": ("a list of presets, such as [paper,magnitude_batchnorm]", lambda v: _is_names(v) and len(v) > 0),
     "budgets": (
         "a list of shares with 0 <= budget < 1, such as [0.2,0.4]",
@@ -85,11 +85,11 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "seeds": (
         "a list of whole numbers from 0, such as [0,1,2]",
-        lambda v: isinstance(v, list) and len(v) > 0 and all(_is_int(seed) and seed >= 0 for seed in v),
+        lambda v: isinstance(v, list) and len(v) > 0 and all(is_whole(seed) and seed >= 0 for seed in v),
     ),
     "forget_class": (
         "a number or name of a class, or a list of them, such as [3,5]",
-        lambda v: all(_is_int(one) or isinstance(one, str) for one in (v if isinstance(v, list) else [v])),
+        lambda v: all(is_whole(one) or isinstance(one, str) for one in (v if isinstance(v, list) else [v])),
     ),
     "layers": (
         "auto, 'last N', or a list of layers such as [layer3]",
@@ -519,11 +519,7 @@ def _told(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return is_number(value) and value == value
 
 
 def _is_names(value: Any) -> bool:

@@ -28,6 +28,16 @@ class NumericsError(ModHiFiError):
     """A number is not finite, or a system of equations cannot be solved as asked."""
 
 
+def is_whole(value: object) -> bool:
+    """Whether a setting is a whole number; true and false, which Python counts as numbers, are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a number, whole or not; true and false are none, NaN and infinity are."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """A hint for an unknown name: ``"did you mean 'a' or 'b'?"``, or the known names when nothing is near.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
+from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, is_number
 
 _TRACED_BATCH = 2  # torch.export takes a batch of 1 for a constant, so the example is repeated
 _CHECKED_BATCH = 3  # another size than the traced one: a batch size frozen by the trace fails here
@@ -142,7 +142,7 @@ def _export(
     runtime: str,
     tolerance: float,
 ) -> ExportReport:
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance > 0:
+    if not is_number(tolerance) or not tolerance > 0:
         raise ConfigError(
             f"export.{kind}.tolerance: expected a number above 0, got {tolerance!r}; 1e-4 is a good start."
         )

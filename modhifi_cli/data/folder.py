@@ -26,7 +26,7 @@ from modhifi_cli.data.sources import (
     settings_group,
     sha256_of_samples,
 )
-from modhifi_cli.errors import ConfigError, DataError, nearest
+from modhifi_cli.errors import ConfigError, DataError, is_whole, nearest
 from modhifi_cli.records import ImageSource, Preprocess
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
@@ -202,7 +202,7 @@ def _labels_from_json(file: Path, files: Sequence[str]) -> np.ndarray:
     for name in files:
         entry = content.get(name) if isinstance(content, Mapping) else None
         index = entry.get("class_index") if isinstance(entry, Mapping) else entry
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+        if not is_whole(index) or index < 0:
             raise DataError(
                 f"{file}: expected a class index from 0 for {name}, got {entry!r}; add it as {{file: class_index}}, or "
                 "take the image out of the folder."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.data.making import Making
 from modhifi_cli.data.text import TokenWindows
-from modhifi_cli.errors import ConfigError, DataError, NumericsError
+from modhifi_cli.errors import ConfigError, DataError, NumericsError, is_number, is_whole
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.records import Preprocess, Progress, TextInput
 
@@ -145,12 +145,12 @@ def _checked(
     count: object, length: object, temperatures: object, start: str, distinct: object, text: TextInput
 ) -> list[float]:
     for key, value, least in (("sequences", count, 1), ("length", length, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_whole(value) or value < least:
             raise ConfigError(f"data.{key}: expected a whole number from {least}, or auto, got {value!r}.")
     if length > text.max_length:
         raise ConfigError(f"data.length={length}: the network was made for at most {text.max_length} tokens; lower it.")
     fits = isinstance(temperatures, Sequence) and not isinstance(temperatures, str) and len(temperatures) > 0
-    if not fits or any(isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t < 100 for t in temperatures):
+    if not fits or any(not is_number(t) or not 0 < t < 100 for t in temperatures):
         raise ConfigError(
             f"data.temperatures: expected a list of numbers above 0, such as [0.7,1.0], got {temperatures!r}."
         )
@@ -158,7 +158,7 @@ def _checked(
         raise ConfigError(f"data.start: expected one of {', '.join(STARTS)}, got {start!r}.")
     if start == "bos" and text.bos is None:
         raise ConfigError("data.start=bos: the vocabulary has no token that begins a sequence; set data.start=random.")
-    if isinstance(distinct, bool) or not isinstance(distinct, (int, float)) or not 0 <= distinct <= 1:
+    if not is_number(distinct) or not 0 <= distinct <= 1:
         raise ConfigError(f"data.distinct: expected a share from 0 to 1, got {distinct!r}.")
     return [float(one) for one in temperatures]
 

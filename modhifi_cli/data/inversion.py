@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modhifi_cli.data.making import Making
 from modhifi_cli.data.procedural import KINDS, draw, made_samples, refuse_given_labels
 from modhifi_cli.data.sources import ArrayImages, normalise, sha256_of_samples
-from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, nearest
+from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, is_number, is_whole, nearest
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.records import Preprocess, Progress, TextInput
 
@@ -63,12 +63,12 @@ class Inversion:
     def __post_init__(self) -> None:
         for key, low in (("steps", 1), ("together", 2)):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            if not is_whole(value) or value < low:
                 raise ConfigError(f"data.{key}: expected a whole number from {low}, got {value!r}.")
         for key in ("lr", "class_weight", "smoothness", "gigabytes"):
             value = getattr(self, key)
             above = key in ("lr", "gigabytes")
-            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+            fits = is_number(value) and 0 <= value < float("inf")
             if not fits or above and value == 0:
                 raise ConfigError(f"data.{key}: expected a number {'above' if above else 'from'} 0, got {value!r}.")
         if self.starts not in KINDS:
@@ -383,7 +383,7 @@ def _wanted_classes(classes: Sequence[int] | None, known: int) -> list[int]:
     if classes is None:
         return list(range(known))
     fits = isinstance(classes, Sequence) and not isinstance(classes, str) and len(classes) > 0
-    if not fits or any(isinstance(one, bool) or not isinstance(one, int) for one in classes):
+    if not fits or any(not is_whole(one) for one in classes):
         raise ConfigError(f"data.classes: expected a list of class numbers such as [3,5], got {classes!r}.")
     wrong = [one for one in classes if not 0 <= one < known]
     if wrong:

@@ -11,7 +11,7 @@ from torch import Tensor
 from modhifi_cli.data.making import Making
 from modhifi_cli.data.procedural import made_samples
 from modhifi_cli.data.sources import sha256_of_samples
-from modhifi_cli.errors import ConfigError
+from modhifi_cli.errors import ConfigError, is_number
 from modhifi_cli.records import ImageSource, Preprocess, TextInput
 
 
@@ -108,7 +108,7 @@ def load(
 
 def _weight(source: Mapping[str, Any]) -> float:
     weight = source.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+    if not is_number(weight) or not 0 < weight < float("inf"):
         raise ConfigError(f"data.sources: the weight of {source['name']} must be a number above 0, got {weight!r}.")
     return float(weight)
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from modhifi_cli.data.sources import ArrayImages, labels_to_read, sha256_of_samples
-from modhifi_cli.errors import ConfigError, DataError, nearest
+from modhifi_cli.errors import ConfigError, DataError, is_whole, nearest
 from modhifi_cli.records import Preprocess
 
 SAMPLES = 512  # what "auto" means: more changes little where the images are made up
@@ -106,7 +106,7 @@ def made_samples(num_samples: int | str | None) -> int:
     """
     if num_samples in ("auto", None):
         return SAMPLES
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+    if not is_whole(num_samples) or num_samples < 1:
         raise ConfigError(f"data.num_samples: expected a whole number above 0, or auto, got {num_samples!r}.")
     return num_samples
 

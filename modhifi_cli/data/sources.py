@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from modhifi_cli.errors import ConfigError, DataError, nearest
+from modhifi_cli.errors import ConfigError, DataError, is_whole, nearest
 from modhifi_cli.records import Preprocess
 
 _DECODERS = 4  # Threads; PIL lets go of the interpreter lock while it decodes.
@@ -153,7 +153,7 @@ def choose(available: int, num_samples: int | None, *, seed: int, place: str) ->
     """
     if num_samples is None:
         return np.arange(available, dtype=np.int64)
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+    if not is_whole(num_samples) or num_samples < 1:
         raise ConfigError(
             f"num_samples: expected a whole number above 0, auto, or null for all images, got {num_samples!r}."
         )

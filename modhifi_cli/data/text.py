@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modhifi_cli.data.sources import settings_group
-from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.errors import ConfigError, DataError, is_whole
 from modhifi_cli.records import Preprocess, TextInput
 
 # Field names that hold a document's text, most specific first; several of a tuple are joined by a newline.
@@ -198,7 +198,7 @@ def _check(
         lowest = 2 if key == "length" else 1
         if value is None and key != "length":
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        if not is_whole(value) or value < lowest:
             raise ConfigError(f"{place}.{key}: expected a whole number from {lowest}, got {value!r}.")
     if length > text.max_length:
         raise ConfigError(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, nearest
+from modhifi_cli.errors import ConfigError, is_number, is_whole, nearest
 from modhifi_cli.evaluation.forward import ready_to_measure, synchronize
 from modhifi_cli.records import ImageSource, Measurement, Progress
 
@@ -218,11 +218,11 @@ def _check(cpu_batch, gpu_batch, iterations, minimum_iterations, warmup, max_sec
         "warmup": (warmup, 0),
     }
     for key, (value, minimum) in least.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        if not is_whole(value) or value < minimum:
             raise ConfigError(
                 f"evaluation.latency.{key}: expected a whole number of at least {minimum}, got {value!r}; change it."
             )
-    if isinstance(max_seconds, bool) or not isinstance(max_seconds, int | float) or not max_seconds > 0:
+    if not is_number(max_seconds) or not max_seconds > 0:
         raise ConfigError(
             f"evaluation.latency.max_seconds: expected a number above 0, got {max_seconds!r}; change it."
         )

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modhifi_cli.errors import ConfigError, nearest
+from modhifi_cli.errors import ConfigError, is_whole, nearest
 from modhifi_cli.records import Preprocess
 
 # ImageNet's channel statistics, on the 0..1 scale, as every library here uses them.
@@ -56,7 +56,7 @@ def _size(value: Any) -> tuple[int, int]:
 
 
 def _whole(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_whole(value) or value < 1:
         raise ConfigError(f"model.preprocess.{key}: expected pixels, a whole number above 0, got {value!r}.")
     return value
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from modhifi_cli.errors import ConfigError, NumericsError
+from modhifi_cli.errors import ConfigError, NumericsError, is_number
 from modhifi_cli.numerics.contributions import SimilarityBlocks, contribution_moments
 from modhifi_cli.numerics.linalg import feature_index, solve_positive, solve_scaled
 from modhifi_cli.numerics.regression import Regression, kept_weight, regressions
@@ -152,7 +152,7 @@ class Joint:
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self):
-        number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool)
+        number = is_number(self.ridge)
         if self.ridge != "auto" and not (number and math.isfinite(self.ridge) and self.ridge >= 0):
             raise ConfigError(
                 f"compensation.ridge must be 'auto' or a number of at least 0, got '{self.ridge}': leave it at auto."

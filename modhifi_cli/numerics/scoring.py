@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from modhifi_cli.errors import ConfigError, nearest
+from modhifi_cli.errors import ConfigError, is_number, is_whole, nearest
 from modhifi_cli.numerics.contributions import ContributionMoments, contribution_energies, contribution_moments
 from modhifi_cli.numerics.discriminability import (
     BOUNDS,
@@ -266,9 +266,9 @@ class TVSPrune:
 def _check_class_settings(witness: str, robust: float, least_images: int) -> None:
     if witness not in WITNESSES:
         raise ConfigError(f"scoring.witness: unknown witness '{witness}', {nearest(str(witness), WITNESSES)}")
-    if isinstance(robust, bool) or not isinstance(robust, (int, float)) or not 0 <= robust < float("inf"):
+    if not is_number(robust) or not 0 <= robust < float("inf"):
         raise ConfigError(f"scoring.robust must be a number of at least 0, got {robust!r}: set it to 0.")
-    if isinstance(least_images, bool) or not isinstance(least_images, int) or least_images < 1:
+    if not is_whole(least_images) or least_images < 1:
         raise ConfigError(f"scoring.least_images must be a whole number of at least 1, got {least_images!r}.")
 
 

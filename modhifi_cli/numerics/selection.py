@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from modhifi_cli.errors import ConfigError
+from modhifi_cli.errors import ConfigError, is_whole
 from modhifi_cli.numerics.elimination import Elimination, elimination
 from modhifi_cli.numerics.exchange import exchange
 from modhifi_cli.numerics.fidelity import joint_fidelity
@@ -103,7 +103,7 @@ class Greedy:
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self):
-        number = isinstance(self.block, int) and not isinstance(self.block, bool)
+        number = is_whole(self.block)
         if self.block != "auto" and not (number and self.block >= 1):
             raise ConfigError(
                 f"selection.block must be 'auto' or a whole number of at least 1, got '{self.block}': leave it at auto."

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.errors import ConfigError, DataError, is_number, is_whole
 from modhifi_cli.numerics import discriminability, membership, readout
 from modhifi_cli.records import ImageSource, Progress
 from modhifi_cli.tasks.depths import PENULTIMATE, Depth, Reading, classifier_of, find_depths, read
@@ -79,9 +79,9 @@ class Probe:
         least = {"samples": LEAST, "held_out": LEAST, "classes": 2, "depths": 1, "features": 1, "iterations": 1}
         for name, smallest in least.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            if not is_whole(value) or value < smallest:
                 raise ConfigError(f"audit.probe.{name} must be a whole number from {smallest}; got {value!r}.")
-        if isinstance(self.strength, bool) or not isinstance(self.strength, int | float) or not self.strength > 0:
+        if not is_number(self.strength) or not self.strength > 0:
             raise ConfigError(f"audit.probe.strength must be a number above 0; got {self.strength!r}.")
 
 
@@ -101,7 +101,7 @@ class Membership:
     def __post_init__(self) -> None:
         if self.members not in ("calibration", "none"):
             raise ConfigError(f"audit.membership.members must be calibration or none; got {self.members!r}.")
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 8:
+        if not is_whole(self.samples) or self.samples < 8:
             raise ConfigError(f"audit.membership.samples must be a whole number from 8; got {self.samples!r}.")
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError
+from modhifi_cli.errors import ConfigError, is_number, is_whole
 from modhifi_cli.numerics.contrast import Aim, Group, aim_at, contrast
 from modhifi_cli.numerics.contributions import contribution_moments
 from modhifi_cli.numerics.discriminability import BOUNDS, WITNESSES, class_moments, one_against_rest
@@ -113,7 +113,7 @@ class Method(Protocol):
 def _share(name: str, value: float | str | None) -> float | None:
     if value == "auto" or value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    if not is_number(value) or not 0 < value <= 1:
         raise ConfigError(f"method.{name} must be a share with 0 < {name} <= 1, or auto; got {value!r}.")
     return float(value)
 
@@ -221,7 +221,7 @@ class DisCEditU:
         for name, value, known in (("bound", bound, BOUNDS), ("witness", witness, WITNESSES)):
             if value not in known:
                 raise ConfigError(f"method.{name} must be one of {', '.join(known)}; got {value!r}.")
-        if isinstance(robust, bool) or not isinstance(robust, int | float) or not robust >= 0:
+        if not is_number(robust) or not robust >= 0:
             raise ConfigError(f"method.robust must be a number from 0; got {robust!r}.")
         self.given = _share("fraction", fraction)
         self.bound, self.witness, self.robust = bound, witness, float(robust)
@@ -306,14 +306,14 @@ class ContrastU:
         nearest: float = 0.5,
         spread: float = 0.5,
     ) -> None:
-        if beta != "auto" and (isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta < 1e12):
+        if beta != "auto" and (not is_number(beta) or not 0 <= beta < 1e12):
             raise ConfigError(f"method.beta must be a number from 0, or auto; got {beta!r}.")
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
+        if not is_whole(depth) or depth < 0:
             raise ConfigError(f"method.depth must be a whole number from 0 (the classifier alone); got {depth!r}.")
-        if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 <= ridge < 1e12:
+        if not is_number(ridge) or not 0 <= ridge < 1e12:
             raise ConfigError(f"method.ridge must be a number from 0; got {ridge!r}.")
         for name, value in (("nearest", nearest), ("spread", spread)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            if not is_number(value) or not 0 <= value <= 1:
                 raise ConfigError(f"method.{name} must be a number from 0 to 1; got {value!r}.")
         self.given = None if beta == "auto" else float(beta)
         self.depth, self.ridge = depth, float(ridge)

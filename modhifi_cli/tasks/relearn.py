@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError
+from modhifi_cli.errors import ConfigError, is_number, is_whole
 from modhifi_cli.records import Progress
 
 
@@ -44,14 +44,14 @@ class Relearn:
     def __post_init__(self) -> None:
         for name in ("samples", "batch", "steps", "held_out", "seeds"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ConfigError(f"audit.relearn.{name} must be a whole number from 1; got {value!r}.")
         for name, expected, fits in (
             ("learning_rate", "a number above 0", lambda v: v > 0),
             ("threshold", "a number with 0 < threshold <= 1", lambda v: 0 < v <= 1),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+            if not is_number(value) or not fits(value):
                 raise ConfigError(f"audit.relearn.{name} must be {expected}; got {value!r}.")
 
 

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, nearest
+from modhifi_cli.errors import (
+    ConfigError,
+    DataError,
+    NumericsError,
+    UnsupportedModelError,
+    is_number,
+    is_whole,
+    nearest,
+)
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.records import Edit, ImageSource, Progress
@@ -91,9 +99,9 @@ class Finetune:
     lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 0:
+        if not is_whole(self.epochs) or self.epochs < 0:
             raise ConfigError(f"finetune.epochs must be a whole number from 0 (off); got {self.epochs!r}.")
-        if isinstance(self.lr, bool) or not isinstance(self.lr, int | float) or not 0 < self.lr < float("inf"):
+        if not is_number(self.lr) or not 0 < self.lr < float("inf"):
             raise ConfigError(f"finetune.lr must be a number above 0; got {self.lr!r}.")
 
 

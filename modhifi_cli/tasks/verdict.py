@@ -7,7 +7,7 @@ inside. What counts is how much of the way an edit goes from that control to a n
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modhifi_cli.errors import ConfigError
+from modhifi_cli.errors import ConfigError, is_number
 
 NOT_FORGOTTEN = "not forgotten"
 OUTPUT_ONLY = "forgotten at the output only"
@@ -32,7 +32,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("forgotten", "retain_drop"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
+            if not is_number(value) or not 0 <= value <= 100:
                 raise ConfigError(f"audit.verdict.{name} must be a number from 0 to 100; got {value!r}.")
 
 
