@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError
-from modhifi_cli.evaluation.forward import logits_of_batches, ready_to_measure
+from modhifi_cli.evaluation.forward import labels_needed, logits_of_batches, ready_to_measure
 from modhifi_cli.evaluation.top1 import rank_of_label
 from modhifi_cli.records import ImageSource, Measurement, Progress
 
@@ -63,15 +63,11 @@ def measure(
     )
     with ready_to_measure(models, device):
         for logits, labels in batches:
-            if labels is None:
-                raise DataError(
-                    "evaluation_data: forget_retain needs a label for every image, got images without labels; "
-                    "give a labelled set, or leave forget_retain out of evaluation=[…]."
-                )
+            wanted = labels_needed(labels, "forget_retain")
             for name, scores in logits.items():
                 classes = max(classes, scores.shape[1])
-                given[name].append(rank_of_label(scores, labels.cpu(), name=name) < 1)
-            truth.append(labels.cpu())
+                given[name].append(rank_of_label(scores, wanted, name=name) < 1)
+            truth.append(wanted)
     labels = torch.cat(truth)
     forgotten = torch.isin(labels, forget)
     for kind, chosen in (("forget", forgotten), ("retain", ~forgotten)):

@@ -81,6 +81,20 @@ def logits_of_batches(
         yield logits, labels
 
 
+def labels_needed(labels: Tensor | None, measurement: str) -> Tensor:
+    """The labels of a batch of evaluation images, ``[batch]`` int64 on the CPU, for a measurement that needs them.
+
+    Raises:
+        DataError: If the images carry none.
+    """
+    if labels is None:
+        raise DataError(
+            f"evaluation_data: {measurement} needs a label for every image, got images without labels; "
+            f"give a labelled set, or leave {measurement} out of evaluation=[…]."
+        )
+    return labels.cpu()
+
+
 class RememberedLogits(nn.Module):
     """A network that answers images it has seen before from memory, so that many comparisons run it only once.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError
-from modhifi_cli.evaluation.forward import logits_of_batches, ready_to_measure
+from modhifi_cli.evaluation.forward import labels_needed, logits_of_batches, ready_to_measure
 from modhifi_cli.records import ImageSource, Measurement, Progress
 
 
@@ -52,16 +52,12 @@ def measure(
     )
     with ready_to_measure(models, device):
         for logits, labels in batches:
-            if labels is None:
-                raise DataError(
-                    "evaluation_data: top1 needs a label for every image, got images without labels; "
-                    "give a labelled set, or leave top1 out of evaluation=[…]."
-                )
+            truth = labels_needed(labels, "top1")
             for name, scores in logits.items():
                 classes[name] = scores.shape[1]
-                rank = rank_of_label(scores, labels.cpu(), name=name)
+                rank = rank_of_label(scores, truth, name=name)
                 correct[name] += torch.stack([(rank < 1).sum(), (rank < 5).sum()])
-            samples += len(labels)
+            samples += len(truth)
     return tuple(
         _share(name, term, int(count), samples, batch_size=batch_size, device=device, data=evaluation_data.protocol)
         for name in models
