@@ -5,13 +5,13 @@ text. Low temperatures fall into loops and high ones into noise: they are mixed,
 """
 
 import hashlib
-import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.data.making import Making
+from modhifi_cli.data.making import Making, kept_or_made
 from modhifi_cli.data.text import TokenWindows
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, is_number, is_whole
 from modhifi_cli.graph.surgery import weights_hash
@@ -88,12 +88,9 @@ def load(
                 f"data=generated: of {number * TOGETHER} sequences sampled {loops} are loops and {copies} copies, and "
                 f"{count} others were asked for; lower data.distinct or data.sequences, or raise data.temperatures."
             )
-        part = store.read(number)
-        if part is None:
-            made += 1
-            began = time.perf_counter()
-            part = {"tokens": _sample(making, preprocess, number, parts, length, temperatures, start, seed)}
-            store.write(number, part, time.perf_counter() - began)
+        draw = partial(_sample, making, preprocess, number, parts, length, temperatures, start, seed)
+        part, new = kept_or_made(store, number, lambda draw=draw: {"tokens": draw()})
+        made += new
         for tokens in part["tokens"]:
             if variety(tokens) < distinct:
                 loops += 1

@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modhifi_cli.data.making import Making
+from modhifi_cli.data.making import Making, kept_or_made
 from modhifi_cli.data.procedural import KINDS, draw, made_samples, refuse_given_labels
 from modhifi_cli.data.sources import ArrayImages, normalise, sha256_of_samples
-from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, is_number, is_whole, nearest
+from modhifi_cli.errors import (
+    ConfigError,
+    DataError,
+    NumericsError,
+    UnsupportedModelError,
+    is_number,
+    is_whole,
+    nearest,
+)
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.records import Preprocess, Progress, TextInput
 
@@ -149,15 +158,12 @@ def load(
                 f"data.confidence={confidence:g}: only {have} of {number * inversion.together} images made are called "
                 f"their class with that probability, {count} were asked for; lower it, or raise data.class_weight."
             )
-        part = store.read(number)
-        if part is None:
-            made += 1
-            started = time.perf_counter()
-            part = invert(
-                model, preprocess, inversion, wanted=wanted, number=number, parts=max(parts, number + 1), seed=seed,
-                making=making,
-            )  # fmt: skip
-            store.write(number, part, time.perf_counter() - started)
+        make = partial(
+            invert, model, preprocess, inversion, wanted=wanted, number=number, parts=max(parts, number + 1),
+            seed=seed, making=making,
+        )  # fmt: skip
+        part, new = kept_or_made(store, number, make)
+        made += new
         sure = (part["predicted"] == part["wanted"]) & (part["confidence"] >= confidence)
         images = part["images"][sure] if confidence > 0 else part["images"]
         found.append(images.numpy())

@@ -3,6 +3,7 @@
 A source asks for it by a parameter called `making`; sources that only read files never see a network.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +26,19 @@ class Store(Protocol):
 
     def write(self, number: int, tensors: Mapping[str, Tensor], seconds: float) -> None:
         """Keep a finished part and what it took to make."""
+
+
+def kept_or_made(
+    store: Store, number: int, make: Callable[[], Mapping[str, Tensor]]
+) -> tuple[Mapping[str, Tensor], bool]:
+    """A part of a set from its store, or made now and kept; and whether it was made."""
+    part = store.read(number)
+    if part is not None:
+        return part, False
+    began = time.perf_counter()
+    part = make()
+    store.write(number, part, time.perf_counter() - began)
+    return part, True
 
 
 class Forgetful:
