@@ -6,7 +6,7 @@ some of the images serves the others. What is found decides whether BatchNorm ma
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.data.inversion import distance, statistics_of
 from modhifi_cli.errors import NumericsError
+from modhifi_cli.evaluation.sample import SampleAnswers
 from modhifi_cli.numerics.compensation import Joint, kept_weight
 from modhifi_cli.numerics.fidelity import layer_fidelity
 from modhifi_cli.numerics.regression import regressions
@@ -83,6 +84,7 @@ class Quality:
         confidence: Mean probability of the predicted class, 0 … 1.
         twins: Share of images that have a (nearly) identical one before them, 0 … 1.
         warnings: Sentences about what is poor.
+        sample: What the run's page says of the predictions (`SampleAnswers.result`), from the same forward.
     """
 
     samples: int
@@ -96,6 +98,7 @@ class Quality:
     confidence: float
     twins: float
     warnings: tuple[str, ...] = ()
+    sample: Mapping[str, float | int] = field(default_factory=dict)
 
     @property
     def may_reestimate(self) -> bool:
@@ -103,8 +106,10 @@ class Quality:
         return self.distance is None or self.distance <= POOR_DISTANCE
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self) | {"may_reestimate": self.may_reestimate}
+        """Plain values, less what the page has of its own."""
+        values = asdict(self) | {"may_reestimate": self.may_reestimate}
+        del values["sample"]
+        return values
 
 
 @torch.no_grad()
@@ -148,10 +153,12 @@ def assess(
         return hear
 
     handles = [names[name].register_forward_pre_hook(hook(name)) for name in (*stored, *layers)]
-    logits, thumbnails, done = [], [], 0
+    logits, thumbnails, done, answers = [], [], 0, SampleAnswers()
     try:
         for images, _ in source.batches(batch_size):
             logits.append(model(images.to(device)).flatten(1).float().cpu())
+            answers.see(images)
+            answers.hear(logits[-1].double())
             if done < _MOST_COMPARED:
                 thumbnails.append(F.adaptive_avg_pool2d(images.float(), _THUMBNAIL).flatten(1))
             done += len(images)
@@ -179,6 +186,7 @@ def assess(
         balance=_entropy(shares) / float(torch.tensor(float(max(2, min(classes, done)))).log()),
         confidence=float(sure.mean()),
         twins=_twins(torch.cat(thumbnails)[:_MOST_COMPARED]),
+        sample=answers.result(),
     )
     yield replace(quality, warnings=_warnings(quality))
 

@@ -102,7 +102,9 @@ def prune(
             )
         with pieces.timed(seconds, "latency"):
             summary = times.clocked(summary, dense, model, loaded.preprocess, device, console)
-        sample = pieces.sample_shown(place.path, settings, loaded, dense, calibration, device)
+        sample = pieces.sample_shown(
+            place.path, settings, loaded, dense, calibration, device, None if seen is None else seen.sample
+        )
         summary = dataclasses.replace(summary, warnings=(*summary.warnings, *shared_text))
         _write_outcome(
             place, settings, loaded, widths, sample, model, summary, edits, predicted, measurements, exported, seconds,

@@ -78,7 +78,9 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
                     settings, loaded, dense, model, calibration, labels, evaluation, forget, device, console
                 )
                 write_audit(place.path, audited, model=loaded.name, repeat=f"modhifi audit run={place.final}")
-        sample = pieces.sample_shown(place.path, settings, loaded, dense, calibration, device)
+        sample = pieces.sample_shown(
+            place.path, settings, loaded, dense, calibration, device, None if seen is None else seen.sample
+        )
         _write_outcome(
             place, settings, loaded, labels, forget, sample, summary, edits, measurements, audited, exported, seconds,
             calibration, seen,

@@ -5,6 +5,7 @@ from torch import nn
 
 from modhifi_cli.data import procedural
 from modhifi_cli.data.sources import ArrayImages
+from modhifi_cli.evaluation.sample import sample_quality
 from modhifi_cli.records import Preprocess
 from modhifi_cli.tasks.quality import POOR_DISTANCE, Quality, assess
 
@@ -100,3 +101,10 @@ def test_the_network_is_left_as_found(trained):
     list(assess(trained, source(images())))
     assert all(torch.equal(tensor, state[key]) for key, tensor in trained.state_dict().items())
     assert not any(module._forward_pre_hooks for module in trained.modules())
+
+
+def test_one_forward_tells_the_page_what_a_forward_of_its_own_would(trained):
+    found = quality(trained, images())
+    apart = sample_quality(trained, source(images()), device=torch.device("cpu"), batch_size=16)
+    assert found.sample == apart and apart["images"] == 40 and 1 <= apart["effective_classes"] <= apart["classes"]
+    assert "sample" not in found.to_json()
