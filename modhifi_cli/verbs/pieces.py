@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modhifi_cli import artifacts, cache, comparison, config, pages, reports, run_pages
 from modhifi_cli.console import Console
 from modhifi_cli.data.making import Making
-from modhifi_cli.errors import ConfigError, DataError, NumericsError
+from modhifi_cli.errors import ConfigError, DataError, ModHiFiError, NumericsError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Preprocess, TextInput
 
 # Settings that may differ between a run and its continuation; the audit looks at the network and changes nothing.
@@ -379,6 +379,39 @@ def edits_so_far(place: artifacts.RunDirectory, dense_hash: str, calibration: Im
             "give the same images, or start a new run."
         )
     return edits
+
+
+@contextlib.contextmanager
+def kept_for_resume(
+    verb: str,
+    place: artifacts.RunDirectory,
+    facts: Mapping[str, Any],
+    *,
+    resumed: bool,
+    console: Console | None = None,
+) -> Iterator[None]:
+    """Whatever ends a run early leaves a folder to go on from, or none at all where nothing was done yet.
+
+    Args:
+        verb: Of the run.
+        place: Its folder.
+        facts: Its command.
+        resumed: Whether it goes on with an earlier one, whose folder stays in any case.
+        console: Told after an error how to go on, where edits were made; None for silence.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_resume(verb, place, facts)) from None
+    except ModHiFiError as error:
+        with contextlib.suppress(DataError):  # a full disk may be the very cause
+            place.log(f"failed: {error}")
+        if not resumed:
+            place.discard_if_empty()
+        if console is not None and place.path.is_dir():
+            again = how_to_resume(verb, place, facts)
+            console.note(f"the edits made so far lie in {place.path}; once the cause is mended: {again}")
+        raise
 
 
 def how_to_resume(verb: str, place: artifacts.RunDirectory, facts: Mapping[str, Any]) -> str:

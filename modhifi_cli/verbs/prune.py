@@ -1,6 +1,5 @@
 """`modhifi prune`: from settings to a run folder with the new network, its edits, its page and its numbers."""
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from torch import nn
 
 from modhifi_cli import artifacts, comparison, config
 from modhifi_cli.console import Console
-from modhifi_cli.errors import ConfigError, DataError, ModHiFiError
+from modhifi_cli.errors import ConfigError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress
 from modhifi_cli.verbs import drop, pieces, quality, timing
 
@@ -60,7 +59,7 @@ def prune(
             f"{calibration.protocol['skipped']} images that cannot be decoded were skipped (data.skip_corrupt), "
             f"{calibration.protocol['skipped_files'][0]} the first"
         )
-    try:
+    with pieces.kept_for_resume("prune", place, facts, resumed=bool(resumed), console=console):
         with pieces.timed(seconds, "prune"):
             model = pieces.placed(loaded.model, settings, device)
             settings, seen = quality.before_the_run(
@@ -115,17 +114,6 @@ def prune(
             repeat = pieces.command_line("prune", again)
             pieces.write_card(place, loaded, summary.achieved, measurements, calibration, repeat)
         final = place.finish()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(pieces.how_to_resume("prune", place, facts)) from None
-    except ModHiFiError as error:
-        with contextlib.suppress(DataError):  # a full disk may be the very cause
-            place.log(f"failed: {error}")
-        if not resumed:
-            place.discard_if_empty()
-        if place.path.is_dir():
-            again = pieces.how_to_resume("prune", place, facts)
-            console.note(f"the edits made so far lie in {place.path}; once the cause is mended: {again}")
-        raise
     _show_outcome(console, final, summary, measurements)
     return final
 

@@ -1,6 +1,5 @@
 """`modhifi unlearn`: from settings to a run folder with the edited network, its edits, its page, numbers and audit."""
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from torch import nn
 
 from modhifi_cli import artifacts, config, reports
 from modhifi_cli.console import Console
-from modhifi_cli.errors import ConfigError, DataError, ModHiFiError
+from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress
 from modhifi_cli.tasks.audit import AuditReport
 from modhifi_cli.verbs import pieces, quality
@@ -55,7 +54,7 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     place.log(command)
     console.note(f"{loaded.name}: {loaded.weights}; {labels.account}; working in {place.path}")
     console.note(f"to be forgotten: {', '.join(_class_name(cls, loaded.classes) for cls in forget)}")
-    try:
+    with pieces.kept_for_resume("unlearn", place, facts, resumed=bool(resumed)):
         with pieces.timed(seconds, "quality"):
             _, seen = quality.before_the_run(
                 model, calibration, settings, loaded.preprocess, device, console, place
@@ -86,14 +85,6 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
             calibration, seen,
         )  # fmt: skip
         final = place.finish()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(pieces.how_to_resume("unlearn", place, facts)) from None
-    except ModHiFiError as error:
-        with contextlib.suppress(DataError):  # a full disk may be the very cause
-            place.log(f"failed: {error}")
-        if not resumed:
-            place.discard_if_empty()
-        raise
     _show_outcome(console, final, settings, forget, summary, measurements, audited)
     return final
 
