@@ -1,7 +1,6 @@
 """The verbs end to end on a tiny random decoder: prune, verify, replay, resume, evaluate, info, compare, bad input."""
 
 import csv
-import json
 import shutil
 
 import pytest
