@@ -37,6 +37,7 @@ def test_list_explains_the_choices_of_one_group(capsys):
 
 def test_list_refuses_an_unknown_group(capsys):
     assert "did you mean 'model'" in sentence(capsys, "list", "group=modle")
+    assert "console must be rich, plain or json; got 'loud'" in sentence(capsys, "list", "console=loud")
 
 
 WRONG = {

@@ -1,5 +1,6 @@
 """`modhifi unlearn` end to end on the embedded network: the run's folder, verify, replay, evaluate, resume, sweeps."""
 
+import dataclasses
 import csv
 import json
 
@@ -183,3 +184,12 @@ def test_what_a_user_can_mend_is_one_sentence_and_leaves_nothing(here, capsys, w
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and expected in lines[0]
     assert not list((here / "outputs").glob("unlearn/*/*"))
+
+
+def test_class_names_and_logits_must_agree(capsys, monkeypatch):
+    from modhifi_cli.models import embedded
+
+    load = embedded.load
+    monkeypatch.setattr(embedded, "load", lambda **given: dataclasses.replace(load(**given), classes=("a", "b")))
+    assert main(["unlearn", "forget_class=1", "console=plain"]) == 2
+    assert "names 2 classes but has 10 logits; use weights and model.num_classes" in capsys.readouterr().err

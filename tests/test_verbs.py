@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from modhifi_cli import artifacts, load_model
+from modhifi_cli import artifacts, config, load_model
 from modhifi_cli.cli import main
-from modhifi_cli.errors import DataError
+from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.verbs import pieces
 
@@ -369,3 +369,9 @@ def test_a_score_of_classes_is_not_for_language_models(scoring, capsys):
     words = ["model=hf", "model.path=nowhere", "data=text", "data.path=nowhere.txt", f"scoring={scoring}"]
     assert main(["prune", *words, "console=plain"]) == 2
     assert "this scoring tells the classes of images apart, and a language model reads" in capsys.readouterr().err
+
+
+def test_several_processes_are_for_language_models(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were started, and only language models share"):
+        pieces.team_of(config.compose("prune", ["sparsity=0.2"]))

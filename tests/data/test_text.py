@@ -110,6 +110,9 @@ def test_bad_files_are_named(tmp_path, words):
     (tmp_path / "b.jsonl").write_text('{"label": 3}')
     with pytest.raises(DataError, match="name it with data.field=NAME"):
         load(tmp_path / "b.jsonl", words)
+    (tmp_path / "d.jsonl").write_text("[3]")
+    with pytest.raises(DataError, match="holds no documents; expected strings, or objects with a text field"):
+        load(tmp_path / "d.jsonl", words)
     (tmp_path / "c.txt").write_text("")
     with pytest.raises(DataError, match="holds no text"):
         load(tmp_path / "c.txt", words)

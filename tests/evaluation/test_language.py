@@ -105,6 +105,9 @@ def test_tasks_that_cannot_be_had_are_named(words, tmp_path):
         lm_eval.measure(tasks=["piqaa"], **asked)
     with pytest.raises(DataError, match="no folder at"):
         lm_eval.measure(tasks=["piqa"], local_data=str(tmp_path / "nothing"), **asked)
+    (tmp_path / "piqa.jsonl").write_text("{")
+    with pytest.raises(DataError, match="piqa.jsonl is damaged, not JSONL"):
+        lm_eval.measure(tasks=["piqa"], local_data=str(tmp_path), **asked)
     (tmp_path / "piqa.jsonl").write_text('{"question": 1}')
     with pytest.raises(DataError, match="has the fields question, expected query, choices"):
         lm_eval.measure(tasks=["piqa"], local_data=str(tmp_path), **asked)

@@ -110,6 +110,12 @@ def test_wrong_settings_are_named(tmp_path):
         hf.load(gguf=str(tmp_path / "nothing.gguf"))
 
 
+@pytest.mark.parametrize("given", [{}, {"path": "a", "gguf": "b"}])
+def test_a_decoder_comes_from_one_place(given):
+    with pytest.raises(ConfigError, match="give either model.path=FOLDER_OR_HUB_NAME or model.gguf=FILE"):
+        hf.load(**given)
+
+
 def test_random_weights_come_from_a_seed(tmp_path):
     folder = saved(tmp_path / "dense")
     one, two = (loaded(folder, weights="random", seed=seed).model.lm_head.weight for seed in (1, 1))

@@ -209,6 +209,16 @@ def test_finetuning_sees_no_forget_sample_and_is_named(trained):
     assert weights_hash(model) != weights_hash(trained)
 
 
+def test_finetuning_that_diverges_names_its_rate(trained):
+    from modhifi_cli.tasks.unlearn import _samples, finetune_
+
+    source, model = images(), copy.deepcopy(trained)
+    samples = _samples(torch.zeros(60, 5), source.labels, (2,), hold_out=False)
+    wild = Finetune(epochs=20, lr=1e30)
+    with pytest.raises(NumericsError, match=r"finetune: the loss is .*; lower finetune.lr \(1e\+30\)"):
+        list(finetune_(model, source, samples, wild, [], 16, torch.device("cpu"), 0))
+
+
 def test_layers_by_stage_name_and_number(trained):
     def chosen(layers, method=None):
         edits, _ = run(copy.deepcopy(trained), images(), method or ModHiFiU(fraction=0.1), layers=layers)
