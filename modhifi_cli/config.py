@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +302,8 @@ def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], None]) -
 
 def job_facts() -> dict[str, Any]:
     """Where a job stands, from Hydra: ``verb``, ``overrides`` (its own), ``sweep`` (the sweep's folder or None),
-    ``number`` in the sweep, ``parallel`` (whether jobs run side by side)."""
+    ``swept`` (those of its overrides in which it differs from other jobs), ``number`` in the sweep, ``parallel``
+    (whether jobs run side by side)."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -312,9 +313,24 @@ def job_facts() -> dict[str, Any]:
         "verb": known.job.config_name,
         "overrides": [text for text in known.overrides.task],
         "sweep": str(known.sweep.dir) if sweeping else None,
+        "swept": _swept(known) if sweeping else [],
         "number": int(known.job.num) if sweeping else 0,
         "parallel": sweeping and known.runtime.choices.get("hydra/launcher", "basic") != "basic",
     }
+
+
+def _swept(known: Any) -> list[str]:
+    """The overrides of a sweep's job that the sweep does not give all its jobs: a range, a list, an experiment's."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    own = list(known.overrides.task)
+    written = Path(known.sweep.dir) / "multirun.yaml"
+    if not written.is_file():  # written by the sweeper before the first job; the name is only less telling without it
+        return []
+    asked = OverridesParser.create().parse_overrides(list(OmegaConf.load(written).hydra.overrides.task))
+    fixed = {override.get_key_element() for override in asked if not override.is_sweep_override()}
+    return [word for word in own if word.partition("=")[0] not in fixed]
 
 
 def settings(verb: str, composed: Any) -> dict[str, Any]:
@@ -427,15 +443,17 @@ def from_yaml(text: str) -> dict[str, Any]:
     return plain
 
 
-def slug(overrides: Iterable[str], *, limit: int = 80) -> str:
+def slug(overrides: Iterable[str], *, leading: Collection[str] = (), limit: int = 80) -> str:
     """A folder name from overrides, always the same for the same overrides: ``model-resnet50_sparsity-0.4``.
+
+    Those of `leading` come first, so that a name that must be cut still says what tells it from its neighbours.
 
     Hydra's grammar cannot take a bare ``=``, comma, bracket or space in a value, and the name will be a value
     (``verify run=DIR``), so none of them is in it. A long or altered name ends in a hash so that two do not meet.
     """
     import hashlib
 
-    texts = sorted(overrides)
+    texts = sorted(overrides, key=lambda text: (text not in leading, text))
     readable = "_".join(re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-._") for text in texts) or "default"
     exact = "_".join(text.replace("=", "-", 1) for text in texts) or "default"
     if readable == exact and len(readable) <= limit:

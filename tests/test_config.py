@@ -71,6 +71,12 @@ def test_a_long_folder_name_is_cut_between_settings_and_not_inside_a_value():
     assert name.rpartition("_")[0].endswith(("round_to-8", "sparsity-0.25", "model-resnet50"))
 
 
+def test_a_cut_folder_name_still_says_what_leads():
+    words = ["a.rather.long.key=of_an_experiment", "another.rather.long.key=that_all_jobs_share", "forget_class=3"]
+    assert "forget_class" not in config.slug(words)
+    assert config.slug(words, leading=["forget_class=3"]).startswith("forget_class-3_")
+
+
 def test_what_an_experiment_says_to_another_verb_is_left_out():
     words = ["experiment=cifar_compare_resnet20"]
     assert config.compose("compare", words)["budgets"] == [0.2, 0.35, 0.5, 0.65]

@@ -25,7 +25,7 @@ def run_sweep_job(composed: Any, facts: Mapping[str, Any]) -> None:
     """
     sweep = Path(facts["sweep"])
     own = [word for word in facts["overrides"] if not word.startswith(("console", "output_dir="))]
-    final = sweep / config.slug(own)
+    final = sweep / config.slug(own, leading=facts["swept"])
     record = {"number": facts["number"], "overrides": own, "folder": final.name, "status": "running", "message": ""}
     path = sweep / "jobs" / f"{facts['number']:04d}.json"
     artifacts.make_folder(path.parent)
