@@ -9,6 +9,7 @@ import torch
 
 from modhifi_cli import artifacts, load_model
 from modhifi_cli.cli import main
+from modhifi_cli.evaluation.forward import RememberedLogits, _content
 from modhifi_cli.graph.surgery import weights_hash
 
 SAMPLES = ["data.num_samples=200", "evaluation_data.num_samples=150", "console=plain"]
@@ -66,6 +67,24 @@ def test_a_run_brings_its_audit_and_says_what_it_did_not_reach(here, capsys):
     assert "unlearned" not in report and "unlearned" not in told
     again = (folder / "audit.md").read_text().rsplit("modhifi audit run=")[1].splitlines()[0]
     assert again == f"outputs/unlearn/embedded/{folder.name}"
+
+
+def test_what_the_audit_has_heard_is_not_computed_again_for_the_measurement(here, monkeypatch):
+    asked = []
+
+    def forward(memory, images):
+        asked.append(_content(images) in memory._logits)
+        return answer(memory, images)
+
+    answer = RememberedLogits.forward
+    monkeypatch.setattr(RememberedLogits, "forward", forward)
+    assert main(["unlearn", *AUDITED, "forget_class=3", "method.beta=0.3"]) == 0
+    assert asked and all(asked)
+    results = artifacts.read_results(only_run(here))
+    measured = {(one["model"], one["name"]): one["value"] for one in results["measurements"]}
+    for one in results["audit"]["measurements"]:
+        if one["name"] == "audit_FA" and one["model"] != "head_only":
+            assert one["value"] == pytest.approx(measured[one["model"], "forget_accuracy"])
 
 
 def test_a_run_without_an_audit_says_that_nothing_is_known_of_the_inside(finished):

@@ -42,6 +42,7 @@ def logits_of_batches(
     device: torch.device,
     batch_size: int,
     progress: Callable[[Progress], None],
+    answers: Mapping[str, "RememberedLogits"] | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
     """The logits of every network on every batch, in one walk over the images.
 
@@ -55,6 +56,7 @@ def logits_of_batches(
         device: Where to run.
         batch_size: Images per forward pass.
         progress: Told after every batch.
+        answers: Memories that shall learn what the networks of the same names say.
 
     Yields:
         Logits by network, each ``[batch, classes]`` float64 on the CPU, and the labels ``[batch]`` int64 or None.
@@ -74,8 +76,11 @@ def logits_of_batches(
         for name, model in models.items():
             # Not around the yield: an abandoned generator would leave the caller in inference mode.
             with torch.inference_mode():
-                output = model(images.to(device=device, dtype=_input_dtype(model)))
+                seen = images.to(device=device, dtype=_input_dtype(model))
+                output = model(seen)
             logits[name] = _checked_logits(output, name=name, stage=stage, place=place, images=len(images), at=done)
+            if answers is not None and name in answers:
+                answers[name].remember(seen, output)
         done += len(images)
         progress(Progress(stage, place, done, images_in_all))
         yield logits, labels
@@ -111,11 +116,19 @@ class RememberedLogits(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``[batch, channels, height, width]`` → logits ``[batch, classes]`` on the images' device."""
-        content = images.detach().cpu().contiguous()
-        key = f"{tuple(content.shape)} {content.dtype} {hashlib.sha256(content.numpy().tobytes()).hexdigest()}"
+        key = _content(images)
         if key not in self._logits:
             self._logits[key] = self.model(images).detach().cpu()
         return self._logits[key].to(images.device)
+
+    def remember(self, images: Tensor, logits: Tensor) -> None:
+        """Learn what the network itself said to a batch elsewhere, ``[batch, classes]``."""
+        self._logits[_content(images)] = logits.detach().cpu()
+
+
+def _content(images: Tensor) -> str:
+    content = images.detach().cpu().contiguous()
+    return f"{tuple(content.shape)} {content.dtype} {hashlib.sha256(content.numpy().tobytes()).hexdigest()}"
 
 
 def synchronize(device: torch.device) -> None:

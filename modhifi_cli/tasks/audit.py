@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError, is_number, is_whole
+from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.numerics import discriminability, membership, readout
 from modhifi_cli.records import ImageSource, Progress
 from modhifi_cli.tasks.depths import PENULTIMATE, Depth, Reading, classifier_of, find_depths, read
@@ -179,6 +180,7 @@ def audit(
     seed: int,
     settings: AuditSettings = AuditSettings(),
     labels_account: str = "given",
+    answers: Mapping[str, RememberedLogits] | None = None,
 ) -> Iterator[Progress | AuditReport]:
     """Compare the edited network with the dense one, the head-only control and the reference; the report comes last.
 
@@ -199,6 +201,8 @@ def audit(
         seed: Of every draw.
         settings: How many samples, steps and so on.
         labels_account: Where the calibration labels come from, for the report.
+        answers: Memories by network (``dense``, ``edited``) that shall learn the logits of the evaluation images, for
+            whoever measures on them next.
 
     Raises:
         ConfigError: If a class does not exist, or nothing would be left.
@@ -231,7 +235,7 @@ def audit(
         yield from read(
             models, depths, evaluation, plan.of_evaluation,
             place="evaluation images", stage="audit", device=device, batch_size=batch_size,
-            result=readings["evaluation"], labels=given,
+            result=readings["evaluation"], labels=given, answers=answers,
         )  # fmt: skip
         labels["evaluation"] = torch.cat(given)
         _check_labels(labels["evaluation"], len(evaluation), count, "evaluation_data")

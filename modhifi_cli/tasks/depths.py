@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modhifi_cli.evaluation.forward import logits_of_batches, ready_to_measure
+from modhifi_cli.evaluation.forward import RememberedLogits, logits_of_batches, ready_to_measure
 from modhifi_cli.graph.trace import trace
 from modhifi_cli.records import ImageSource, Progress
 from modhifi_cli.tasks.classifier import find_classifier
@@ -103,6 +103,7 @@ def read(
     batch_size: int,
     result: dict[str, Reading],
     labels: list[Tensor],
+    answers: Mapping[str, RememberedLogits] | None = None,
 ) -> Iterator[Progress]:
     """Walk the images once through all networks; logits of all images, features of those that are chosen.
 
@@ -118,6 +119,7 @@ def read(
         batch_size: Images a forward.
         result: Takes the reading of every network.
         labels: Takes the labels of every batch, where there are any.
+        answers: Memories that shall learn what the networks of the same names say.
 
     Raises:
         DataError, NumericsError, UnsupportedModelError: As `modhifi_cli.evaluation.forward.logits_of_batches`.
@@ -137,8 +139,9 @@ def read(
         for name, model in models.items():
             hooks.enter_context(_read(model, depths[name], keep(name)))
         batches = logits_of_batches(
-            models, source, place=place, stage="audit", device=device, batch_size=batch_size, progress=lambda _: None
-        )
+            models, source, place=place, stage="audit", device=device, batch_size=batch_size, progress=lambda _: None,
+            answers=answers,
+        )  # fmt: skip
         for scores, of_batch in batches:
             count = len(next(iter(scores.values())))
             rows = chosen(of_batch, done)

@@ -10,6 +10,7 @@ from torch import nn
 from modhifi_cli import artifacts, config, plots, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.records import ImageSource, LoadedModel, Measurement
 from modhifi_cli.tasks.audit import AuditReport, AuditSettings
 from modhifi_cli.tasks.labelling import Labels, image_labels
@@ -72,6 +73,7 @@ def make_audit(
     forget: tuple[int, ...],
     device: torch.device,
     console: Console,
+    answers: Mapping[str, RememberedLogits] | None = None,
 ) -> AuditReport:
     """Run the audit as the settings' `audit` group asks for it; every verb that edits a classifier may call it.
 
@@ -87,6 +89,7 @@ def make_audit(
         forget: The forgotten classes.
         device: Where forwards run.
         console: Shown progress.
+        answers: Memories that shall learn the logits of the evaluation images, by network.
     """
     from modhifi_cli.tasks.audit import audit as audited
 
@@ -105,6 +108,7 @@ def make_audit(
         batch_size=settings["runtime"]["batch_size"],
         seed=settings["runtime"]["seed"],
         settings=audit_settings(settings),
+        answers=answers,
     )
     report = None
     for event in events:

@@ -23,6 +23,7 @@ from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Pre
 # Settings that may differ between a run and its continuation; the audit looks at the network and changes nothing.
 _NOT_COMPARED = ("resume", "console", "output_dir", "audit")
 _VERIFICATION_IMAGES = 4
+_OF_LOGITS = ("top1", "forget_retain", "agreement")  # measurements that look at a network's answers and nothing else
 # Sources that language models take.
 _READ_TEXT = ("modhifi_cli.data.text.", "modhifi_cli.data.generated.", "modhifi_cli.data.synthetic.")
 
@@ -123,12 +124,17 @@ def measure(
     device: torch.device,
     console: Console,
     shared: comparison.Shared | None = None,
+    answers: Mapping[str, nn.Module] | None = None,
 ) -> tuple[Measurement, ...]:
-    """Everything that the settings ask for; within a comparison the dense network is measured once for all cells."""
+    """Everything that the settings ask for; within a comparison the dense network is measured once for all cells.
+
+    `answers` are the networks again, but with a memory of images they have seen: for what looks at logits alone.
+    """
+    remembered = {name: (answers or {}).get(name, model) for name, model in models.items()}
     found: list[Measurement] = [] if shared is None else list(shared.dense(console))
     for name, node in settings["evaluation"].items():
         found += config.build(node)(
-            models=models if shared is None else shared.models(name, models),
+            models=shared.models(name, models) if shared else remembered if name in _OF_LOGITS else models,
             evaluation_data=evaluation,
             calibration_data=calibration,
             example=_example_of(settings, preprocess, device),

@@ -12,6 +12,7 @@ from torch import nn
 from modhifi_cli import artifacts, config, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress
 from modhifi_cli.tasks.audit import AuditReport
 from modhifi_cli.verbs import pieces, quality
@@ -66,17 +67,21 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
         with pieces.timed(seconds, "save"):
             pieces.save_network(place, loaded, model)
             exported = pieces.export(place, settings, model, loaded.preprocess)
-        with pieces.timed(seconds, "evaluate"):
-            beside = {"dense": dense} if settings["measure_dense"] else {}
-            models = {**beside, "edited": model}
-            measurements = pieces.measure(settings, models, calibration, evaluation, loaded.preprocess, device, console)
+        # The audit reads every evaluation image through both networks; what they answer need not be computed again.
+        answers = {"dense": RememberedLogits(dense), "edited": RememberedLogits(model)}
         audited = None
         if settings["audit"] is not None:
             with pieces.timed(seconds, "audit"):
                 audited = _audited(
-                    settings, loaded, dense, model, calibration, labels, evaluation, forget, device, console
+                    settings, loaded, dense, model, calibration, labels, evaluation, forget, device, console, answers
                 )
                 write_audit(place.path, audited, model=loaded.name, repeat=f"modhifi audit run={place.final}")
+        with pieces.timed(seconds, "evaluate"):
+            beside = {"dense": dense} if settings["measure_dense"] else {}
+            models = {**beside, "edited": model}
+            measurements = pieces.measure(
+                settings, models, calibration, evaluation, loaded.preprocess, device, console, answers=answers
+            )
         sample = pieces.sample_shown(
             place.path, settings, loaded, dense, calibration, device, None if seen is None else seen.sample
         )
@@ -100,12 +105,13 @@ def _audited(
     forget: tuple[int, ...],
     device: torch.device,
     console: Console,
+    answers: Mapping[str, RememberedLogits],
 ) -> AuditReport:
     try:
         return make_audit(
             settings, settings["model"], loaded, dense, model,
             calibration=calibration, labels=labels, evaluation=evaluation, forget=forget, device=device,
-            console=console,
+            console=console, answers=answers,
         )  # fmt: skip
     except DataError as error:
         raise DataError(f"{error} Or leave the audit out: audit=none, and resume=DIR keeps the edits.") from error
