@@ -7,6 +7,7 @@ measuring and studies share one page, and runs of later versions with further nu
 import dataclasses
 from collections.abc import Mapping, Sequence
 from math import isfinite
+from statistics import fmean
 from typing import Any
 
 from modhifi_cli import plots, reports
@@ -515,7 +516,9 @@ def _number(value: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------- several runs
 
 
-_NOT_A_METHOD = ("sparsity", "data.seed", "runtime.seed", "seed", "console", "output_dir", "resume", "measure_dense")
+_NOT_A_METHOD = (
+    "sparsity", "data.seed", "runtime.seed", "seed", "console", "output_dir", "resume", "measure_dense", "forget_class",
+)  # fmt: skip
 _QUALITIES = (
     ("top1", "top-1 accuracy, %"),
     ("agreement", "agreement with the dense network, % of images"),
@@ -526,6 +529,14 @@ _COSTS = (
     ("removed_params", "parameters removed, % of dense"),
     ("time_saved", "time of a forward pass saved, % of dense"),
 )
+# What an unlearning run's audit found in the edited network that a comparison shows.
+_AUDITED = {
+    "audit_probe_penultimate": "linear probe, recall of the forgotten, %",
+    "audit_class_mean_penultimate": "nearest class mean, recall of the forgotten, %",
+    "audit_relearn_steps": "steps until relearned",
+    "audit_MIA": "membership attack, %",
+}
+_MEASURED_BY_THE_AUDIT = {"audit_FA": "forget_accuracy", "audit_TA": "retain_accuracy"}  # of the head-only control
 
 
 def compared(results: Mapping[str, Any], words: Sequence[str], folder: str) -> dict[str, Any]:
@@ -537,9 +548,16 @@ def compared(results: Mapping[str, Any], words: Sequence[str], folder: str) -> d
         folder: Where it lies.
     """
     values = {f"removed_{name}": 100 * share for name, share in (results.get("achieved") or {}).items()}
-    dense = {}
+    dense: dict[str, float] = {}
+    control: dict[str, float] = {}
+    taken = {"dense": dense, "head_only": control}
     for measured in _measurements(results):
-        (dense if measured.model == "dense" else values)[measured.name] = measured.value
+        taken.get(measured.model, values)[measured.name] = measured.value
+    for measured in (results.get("audit") or {}).get("measurements", ()):
+        if measured["name"] in _AUDITED:
+            taken.get(measured["model"], values)[measured["name"]] = measured["value"]
+        elif measured["model"] == "head_only" and measured["name"] in _MEASURED_BY_THE_AUDIT:
+            control[_MEASURED_BY_THE_AUDIT[measured["name"]]] = measured["value"]
     if values.get("speedup"):
         values["time_saved"] = 100 * (1 - 1 / values["speedup"])
     given = dict(word.partition("=")[::2] for word in words)
@@ -547,19 +565,21 @@ def compared(results: Mapping[str, Any], words: Sequence[str], folder: str) -> d
         "folder": folder,
         "model": str(results.get("model", "network")),
         "budget": float(results.get("sparsity") or 0.0),
-        "seed": given.get("data.seed", "0"),
+        "seed": " ".join([given.get("data.seed", "0"), *map(str, results.get("forget") or ())]),
         "words": {key: value for key, value in given.items() if key not in _NOT_A_METHOD},
         "values": values,
         "dense": dense,
+        "control": control,
     }
 
 
 def grouped(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Runs that differ in the draw of images alone, as one row: mean and standard deviation.
+    """Runs that differ in the draw of images or in the forgotten class alone, as one row: mean, standard deviation.
 
     Returns:
         One row a (method, budget): ``method`` (what its command says that others do not), ``budget``, ``seeds``,
-        ``folders``, ``measured`` (mean of every term, its deviation as ``TERM_sd``), ``dense``, ``model``.
+        ``folders``, ``measured`` (mean of every term, its deviation as ``TERM_sd``), ``dense`` and ``control`` (the
+        head-only control; both means), ``model``, ``words`` (what its command says).
     """
     keys = list(dict.fromkeys(key for run in runs for key in run["words"]))
     differing = [key for key in keys if len({run["words"].get(key) for run in runs}) > 1 or len(runs) == 1]
@@ -590,7 +610,6 @@ def grouped(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for run, cell in zip(runs, cells, strict=True)
             if (cell["method"], cell["budget"]) == (row["method"], row["budget"])
         ]
-        dense = next((run["dense"] for run in mine if run["dense"]), {})
         measured = {key: value for key, value in row.items() if key not in ("method", "budget", "seeds", "failed")}
         rows.append(
             {
@@ -599,11 +618,58 @@ def grouped(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": row["seeds"],
                 "measured": measured,
                 "folders": [run["folder"] for run in mine],
-                "dense": dense,
+                "dense": _means([run["dense"] for run in mine]),
+                "control": _means([run["control"] for run in mine]),
                 "model": mine[0]["model"],
+                "words": mine[0]["words"],
             }
         )
     return rows
+
+
+def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every term over those that have it."""
+    terms = dict.fromkeys(term for one in found for term in one)
+    return {term: fmean(one[term] for one in found if term in one) for term in terms}
+
+
+def tradeoffs(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """What can be read inside against what the other classes kept, one curve a method, along the number it is dialled by."""
+    keys = dict.fromkeys(key for row in rows for key in row["words"])
+    told = {key: {row["words"].get(key) for row in rows} for key in keys}
+    dials = [key for key, values in told.items() if len(values - {None}) > 1 and all(_numeric(v) for v in values - {None})]
+    differing = [key for key, values in told.items() if len(values) > 1 and key not in dials[:1]]
+    found = []
+    for term, label in _AUDITED.items():
+        points: dict[str, list[Mapping[str, float]]] = {}
+        for row in rows:
+            if {term, "retain_accuracy"} <= row["measured"].keys():
+                name = ", ".join(f"{key.rpartition('.')[2]} {row['words'].get(key, 'as set')}" for key in differing)
+                points.setdefault(name or "edited", []).append(row["measured"])
+        if not points:
+            continue
+        series = [
+            Series(name, tuple(m[term] for m in own), tuple(m["retain_accuracy"] for m in own))
+            for name, own in points.items()
+        ]
+        levels = {}
+        for who, key in (("dense", "dense"), ("head-only control", "control")):
+            height = _means([row[key] for row in rows]).get(term)
+            if height is not None:
+                levels[f"{who} {height:.1f}"] = height
+        dial = f", along {dials[0].rpartition('.')[2]}" if dials else ""
+        models = ", ".join(sorted({row["model"] for row in rows}))
+        title = f"{models}: {label.partition(',')[0]} against retain accuracy{dial}"
+        found.append(Chart(f"tradeoff_{term}", title, "retain accuracy, %", label, tuple(series), levels=levels))
+    return found
+
+
+def _numeric(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def frontiers(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -649,27 +715,32 @@ def comparison(
         dense = next((row["dense"] for row in rows if row["model"] == model and row["dense"]), {})
         if dense:
             lines.append((f"{model}, dense", "", "", *(_rounded(dense.get(term)) for term in terms)))
+        control = next((row["control"] for row in rows if row["model"] == model and row["control"]), {})
+        if control:
+            lines.append(("head-only control", "", "", *(_rounded(control.get(term)) for term in terms)))
     for row in rows:
         measured = row["measured"]
         told = (_rounded(measured.get(term), measured.get(f"{term}_sd")) for term in terms)
-        lines.append((row["method"], f"{100 * row['budget']:g} %", str(row["seeds"]), *told))
+        lines.append((row["method"], f"{100 * row['budget']:g} %" if row["budget"] else "", str(row["seeds"]), *told))
     head = ("method", "asked", "draws", *(term.replace("_", " ") for term in terms))
     places = tuple((row["method"], f"{100 * row['budget']:g} %", ", ".join(row["folders"])) for row in rows)
     shown = tuple(
         Drawing(chart.title, drawn[chart.name]["svg"].decode(), f"{chart.name}.svg")
         for chart in charts if drawn.get(chart.name)
     )  # fmt: skip
+    over = "Mean ± standard deviation over draws and, where a run forgets, over forgotten classes."
     sections = [
-        Section("Numbers", (Table(head, tuple(lines)), Text("Mean ± standard deviation over draws.", "note"))),
+        Section("Numbers", (Table(head, tuple(lines)), Text(over, "note"))),
         Section("Frontiers", shown) if shown else None,
         Section("Runs", (Table(("method", "asked", "folder"), places),), folded=True),
         Section("Again", (Code(command),)),
     ]
     count = sum(len(row["folders"]) for row in rows)
     models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+    budgets = {row["budget"] for row in rows}
     return Page(
         title=f"{models}: {count} runs compared",
-        lead=f"{len({row['method'] for row in rows})} methods, {len({row['budget'] for row in rows})} budgets.",
+        lead=f"{len({row['method'] for row in rows})} methods" + (f", {len(budgets)} budgets." if any(budgets) else "."),
         facts=(),
         sections=tuple(section for section in sections if section is not None),
     )

@@ -208,6 +208,28 @@ def test_results_of_another_program_are_refused():
         made({"model": "resnet20"})
 
 
+def test_a_dial_of_an_unlearning_sweep_is_one_curve_of_means_over_the_forgotten_classes():
+    def run(depth, forget, probe, retain, method="contrast"):
+        terms = {"dense": 90.0, "edited": probe, "head_only": 89.0}
+        audit = [measured(model, "audit_probe_penultimate", value, "%") for model, value in terms.items()]
+        audit.append(measured("head_only", "audit_TA", 94.0, "%"))
+        results = {"verb": "unlearn", "model": "r", "forget": [forget], "audit": {"measurements": audit}}
+        results["measurements"] = [measured("edited", "retain_accuracy", retain, "%")]
+        words = [f"method={method}", f"method.depth={depth}", f"forget_class={forget}"]
+        return run_pages.compared(results, words, f"{depth}{forget}{method}")
+
+    runs = [run(2, 0, 80, 92), run(2, 1, 60, 90), run(4, 0, 50, 88), run(4, 1, 40, 86), run(4, 0, 70, 91, "deep")]
+    rows = run_pages.grouped(runs)
+    (chart,) = run_pages.tradeoffs(rows)
+    assert chart.name == "tradeoff_audit_probe_penultimate" and "along depth" in chart.title
+    assert chart.levels == {"dense 90.0": 90.0, "head-only control 89.0": 89.0}
+    assert [(series.name, series.x, series.y) for series in chart.series] == [
+        ("method contrast", (91, 87), (70, 45)), ("method deep", (91,), (70,))
+    ]  # fmt: skip
+    text = pages.markdown(run_pages.comparison(rows, [chart], {chart.name: plots.draw(chart)}, "modhifi report"))
+    assert "| head-only control |  |  | 94 | 89 |" in text and "budgets" not in text
+
+
 def test_runs_that_differ_in_the_draw_alone_are_one_row():
     def run(preset, seed, top1, budget=0.4):
         results = {**RESULTS, "sparsity": budget, "achieved": {"flops": budget}}

@@ -52,7 +52,7 @@ def _compare(place: Path, folders: Sequence[Path], command: str) -> None:
     if not any(row["measured"] for row in rows):
         raise DataError(f"runs: none of the {len(runs)} runs has measurements to compare; evaluate them first.")
     artifacts.make_folder(place)
-    charts = run_pages.frontiers(rows)
+    charts = [*run_pages.frontiers(rows), *run_pages.tradeoffs(rows)]
     drawn = {}
     for chart in charts:
         drawn[chart.name] = plots.draw(chart)

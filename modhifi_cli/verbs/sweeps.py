@@ -118,7 +118,8 @@ def summarise_sweep(folder: Path, style: str) -> int:
     failed = [row for row in rows if row["status"] and not row["status"].startswith("finished")]
     for row in failed:
         console.warning(f"job {row['job']} {row['status']}: {row['message']}")
-    console.note(f"all numbers are in {folder / 'summary.csv'}")
+    page = f"; one page with figures: modhifi report run={folder}" if len(rows) - len(failed) > 1 else ""
+    console.note(f"all numbers are in {folder / 'summary.csv'}{page}")
     console.result({"folder": str(folder), "jobs": rows})
     return len(failed)
 
