@@ -66,7 +66,7 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, list) and len(v) > 0 and set(v) <= {"mlp", "attention"},
     ),
     "batchnorm": ("reestimate or stored", lambda v: v in ("reestimate", "stored")),
-    "classifier": ("keep or refit", lambda v: v in ("keep", "refit")),
+    "classifier": ("keep, refit or auto", lambda v: v in ("keep", "refit", "auto")),
     "exclude": ("a list of module names, such as [layer4,fc]", lambda v: _is_names(v)),
     "runtime.device": (
         "cpu, cuda or cuda:N", lambda v: isinstance(v, str) and re.fullmatch(r"cpu|cuda(:\d+)?", v) is not None,

@@ -149,7 +149,8 @@ def prune_(
         batchnorm: ``"reestimate"`` running statistics on the calibration images, or keep the ``"stored"`` ones
             (shifted by what the repair of the consumers says).
         classifier: ``"keep"`` the last layer as the groups' edits leave it, or ``"refit"`` it in closed form to the
-            dense network's logits on the calibration images.
+            dense network's logits on the calibration images; ``"auto"`` refits where the logits come out of a linear
+            layer, and lists the classifier among what was left alone where they do not.
         exclude: Names of modules to leave alone.
         round_to: Widths are multiples of it.
         batch_size: Images a forward.
@@ -228,9 +229,16 @@ def prune_(
         )
 
     aims: DenseLogits | None = None
-    if classifier == "refit":
-        aims = DenseLogits(find_classifier(model, example))
-        yield from aims.gather(run.activations)
+    if classifier != "keep":
+        try:
+            aims = DenseLogits(find_classifier(model, example))
+        except UnsupportedModelError as error:
+            if classifier == "refit":
+                raise
+            why = str(error).partition(": ")[2].partition(";")[0]
+            refused = (*refused, Refusal("classifier", f"kept as it is: {why}"))
+        else:
+            yield from aims.gather(run.activations)
     curves: list[list[float]] = []
     shapes: list[list[float]] = []
     if allocation.needs_curves:
@@ -312,8 +320,8 @@ def _check_settings(
         raise ConfigError(f"target must be one of {', '.join(TARGETS)}, got '{target}'.")
     if batchnorm not in ("reestimate", "stored"):
         raise ConfigError(f"batchnorm must be 'reestimate' or 'stored', got '{batchnorm}'.")
-    if classifier not in ("keep", "refit"):
-        raise ConfigError(f"classifier must be 'keep' or 'refit', got '{classifier}'.")
+    if classifier not in ("keep", "refit", "auto"):
+        raise ConfigError(f"classifier must be 'keep', 'refit' or 'auto', got '{classifier}'.")
     if round_to < 1 or batch_size < 1:
         raise ConfigError(f"round_to and batch_size must be at least 1, got {round_to} and {batch_size}.")
 

@@ -313,6 +313,18 @@ def test_a_refitted_classifier_comes_nearer_to_the_dense_logits_and_resumes(name
         assert weights_hash(again) == weights_hash(model)
 
 
+@pytest.mark.parametrize("linear", [True, False])
+def test_auto_refits_a_linear_classifier_and_names_another_one_among_what_is_left_alone(linear):
+    tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), *([nn.Linear(8, 5)] if linear else [])]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), *tail)
+    edits, events = run(model.eval(), Images(torch.randn(24, 3, 8, 8)), classifier="auto")
+    (plan,) = [event for event in events if isinstance(event, Plan)]
+    reasons = [refusal.reason for refusal in plan.refused if refusal.name == "classifier"]
+    assert ("classifier" in [edit.name for edit in edits]) is linear
+    told = "kept as it is: the logits of Sequential do not come straight out of a linear layer with a bias"
+    assert reasons == ([] if linear else [told])
+
+
 def test_a_network_without_a_linear_classifier_cannot_be_refitted():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(UnsupportedModelError, match="classifier=refit: the logits of Sequential do not come straight"):
@@ -324,7 +336,7 @@ def test_a_network_without_a_linear_classifier_cannot_be_refitted():
     [
         ({"target": "memory"}, "target must be one of params, flops, components, latency, got 'memory'"),
         ({"batchnorm": "train"}, "batchnorm must be 'reestimate' or 'stored', got 'train'"),
-        ({"classifier": "train"}, "classifier must be 'keep' or 'refit', got 'train'"),
+        ({"classifier": "train"}, "classifier must be 'keep', 'refit' or 'auto', got 'train'"),
         ({"round_to": 0}, "round_to and batch_size must be at least 1, got 0 and 8"),
     ],
 )
