@@ -136,7 +136,7 @@ def load(
     require_statistics(making.model)
     model = copy.deepcopy(making.model).to(device=making.device, dtype=torch.float32).eval().requires_grad_(False)
     model = model.to(memory_format=torch.channels_last)  # a quarter faster on processors
-    wanted = _wanted_classes(classes, _count_classes(model, preprocess, making.device))
+    wanted = wanted_classes(classes, count_classes(model, preprocess, making.device), together=together, seed=seed)
     identity = {
         "method": "inversion",
         "version": VERSION,
@@ -267,7 +267,7 @@ def invert(
     pixels = torch.from_numpy(starts).permute(0, 3, 1, 2).to(device=device, dtype=torch.float32).div(255)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     with _Listening(model) as heard:
-        size = _images_at_once(model, (pixels[:1] - mean) / std, inversion.gigabytes)
+        size = images_at_once(model, (pixels[:1] - mean) / std, inversion.gigabytes)
         heard.take()
         chunks = [chunk.contiguous().requires_grad_(True) for chunk in pixels.split(size)]
         aims = [aim.to(device) for aim in classes.split(size)]
@@ -282,14 +282,10 @@ def invert(
         began = time.perf_counter()
         for step in range(inversion.steps):
             if step == 1 and number == 0:
-                _warn_of_waiting(making, (time.perf_counter() - began) * inversion.steps * parts, inversion.together)
-            shift = [
-                int(torch.randint(-(side // _SHIFT), side // _SHIFT + 1, (1,), generator=generator))
-                for side in preprocess.size
-            ]
+                warn_of_waiting(making, (time.perf_counter() - began) * inversion.steps * parts, inversion.together)
+            shift = drawn_shift(preprocess.size, generator)
             for place, (chunk, aim) in enumerate(zip(chunks, aims, strict=True)):
-                seen = torch.roll(chunk, shift, (2, 3))
-                seen = seen.flip(3) if step % 2 else seen
+                seen = shifted(chunk, shift, mirrored=step % 2 == 1)
                 logits = model((seen - mean) / std)
                 own = heard.take()
                 others = _total(sums[:place] + sums[place + 1 :])
@@ -301,7 +297,7 @@ def invert(
                 share = len(chunk) / count
                 loss = distance + share * inversion.class_weight * (costs - _CONFIDENT).relu().mean()
                 if inversion.smoothness:
-                    loss = loss + share * inversion.smoothness * (_roughness(seen, 2) + _roughness(seen, 3))
+                    loss = loss + share * inversion.smoothness * (roughness(seen, 2) + roughness(seen, 3))
                 if not bool(torch.isfinite(loss)):
                     raise _diverged(number, step, inversion, "the distance is no longer a finite number")
                 chunk.grad = torch.autograd.grad(loss, chunk)[0]
@@ -347,7 +343,8 @@ def invert(
     }
 
 
-def _warn_of_waiting(making: Making, seconds: float, together: int) -> None:
+def warn_of_waiting(making: Making, seconds: float, together: int) -> None:
+    """Say beforehand what takes minutes, and what would not."""
     if seconds > _LONG:
         making.note(
             f"inverting will take about {seconds / 60:.0f} minutes here; it can be interrupted, parts of {together} images "
@@ -362,11 +359,30 @@ def _diverged(number: int, step: int, inversion: Inversion, how: str) -> Numeric
     )
 
 
-def _roughness(images: Tensor, axis: int) -> Tensor:
+def drawn_shift(size: Sequence[int], generator: torch.Generator) -> list[int]:
+    """Pixels down and right that images shall be seen shifted by, up to 1/16 of their sides."""
+    return [int(torch.randint(-(side // _SHIFT), side // _SHIFT + 1, (1,), generator=generator)) for side in size]
+
+
+def shifted(images: Tensor, shift: Sequence[int], *, mirrored: bool) -> Tensor:
+    """Images as a network shall see them in one step, ``[batch, channels, height, width]``, what leaves comes back."""
+    seen = torch.roll(images, tuple(shift), (2, 3))
+    return seen.flip(3) if mirrored else seen
+
+
+def roughness(images: Tensor, axis: int) -> Tensor:
+    """Mean squared difference of neighbouring pixels along an axis; a scalar."""
     return images.diff(dim=axis).square().mean()
 
 
-def _count_classes(model: nn.Module, preprocess: Preprocess, device: torch.device) -> int:
+def count_classes(
+    model: nn.Module, preprocess: Preprocess, device: torch.device, *, source: str = "inversion"
+) -> int:
+    """Number of logits of a network that takes one image tensor.
+
+    Raises:
+        UnsupportedModelError: If it takes anything else or returns anything but ``[images, classes]``.
+    """
     example = torch.zeros((2, len(preprocess.mean), *preprocess.size), device=device)
     try:
         with torch.no_grad():
@@ -374,20 +390,30 @@ def _count_classes(model: nn.Module, preprocess: Preprocess, device: torch.devic
     except Exception as error:  # networks fail in their own ways on inputs they were not made for
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
         raise UnsupportedModelError(
-            f"data=inversion makes one image tensor of {tuple(example.shape[1:])} for a forward, and this network does "
+            f"data={source} makes one image tensor of {tuple(example.shape[1:])} for a forward, and this network does "
             f"not take that ({detail}); give a network with a single image input, or set model.preprocess.size."
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UnsupportedModelError(
-            f"data=inversion balances classes, which needs logits of shape [images, classes], got {got}; {_SUITS}."
+            f"data={source} balances classes, which needs logits of shape [images, classes], got {got}; {_SUITS}."
         )
     return logits.shape[1]
 
 
-def _wanted_classes(classes: Sequence[int] | None, known: int) -> list[int]:
+def wanted_classes(classes: Sequence[int] | None, known: int, *, together: int, seed: int) -> list[int]:
+    """The classes that images shall show, in turn.
+
+    Neighbouring classes of large sets are alike (the first 400 of ImageNet are animals), so a part that cannot hold them
+    all draws its own.
+
+    Raises:
+        ConfigError: If `classes` is no list of class numbers below `known`.
+    """
     if classes is None:
-        return list(range(known))
+        if known <= together:
+            return list(range(known))
+        return torch.randperm(known, generator=torch.Generator().manual_seed(seed)).tolist()
     fits = isinstance(classes, Sequence) and not isinstance(classes, str) and len(classes) > 0
     if not fits or any(not is_whole(one) for one in classes):
         raise ConfigError(f"data.classes: expected a list of class numbers such as [3,5], got {classes!r}.")
@@ -478,7 +504,7 @@ def distance(norm: nn.Module, rows: int, first: Tensor, second: Tensor) -> Tenso
     return (off.square() / stored).mean() + 0.25 * ((variance + norm.eps) / stored).log().square().mean()
 
 
-def _images_at_once(model: nn.Module, image: Tensor, gigabytes: float) -> int:
+def images_at_once(model: nn.Module, image: Tensor, gigabytes: float) -> int:
     """How many images a forward with gradients may hold: what its modules put out, twice, is what autograd keeps."""
     values = 0
 

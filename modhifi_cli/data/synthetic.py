@@ -1,13 +1,13 @@
 """What is taken where nobody gives data: a set made from the network itself, by the method that suits it.
 
-Networks with BatchNorm statistics get images inverted from them, other networks that read images procedural ones, and
-language models text of their own.
+Networks with BatchNorm statistics get images inverted from them, other networks that read images procedural ones (where
+classes are asked for, such as for unlearning, images that they call those classes), and language models text of their own.
 """
 
 import dataclasses
 from typing import TypeVar
 
-from modhifi_cli.data import generated, inversion, procedural
+from modhifi_cli.data import class_inversion, generated, inversion, procedural
 from modhifi_cli.data.making import Making
 from modhifi_cli.data.sources import ArrayImages
 from modhifi_cli.data.text import TokenWindows
@@ -21,6 +21,8 @@ SERVED = {
     "ones at 30 % of the channels and 6 less at 50 %; your own images are better: data=folder data.path=FOLDER",
     "generated": "how well such text serves has not been measured; give your own with data=text data.path=FILE if you "
     "have any",
+    "class_inversion": "how well such images serve has not been measured on a network trained on photographs; your own "
+    "are better: data=folder data.path=FOLDER",
     "procedural": "on ResNet-20 and CIFAR-10 (91.7 % dense) 512 such images kept 16 points less than 512 real "
     "ones at 30 % of the channels; your own images are far better: data=folder data.path=FOLDER",
 }
@@ -55,6 +57,9 @@ def load(
     elif inversion.statistics_of(making.model):
         chosen = "inversion"
         told = "images inverted from its BatchNorm statistics"
+    elif labelled:
+        chosen = "class_inversion"
+        told = "images made from its own answers, all classes equally often"
     else:
         chosen = "procedural"
         told = "procedural images (it has no BatchNorm statistics to invert)"
@@ -64,8 +69,8 @@ def load(
         source = generated.load(
             preprocess=preprocess, labelled=labelled, making=making, sequences=num_samples, seed=seed, cache=cache
         )
-    elif chosen == "inversion":
-        source = inversion.load(
+    elif chosen in ("inversion", "class_inversion"):
+        source = {"inversion": inversion, "class_inversion": class_inversion}[chosen].load(
             preprocess=preprocess,
             labelled=labelled,
             labels=labels,
