@@ -75,7 +75,11 @@ class Segments:
         self.model = model
         self.trace: Trace = trace(model, example)
         self._example = example[:2]
-        self._usable: dict[str, bool] = {}
+        # Inside a layer that is sliced itself (timm's BatchNorm with its activation inside), the layer's own narrow
+        # tensors would meet the wide answers of what was skipped.
+        self._usable: dict[str, bool] = {
+            cut: False for cut in self.trace.cuts if any(_is_layer(model, parent) for parent in _ancestors(cut))
+        }
         self._skipped = {cut: self._before(cut) for cut in self.trace.cuts}
         self._answers = self._record({name for names in self._skipped.values() for name in names})
 
@@ -225,6 +229,11 @@ def _ancestors(name: str) -> Iterator[str]:
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def _is_layer(model: nn.Module, name: str) -> bool:
+    layers = nn.modules.batchnorm._BatchNorm | nn.modules.conv._ConvNd | nn.Linear
+    return isinstance(model.get_submodule(name), layers)
 
 
 def _detached(output: object) -> object:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from modhifi_cli.graph.dependency import find_groups
 from modhifi_cli.graph.law import slice_groups_
@@ -30,6 +31,33 @@ def test_cuts_stay_usable_after_the_network_was_edited():
     groups, _ = find_groups(model, segments.trace, images)
     slice_groups_(model, groups, [torch.arange(group.components // 2) for group in groups])
     assert segments.cuts == before
+
+
+class NormAct(nn.BatchNorm2d):
+    """A BatchNorm with its activation inside, as timm has it: the identity hands on what no module of its own made."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU6()
+
+    def forward(self, maps):
+        return self.act(self.drop(super().forward(maps)))
+
+
+def test_no_cut_lies_inside_a_layer_that_is_sliced_itself():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), NormAct(8), nn.Conv2d(8, 8, 3, groups=8), NormAct(8), nn.Conv2d(8, 4, 1), nn.Flatten(),
+        nn.Linear(4 * 36, 5),
+    ).eval()  # fmt: skip
+    images = torch.randn(2, 3, 8, 8)
+    segments = Segments(model, images)
+    assert "1.drop" in segments.trace.cuts and not segments.usable("1.drop") and segments.usable("1")
+    groups, _ = find_groups(model, segments.trace, images)
+    slice_groups_(model, groups, [torch.arange(3) for _ in groups])
+    whole = model(images)
+    for cut in segments.cuts:
+        carried = segments.run(images, until=cut)
+        assert torch.allclose(segments.whole(carried, start=cut), whole, rtol=1e-5, atol=1e-6), cut
 
 
 def test_logits_that_are_not_finite_make_no_cut_usable_and_raise_nothing():
