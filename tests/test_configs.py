@@ -98,6 +98,12 @@ def test_the_command_line_wins_over_a_preset():
     assert ours["batchnorm"] == "stored"
 
 
+@pytest.mark.parametrize("model", ["timm", "torchvision", "efficientnet_lite0"])
+def test_arguments_of_a_library_can_be_given(model):
+    given = config.compose("prune", [f"model={model}", "model.name=x", "model.options={pad_type: same}"])
+    assert given["model"]["options"] == {"pad_type": "same"}
+
+
 def test_a_list_of_evaluations_replaces_the_default_list():
     chosen = config.compose("prune", ["evaluation=[top1,latency]", "evaluation.latency.iterations=5"])
     assert list(chosen["evaluation"]) == ["top1", "latency"]
