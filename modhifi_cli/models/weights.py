@@ -7,7 +7,7 @@ Checkpoints in the wild nest the tensors (``{"state_dict": ..., "epoch": ...}``)
 import contextlib
 import hashlib
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights_(model: nn.Module, path: str | Path) -> str:
+def load_weights_(
+    model: nn.Module, path: str | Path, *, rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+) -> str:
     """Reads a file into the network and returns the account of it for reports.
 
     Args:
         model: The network; its parameters and buffers are overwritten in place, in their own dtype.
         path: File as in `read_weights`.
+        rename: Gives the file's tensors the network's names, where another library wrote it.
 
     Returns:
         ``"FILE (sha256 0123456789ab)"``.
@@ -95,7 +98,8 @@ def load_weights_(model: nn.Module, path: str | Path) -> str:
         DataError: As `read_weights` and `fit_weights_`.
     """
     file = Path(path).expanduser()
-    fit_weights_(model, read_weights(file), source=str(file))
+    tensors = read_weights(file)
+    fit_weights_(model, tensors if rename is None else rename(tensors), source=str(file))
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return f"{file} (sha256 {digest[:12]})"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modhifi_cli.errors import ConfigError, DataError
-from modhifi_cli.models import build_architecture, cifar_resnet, embedded
+from modhifi_cli.models import build_architecture, cifar_resnet, efficientnet_lite, embedded
 from modhifi_cli.models import timm as timm_models
 from modhifi_cli.models import torchvision as torchvision_models
 from modhifi_cli.models.preprocessing import adjusted
@@ -71,6 +71,29 @@ def test_torchvision_preprocessing_is_the_weights_own():
     loaded = torchvision_models.load(name="resnet50", weights="random", num_classes=3)
     assert loaded.preprocess == Preprocess((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 232, "bilinear")
     assert loaded.classes is None
+
+
+def test_efficientnet_lite_takes_files_with_the_names_of_another_library(tmp_path):
+    timm_names = list(timm_models.build(name="tf_efficientnet_lite0").state_dict())
+    made = timm_models.load(name="tf_efficientnet_lite0", weights="random", seed=3).model.state_dict()
+    theirs = [f"_blocks.{b}.{m}.{t}" for b in range(16) for m, t in _lite_block(b)]
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    head = ["_conv_head.weight", *(f"_bn1.{t}" for t in norm), "_fc.weight", "_fc.bias"]
+    names = ["_conv_stem.weight", *(f"_bn0.{t}" for t in norm), *theirs, *head]
+    # Both libraries list their tensors in the order of the forward.
+    torch.save(dict(zip(names, (made[name] for name in timm_names), strict=True)), tmp_path / "lite.pth")
+    loaded = efficientnet_lite.load(weights=str(tmp_path / "lite.pth"))
+    assert all(torch.equal(tensor, made[name]) for name, tensor in loaded.model.state_dict().items())
+    assert loaded.preprocess.mean == (127 / 255,) * 3 and loaded.preprocess.resize == 256
+    torch.save(made, tmp_path / "timm.pth")
+    again = efficientnet_lite.load(weights=str(tmp_path / "timm.pth"))
+    assert torch.equal(again.model.conv_stem.weight, loaded.model.conv_stem.weight)
+
+
+def _lite_block(number):
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    parts = [("_expand_conv", "_bn0")] * (number > 0) + [("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+    return [(m, t) for conv, bn in parts for m, t in [(conv, "weight"), *((bn, t) for t in norm)]]
 
 
 def test_timm_preprocessing_is_the_data_configuration():
