@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,28 @@ def load_model(directory: str | os.PathLike[str]) -> nn.Module:
     Raises:
         DataError: If the folder is no saved model, is damaged, or was written by a newer format.
     """
-    return load_saved(directory).model
+    saved = load_saved(directory)
+    changed = code_changed(directory)
+    if changed is not None:
+        warnings.warn(changed, stacklevel=2)
+    return saved.model
+
+
+def code_changed(directory: str | os.PathLike[str]) -> str | None:
+    """A warning if the user's own code that makes a saved network (``model=module``) is no longer what it was.
+
+    Args:
+        directory: A run folder, or its ``model`` folder.
+
+    Returns:
+        The sentence, or None; also where nothing is saved there.
+    """
+    from modhifi_cli.models.module import changed_code
+
+    folder = Path(directory)
+    described = folder / "model" / "architecture.json"
+    path = described if described.is_file() else folder / "architecture.json"
+    return changed_code(_read_json(path, "a saved model")) if path.is_file() else None
 
 
 def load_saved(directory: str | os.PathLike[str]) -> LoadedModel:

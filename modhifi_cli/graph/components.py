@@ -65,6 +65,18 @@ class Refusal:
     reason: str
 
 
+def shared_tensors(model: nn.Module) -> dict[str, str]:
+    """Modules that hold a parameter of another module too: name → name of the other. They cannot be cut apart."""
+    holders: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            other = holders.setdefault(id(parameter), name)
+            if other != name:
+                shared |= {name: other, other: shared.get(other, name)}
+    return shared
+
+
 def is_transposed(module: object) -> bool:
     """Whether a module is GPT-2's linear layer, transformers' ``Conv1D``, whose weight is ``[inputs, outputs]``."""
     # By name: transformers is heavy, and whoever holds such a module has it loaded already.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import UnsupportedModelError
+from modhifi_cli.graph.inputs import not_taken
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
             image = example.detach().clone().requires_grad_()
             output = model(image)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UnsupportedModelError(
-            f"the network {type(model).__name__} does not take an image batch of shape {tuple(example.shape)}: "
-            f"{str(error).splitlines()[0]}."
-        ) from error
+        raise not_taken(model, tuple(example.shape), error) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.evaluation.latency_table import LatencyTable
-from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal
+from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, shared_tensors
 from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.dependency import find_groups
 from modhifi_cli.graph.law import lawful
@@ -104,10 +104,18 @@ def discover(
     """
     segments = Segments(model, example)
     groups, refused = find_groups(model, segments.trace, example, exclude=exclude)
+    shared = shared_tensors(model)
+    tied = {group.name: next((name for name in group.modules if name in shared), None) for group in groups}
+    for name, module in tied.items():
+        if module is not None:
+            refused = (*refused, Refusal(name, f"{module} and {shared[module]} share a tensor, so neither can be cut"))
+    groups = tuple(group for group in groups if tied[group.name] is None)
     passed, failed = lawful(model, groups, example.cpu())
+    modules = {group.name: group.modules for group in groups}
     for name, verdict in failed.items():
         reason = verdict.failure or f"sliced and zeroed logits differ by {verdict.difference:.1e} of their scale"
-        refused = (*refused, Refusal(name, f"it fails the slicing law: {reason}"))
+        among = ", ".join(modules[name][:4]) + (f" and {len(modules[name]) - 4} more" if len(modules[name]) > 4 else "")
+        refused = (*refused, Refusal(name, f"it fails the slicing law: {reason} (modules {among})"))
     return segments, passed, refused
 
 
@@ -171,7 +179,7 @@ def prune_(
     gathering = gathering or Gathering()
     _check_weights(model)
     model.to(device).eval()
-    example = _example(calibration, device)
+    example = example_of(calibration, device)
     segments, groups, refused = discover(model, example, exclude=exclude)
     if not groups:
         reasons = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refused[:3])
@@ -187,7 +195,7 @@ def prune_(
     two = getattr(compensation, "reference", "current") == "dense"
 
     def activations(of: nn.Module, cuts: Segments) -> Activations:
-        limit = _limit_bytes(gathering) / (2 if two else 1)
+        limit = limit_bytes(gathering) / (2 if two else 1)
         return Activations(of, cuts, calibration, batch_size=batch_size, device=device, limit_bytes=limit)
 
     dense: DenseNetwork | None = None
@@ -332,7 +340,8 @@ def _check_weights(model: nn.Module) -> None:
             raise NumericsError(f"the weights of '{name}' hold NaN or infinite values; use another weights file.")
 
 
-def _example(calibration: ImageSource, device: torch.device) -> Tensor:
+def example_of(calibration: ImageSource, device: torch.device) -> Tensor:
+    """Two calibration images for tracing; a single one is mirrored. Raises DataError if there is none."""
     if len(calibration) == 0:
         raise DataError("the calibration data holds no image; give data.num_samples at least 1.")
     inputs, _ = next(iter(calibration.batches(2)))
@@ -341,7 +350,8 @@ def _example(calibration: ImageSource, device: torch.device) -> Tensor:
     return inputs[:2].to(device)
 
 
-def _limit_bytes(gathering: Gathering) -> float:
+def limit_bytes(gathering: Gathering) -> float:
+    """Largest activation over all images that one network may keep, bytes."""
     if gathering.carry_gigabytes == "auto":
         return free_memory() / 6
     return float(gathering.carry_gigabytes) * 1e9

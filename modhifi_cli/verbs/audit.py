@@ -22,6 +22,7 @@ def audit(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     if settings["audit"] is None:
         raise ConfigError("audit=none leaves nothing to do; give audit=standard, or leave the key out.")
     saved = artifacts.run_folder(settings["run"])
+    pieces.warn_of_changed_code(saved, console)
     forget = _forgotten(saved)
     device = pieces.device_of(settings)
     before = pieces.settings_of(saved)

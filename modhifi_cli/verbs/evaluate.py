@@ -22,6 +22,7 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
         models["dense"] = loaded.model
     else:
         saved = artifacts.run_folder(settings["run"])
+        pieces.warn_of_changed_code(saved, console)
         before = pieces.settings_of(saved)
         for key in ("data", "evaluation_data"):
             settings.setdefault(key, before.get(key))

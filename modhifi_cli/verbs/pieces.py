@@ -40,6 +40,13 @@ def sources(
     return loaded, calibration, image_source(settings, "evaluation_data", loaded, labelled=True)
 
 
+def warn_of_changed_code(run: Path, console: Console) -> None:
+    """Tell if the user's own code that makes a saved network is not what it was when the run was made."""
+    changed = artifacts.code_changed(run)
+    if changed is not None:
+        console.warning(changed)
+
+
 def require_data(settings: Mapping[str, Any]) -> None:
     """Refuse a run without calibration data before the network is loaded."""
     if settings.get("data") is None:

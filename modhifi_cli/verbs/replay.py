@@ -17,6 +17,7 @@ def replay(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
     # The saved network may be lost: edits and dense weights are enough to make it again.
     source = artifacts.run_folder(settings["run"], needs=("config.yaml", "edits.json", "edits.safetensors"))
     edits, made_on = artifacts.load_edits(source)
+    pieces.warn_of_changed_code(source, console)
     before = pieces.settings_of(source)
     if settings["model"]["weights"] is not None:
         before["model"]["weights"] = settings["model"]["weights"]

@@ -10,6 +10,7 @@ from typing import Any
 from modhifi_cli import artifacts
 from modhifi_cli.console import Console
 from modhifi_cli.errors import DataError, NumericsError
+from modhifi_cli.verbs import pieces
 
 _OURS = "import sys; from modhifi_cli.artifacts import answer_process; sys.exit(answer_process(*sys.argv[1:]))"
 # Nothing of this package: what a stranger would type.
@@ -30,6 +31,7 @@ save_file({"logits": logits.contiguous(), "continuation": longer[:, inputs.shape
 
 def verify(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> None:
     saved = artifacts.run_folder(settings["run"])
+    pieces.warn_of_changed_code(saved, console)
     inputs, logits = artifacts.load_verification(saved)
     stored = artifacts.read_answer(saved / "verification.safetensors")
     readers = {"modhifi": (_OURS, ())}
