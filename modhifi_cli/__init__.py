@@ -6,16 +6,17 @@ Importing the package imports nothing heavy, so that `modhifi --help` answers at
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["load_model"]
+__all__ = ["evaluate", "groups", "load_model", "prune", "score", "unlearn"]
 
 if TYPE_CHECKING:
+    from modhifi_cli.api import evaluate, groups, prune, score, unlearn
     from modhifi_cli.artifacts import load_model
 
 
 def __getattr__(name: str) -> Any:
-    """`load_model` on first use: it needs torch, which takes seconds to import."""
-    if name == "load_model":
-        from modhifi_cli.artifacts import load_model
+    """The public functions on first use: they need torch, which takes seconds to import."""
+    if name not in __all__:
+        raise AttributeError(f"module 'modhifi_cli' has no attribute '{name}'")
+    import importlib
 
-        return load_model
-    raise AttributeError(f"module 'modhifi_cli' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"modhifi_cli.{'artifacts' if name == 'load_model' else 'api'}"), name)

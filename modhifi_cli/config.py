@@ -258,6 +258,26 @@ def compose(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
         return settings(verb, composed)
 
 
+def steps(verb: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """As `compose`, for whoever calls from Python: a Hydra application around the caller is left as it was.
+
+    Args:
+        verb: Name of a verb.
+        overrides: `key=value` strings, such as ``preset=paper``.
+
+    Raises:
+        ConfigError: If anything is unknown, of the wrong type or out of range.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    around = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    try:
+        return compose(verb, overrides)
+    finally:  # asked for again: Hydra has put another object in the place of the first
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = around
+
+
 def spelled(verb: str, overrides: Sequence[str], *, for_people: bool = False) -> list[str]:
     """Overrides with the group's own name where the verb has another for people (or the other way round)."""
     known = _SPELLINGS.get(verb, {})

@@ -29,6 +29,7 @@ LAYERS = {
     "comparison": 6,
     "verbs": 7,
     "cli": 7,
+    "api": 7,
     "__main__": 7,
     "__init__": 7,
 }

@@ -60,7 +60,7 @@ def edit_group_(
         yield from _gather(run, ahead, weighted if wanted else (), gathered, classes)
     gathered_at = time.perf_counter()
     consumers = [consumer_of(run, slot, alive, gathered) for slot in weighted]
-    producers = [_filters(run, slot, alive) for slot in group.producers]
+    producers = [filters_of(run, slot, alive) for slot in group.producers]
     generator = torch.Generator().manual_seed(run.seed + 1_000_003 * iteration + 7_919 * len(ahead))
     filters = [weights for weights in producers if weights is not None]
     scores = run.scoring(consumers, filters, generator=generator, **_places(run, classes))
@@ -270,8 +270,8 @@ def write_weight_(module: nn.Module, weight: Tensor, channels: Tensor) -> None:
         module.weight.copy_(weight[:, natural.to(weight.device)].view_as(module.weight))
 
 
-def _filters(run: Run, slot: Slot, alive: Tensor) -> Tensor | None:
-    """A producer's weights by component, ``[components, weights]`` float64; None where it has none."""
+def filters_of(run: Run, slot: Slot, alive: Tensor) -> Tensor | None:
+    """A producer's weights by living component, ``[components, weights]`` float64; None where it has none."""
     module = run.model.get_submodule(slot.module)
     if not has_weight(module):
         return None

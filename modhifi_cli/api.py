@@ -1,0 +1,468 @@
+"""The method from Python: a network and batches go in, a network and a record come out; no files, no printing.
+
+The functions are what the verbs of the command line do with the same settings: presets are the same YAML files, and the
+tasks are the same. Networks that are given are left as they were, unless ``in_place=True`` asks for the opposite.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli import config
+from modhifi_cli.data.tensors import TensorImages, from_batches
+from modhifi_cli.errors import ConfigError
+from modhifi_cli.evaluation import agreement, size, top1
+from modhifi_cli.graph.components import ComponentGroup, Refusal
+from modhifi_cli.graph.inputs import check_images
+from modhifi_cli.records import Edit, Progress
+
+Batches = Iterable[Any] | Tensor
+Listener = Callable[[Progress], None]
+_MOST = 2000  # images, as in the paper; a loader of a whole training set must not fill the memory
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What `prune` did.
+
+    Attributes:
+        removed: Group → numbers of the dense components that are gone, ``[removed]`` int64 sorted.
+        kept: Group → those that are left, ``[kept]`` int64 sorted.
+        refused: Coupled channels that were left alone, each with its reason.
+        achieved: Share removed of ``"params"``, ``"flops"`` and ``"components"``, 0 … 1.
+        before: Parameters and multiply-accumulates of one image, of the network that was given.
+        after: The same of the new one.
+        edits: Every step, for `modhifi_cli.graph.surgery.apply_edit_` on the dense network.
+        warnings: Sentences to read.
+    """
+
+    removed: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor]
+    refused: tuple[Refusal, ...]
+    achieved: Mapping[str, float]
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    edits: tuple[Edit, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What `unlearn` did.
+
+    Attributes:
+        forgotten: Classes, sorted.
+        layers: Edited layers in order.
+        strength: Name of the method's strength → the value that was given or found.
+        trials: What was tried to find it: strength, forget and retain accuracy on calibration images, 0 … 1.
+        edits: Every step, for `modhifi_cli.graph.surgery.apply_edit_`.
+        warnings: Sentences to read.
+    """
+
+    forgotten: tuple[int, ...]
+    layers: tuple[str, ...]
+    strength: Mapping[str, float]
+    trials: tuple[Mapping[str, Any], ...]
+    edits: tuple[Edit, ...]
+    warnings: tuple[str, ...]
+
+
+def prune(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    sparsity: float = 0.4,
+    target: str = "params",
+    preset: str = "best",
+    exclude: Sequence[str] = (),
+    round_to: int = 1,
+    settings: Sequence[str] = (),
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    most_images: int | None = _MOST,
+    check_data: bool = True,
+    in_place: bool = False,
+    progress: Listener | None = None,
+) -> tuple[nn.Module, Pruned]:
+    """Remove the components that carry least of each layer's output, and repair the rest in closed form.
+
+    Args:
+        model: A trained network that takes an image batch and gives logits.
+        batches: Unlabelled calibration images as the network wants them: a tensor ``[images, channels, height, width]``
+            or anything that gives such batches (a ``DataLoader``); labels beside them are not looked at.
+        sparsity: Share that is removed, in [0, 1).
+        target: Of what: ``"params"``, ``"flops"`` or ``"components"``.
+        preset: A recipe of the command line by name: ``"best"``, ``"paper"``, ``"fast"``, ``"magnitude_batchnorm"`` …
+        exclude: Names of modules (or their beginnings) to leave alone.
+        round_to: Widths are multiples of it.
+        settings: Further settings in the command line's words, such as ``["compensation=joint", "selection=top_k"]``.
+        batch_size: Images a forward.
+        device: Where the forwards run; None: where the network is. The new network is on it.
+        seed: For everything that is drawn.
+        most_images: Calibration images at most; None takes all that `batches` gives.
+        check_data: Look at the images first, and keep the stored BatchNorm statistics where they are too poor.
+        in_place: Change `model` itself and return it, instead of a copy.
+        progress: Called with a `Progress` at every step.
+
+    Returns:
+        The new network in evaluation mode, of the same class with smaller layers, and what was done.
+
+    Raises:
+        ConfigError: If a setting is unknown or out of range, or the target cannot be reached.
+        DataError: If `batches` holds no images that fit.
+        NumericsError: If weights or activations are not finite.
+        UnsupportedModelError: If the network cannot be traced or holds nothing that can be pruned.
+    """
+    from modhifi_cli.graph.counting import count
+    from modhifi_cli.tasks.prune import Plan, Summary, prune_
+
+    if target not in ("params", "flops", "components"):
+        raise ConfigError(f"target must be params, flops or components, got '{target}'; time is for the command line.")
+    if not isinstance(preset, str) or preset not in config.groups()["preset"]:
+        known = ", ".join(config.groups()["preset"])
+        raise ConfigError(f"preset: there is no recipe {preset!r}; known: {known}.")
+    chosen = config.steps("prune", [f"preset={preset}", *settings])
+    if chosen.get("outside"):
+        raise ConfigError(f"preset={preset} is another library's method; compare with it on the command line.")
+    edited, place = _ready(model, device, in_place=in_place)
+    calibration = from_batches(batches, most=most_images)
+    _check(edited, calibration, place)
+    example = next(iter(calibration.batches(1)))[0].to(place)
+    before = count(edited, example)
+    listen = progress or _nobody
+    warnings: list[str] = []
+    if check_data:
+        chosen["batchnorm"] = _batchnorm(edited, calibration, chosen["batchnorm"], batch_size, place, listen, warnings)
+    plan, summary, edits = None, None, []
+    for event in prune_(
+        edited,
+        calibration=calibration,
+        sparsity=sparsity,
+        target=target,
+        **{key: config.build(chosen[key]) for key in _STEPS},
+        batchnorm=chosen["batchnorm"],
+        classifier=chosen["classifier"],
+        gathering=config.build(chosen["statistics"]),
+        exclude=tuple(exclude) or tuple(chosen["exclude"]),
+        round_to=round_to,
+        batch_size=batch_size,
+        device=place,
+        seed=seed,
+    ):
+        if isinstance(event, Plan):
+            plan = event
+        elif isinstance(event, Edit):
+            edits.append(event)
+        elif isinstance(event, Summary):
+            summary = event
+        elif isinstance(event, Progress):
+            listen(event)
+    assert plan is not None and summary is not None, "the task ended without a summary"
+    after = count(edited, example)
+    sizes = {group.name: group.components for group in plan.groups}
+    kept = _kept(sizes, edits)
+    return edited.eval(), Pruned(
+        removed={name: _others(numbers, sizes[name]) for name, numbers in kept.items()},
+        kept=kept,
+        refused=plan.refused,
+        achieved=dict(summary.achieved),
+        before={"parameters": before.parameters, "macs": before.macs},
+        after={"parameters": after.parameters, "macs": after.macs},
+        edits=tuple(edits),
+        warnings=(*warnings, *summary.warnings),
+    )
+
+
+_STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
+
+
+def unlearn(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    forget: int | str | Sequence[int | str],
+    method: str = "contrast",
+    layers: str | Sequence[str] = "auto",
+    classes: Sequence[str] | None = None,
+    labels: str = "auto",
+    forget_target: float = 0.01,
+    retain_drop: float = 0.003,
+    settings: Sequence[str] = (),
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    in_place: bool = False,
+    progress: Listener | None = None,
+) -> tuple[nn.Module, Unlearned]:
+    """Take classes out of a classifier in closed form. What it answers changes; what it still holds, only an audit says.
+
+    Args:
+        model: A trained classifier that ends in a linear layer.
+        batches: Images of the classes to forget and of others, with labels (pairs) or without.
+        forget: Classes to forget: numbers, or names where `classes` are given.
+        method: ``"contrast"``, ``"contrast_deep"``, ``"modhifi_u"`` or ``"discedit_u"``.
+        layers: ``"auto"``, ``"last N"``, or names (or their beginnings).
+        classes: Names of the classes in the order of the logits.
+        labels: ``"auto"`` takes those of `batches`, else the network's own predictions; ``"given"``; ``"model"``.
+        forget_target: Forget accuracy on calibration images that is good enough, 0 … 1.
+        retain_drop: Retain accuracy that may be lost (`contrast`), 0 … 1.
+        settings: Further settings in the command line's words, such as ``["method.depth=4"]``.
+        batch_size: Images a forward.
+        device: Where the forwards run; None: where the network is.
+        seed: For everything that is drawn.
+        in_place: Change `model` itself and return it, instead of a copy.
+        progress: Called with a `Progress` at every step.
+
+    Returns:
+        The edited network in evaluation mode, and what was done.
+
+    Raises:
+        ConfigError: If a setting is unknown or a class does not exist.
+        DataError: If there are too few samples of the classes.
+        NumericsError: If values are not finite.
+        UnsupportedModelError: If the network is no classifier that can be edited.
+    """
+    from modhifi_cli.tasks.labelling import Labels, image_labels
+    from modhifi_cli.tasks.unlearn import UnlearnSummary, forget_classes, trials_as_rows, unlearn_
+
+    chosen = config.steps("unlearn", ["forget_class=0", f"method={method}", *settings])
+    edited, place = _ready(model, device, in_place=in_place)
+    calibration = from_batches(batches)
+    _check(edited, calibration, place)
+    listen = progress or _nobody
+    found: Labels | None = None
+    for event in image_labels(
+        edited, calibration, mode=labels, device=place, batch_size=batch_size, names=None if classes is None else
+        tuple(classes), place="batches",
+    ):  # fmt: skip
+        if isinstance(event, Labels):
+            found = event
+        else:
+            listen(event)
+    assert found is not None, "labelling ended without labels"
+    asked = list(forget) if isinstance(forget, Sequence) and not isinstance(forget, str) else forget
+    wanted = forget_classes(asked, classes, found.classes)
+    summary, edits = None, []
+    for event in unlearn_(
+        edited,
+        calibration=calibration,
+        labels=found.values,
+        forget=wanted,
+        method=config.build(chosen["method"]),
+        layers=layers,
+        forget_target=forget_target,
+        retain_drop=retain_drop,
+        batch_size=batch_size,
+        device=place,
+        seed=seed,
+        gathering=config.build(chosen["statistics"]),
+    ):
+        if isinstance(event, Edit):
+            edits.append(event)
+        elif isinstance(event, UnlearnSummary):
+            summary = event
+        elif isinstance(event, Progress):
+            listen(event)
+    assert summary is not None, "the task ended without a summary"
+    return edited.eval(), Unlearned(
+        forgotten=wanted,
+        layers=summary.layers,
+        strength={summary.strength_name: summary.strength},
+        trials=tuple(trials_as_rows(summary.trials, summary.strength_name)),
+        edits=tuple(edits),
+        warnings=summary.warnings,
+    )
+
+
+def groups(
+    model: nn.Module, batches: Batches, *, exclude: Sequence[str] = ()
+) -> tuple[tuple[ComponentGroup, ...], tuple[Refusal, ...]]:
+    """What can be removed of a network: its groups of coupled components, and what is left alone with the reason.
+
+    Args:
+        model: A network that takes an image batch; left as it was.
+        batches: Images as of `prune`; two are looked at.
+        exclude: Names of modules (or their beginnings) to leave alone.
+
+    Raises:
+        ConfigError: If an excluded module does not exist.
+        DataError: If `batches` holds no images that fit.
+        UnsupportedModelError: If the network cannot be traced.
+    """
+    from modhifi_cli.tasks.prune import discover, example_of
+
+    seen, place = _ready(model, None, in_place=False)
+    calibration = from_batches(batches, most=2)
+    _check(seen, calibration, place)
+    _, found, refused = discover(seen, example_of(calibration, place), exclude=exclude)
+    return found, refused
+
+
+def score(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    scoring: str = "singleton",
+    exclude: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    most_images: int | None = _MOST,
+    progress: Listener | None = None,
+) -> dict[str, Tensor]:
+    """How much each component of each group matters, without cutting anything.
+
+    Args:
+        model: A trained network that takes an image batch; left as it was.
+        batches: Images as of `prune`.
+        scoring: ``"singleton"`` (fidelity of a component alone), ``"saliency"``, ``"energy"``, ``"fluctuation"``,
+            ``"magnitude_l1"``, ``"magnitude_l2"`` or ``"random"``.
+        exclude: Names of modules (or their beginnings) to leave alone.
+        settings: Further settings in the command line's words.
+        batch_size: Images a forward.
+        device: Where the forwards run; None: where the network is.
+        seed: For scores that draw.
+        most_images: Images at most; None takes all.
+        progress: Called with a `Progress` at every step.
+
+    Returns:
+        Group → ``[components]`` float64: the mean over all that vote, larger is more worth keeping.
+
+    Raises:
+        ConfigError, DataError, NumericsError, UnsupportedModelError: As `prune`.
+    """
+    from modhifi_cli.tasks.scores import component_scores
+
+    chosen = config.steps("prune", [f"scoring={scoring}", *settings])
+    seen, place = _ready(model, device, in_place=False)
+    calibration = from_batches(batches, most=most_images)
+    _check(seen, calibration, place)
+    scores: dict[str, Tensor] = {}
+    for event in component_scores(
+        seen,
+        calibration=calibration,
+        scoring=config.build(chosen["scoring"]),
+        exclude=exclude,
+        batch_size=batch_size,
+        device=place,
+        seed=seed,
+        gathering=config.build(chosen["statistics"]),
+    ):
+        if isinstance(event, Progress):
+            (progress or _nobody)(event)
+        else:
+            scores = event
+    return scores
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    dense: nn.Module | None = None,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    progress: Listener | None = None,
+) -> dict[str, float]:
+    """Measure a network on images: size, accuracy where there are labels, agreement where there is a dense network.
+
+    Args:
+        model: A classifier; left as it was.
+        batches: Images, with labels (pairs) or without.
+        dense: The network to compare with.
+        batch_size: Images a forward.
+        device: Where the forwards run; None: where the network is.
+        progress: Called with a `Progress` at every step.
+
+    Returns:
+        ``parameters``, ``macs`` (of one image), ``file_bytes``; with labels ``top1`` and ``top5`` (more than five
+        classes), %; with `dense` ``agreement``, % of images with its answer, and ``kl``, nats.
+
+    Raises:
+        DataError: If `batches` holds no images that fit, or a label is outside of the classes.
+        NumericsError: If logits are not finite.
+        UnsupportedModelError: If the network gives no logits ``[batch, classes]``.
+    """
+    place = torch.device(device) if device is not None else _home(model)
+    images = from_batches(batches)
+    example, labels = next(iter(images.batches(1)))
+    given: dict[str, Any] = {
+        "evaluation_data": images, "calibration_data": None, "example": example, "device": place,
+        "batch_size": batch_size, "progress": progress or _nobody,
+    }  # fmt: skip
+    found = [*size.measure(models={"model": model}, **given)]
+    if labels is not None:
+        found += top1.measure(models={"model": model}, **given)
+    if dense is not None:
+        found += agreement.measure(models={"dense": dense, "model": model}, **given)
+    return {measurement.name: measurement.value for measurement in found if measurement.model == "model"}
+
+
+def _nobody(step: Progress) -> None:
+    """Listens to nothing."""
+
+
+def _home(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _ready(model: nn.Module, device: torch.device | str | None, *, in_place: bool) -> tuple[nn.Module, torch.device]:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: expected a torch.nn.Module, got a {type(model).__name__}.")
+    place = torch.device(device) if device is not None else _home(model)
+    return (model if in_place else copy.deepcopy(model)).to(place).eval(), place
+
+
+def _check(model: nn.Module, images: TensorImages, device: torch.device) -> None:
+    """Refuse in one sentence a network that does not take these images, before any work."""
+    example = next(iter(images.batches(2)))[0].to(device)
+    check_images(model, example if len(example) > 1 else torch.cat([example, example.flip(-1)]))
+
+
+def _batchnorm(
+    model: nn.Module,
+    images: TensorImages,
+    asked: str,
+    batch_size: int,
+    device: torch.device,
+    progress: Listener,
+    warnings: list[str],
+) -> str:
+    """What is done with BatchNorm after a look at the images, as the command line decides it; `warnings` grows."""
+    from modhifi_cli.tasks.quality import Quality, assess
+
+    found: Quality | None = None
+    for event in assess(model, images, batch_size=batch_size, device=device):
+        if isinstance(event, Progress):
+            progress(event)
+        else:
+            found = event
+    assert found is not None, "the assessment ended without a result"
+    warnings += found.warnings
+    return "stored" if asked == "reestimate" and not found.may_reestimate else asked
+
+
+def _kept(sizes: Mapping[str, int], edits: Sequence[Edit]) -> dict[str, Tensor]:
+    """Dense numbers of what every group keeps after all passes."""
+    kept = {name: torch.arange(count) for name, count in sizes.items()}
+    for edit in edits:
+        if edit.name in kept and edit.removed.numel():
+            kept[edit.name] = kept[edit.name][edit.kept]
+    return kept
+
+
+def _others(kept: Tensor, count: int) -> Tensor:
+    gone = torch.ones(count, dtype=torch.bool)
+    gone[kept] = False
+    return gone.nonzero().flatten()

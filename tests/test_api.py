@@ -1,0 +1,158 @@
+"""The functions for Python: the same results as the command line, nothing changed unasked, errors in one sentence."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import modhifi_cli
+from modhifi_cli import artifacts, config
+from modhifi_cli.cli import main
+from modhifi_cli.data import digits
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
+from modhifi_cli.graph.surgery import apply_edit_
+from modhifi_cli.models import embedded
+
+LOADED = embedded.load()
+
+
+def images(count=96, *, labelled=False):
+    source = digits.load(preprocess=LOADED.preprocess, labelled=labelled, num_samples=count)
+    return [pixels if labels is None else (pixels, labels) for pixels, labels in source.batches(32)]
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    before = copy.deepcopy(LOADED.model.state_dict())
+    model, result = modhifi_cli.prune(LOADED.model, images(), sparsity=0.3, target="flops")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in LOADED.model.state_dict().items())
+    return model, result
+
+
+@pytest.mark.parametrize("preset", ["best", "magnitude_batchnorm"])
+def test_a_preset_gives_the_network_of_the_command_line(preset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"preset={preset}", "data.num_samples=96", "target=flops", "sparsity=0.3", "evaluation=[]", "console=json"]
+    assert main(["prune", *words]) == 0
+    (folder,) = (tmp_path / "outputs/prune/embedded").iterdir()
+    theirs = artifacts.load_model(folder).state_dict()
+    calibration = digits.load(preprocess=LOADED.preprocess, labelled=False, num_samples=96)
+    ours, _ = modhifi_cli.prune(
+        LOADED.model, [pixels for pixels, _ in calibration.batches(64)], sparsity=0.3, target="flops", preset=preset
+    )
+    assert theirs.keys() == ours.state_dict().keys()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_the_record_says_what_was_removed(pruned):
+    model, result = pruned
+    assert result.achieved["flops"] == pytest.approx(0.3, abs=0.01)
+    assert result.after["macs"] / result.before["macs"] == pytest.approx(1 - result.achieved["flops"])
+    assert result.after["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    for name, kept in result.kept.items():
+        width = LOADED.model.get_submodule(name).out_channels
+        assert torch.equal(torch.cat([kept, result.removed[name]]).sort().values, torch.arange(width))
+        assert model.get_submodule(name).out_channels == len(kept)
+
+
+def test_the_edits_make_the_same_network_again(pruned):
+    model, result = pruned
+    again = copy.deepcopy(LOADED.model)
+    for edit in result.edits:
+        apply_edit_(again, edit)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_in_place_changes_the_given_network(tiny_convnet):
+    pixels = torch.randn(16, 3, 8, 8)
+    model, _ = modhifi_cli.prune(tiny_convnet, pixels, sparsity=0.2, preset="fast", in_place=True, check_data=False)
+    assert model is tiny_convnet and model[0].out_channels + model[3].out_channels < 14
+
+
+def test_further_settings_win_over_the_preset(tiny_convnet):
+    pixels = torch.randn(16, 3, 8, 8)
+    plain, _ = modhifi_cli.prune(
+        tiny_convnet, pixels, sparsity=0.2, check_data=False,
+        settings=["compensation=none", "classifier=keep", "batchnorm=stored"],
+    )  # fmt: skip
+    rows = {tuple(row.flatten().tolist()) for row in tiny_convnet[-1].weight.T}
+    assert {tuple(row.flatten().tolist()) for row in plain[-1].weight.T} <= rows, "sliced and not repaired"
+
+
+def test_unlearning_forgets_the_class_and_keeps_the_network():
+    before = copy.deepcopy(LOADED.model.state_dict())
+    batches = images(240, labelled=True)
+    edited, result = modhifi_cli.unlearn(LOADED.model, batches, forget="3", classes=LOADED.classes)
+    assert result.forgotten == (3,) and len(result.layers) >= 2 and result.strength["beta"] > 0 and result.edits
+    assert all(torch.equal(tensor, before[name]) for name, tensor in LOADED.model.state_dict().items())
+    pixels, labels = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    with torch.inference_mode():
+        right = edited(pixels).argmax(1) == labels
+    assert right[labels == 3].float().mean() < 0.2 < 0.8 < right[labels != 3].float().mean()
+
+
+def test_scores_are_the_norms_of_filters_and_order_every_component(tiny_convnet):
+    pixels = torch.randn(16, 3, 8, 8)
+    scores = modhifi_cli.score(tiny_convnet, pixels, scoring="magnitude_l2")
+    found, refused = modhifi_cli.groups(tiny_convnet, pixels)
+    assert [group.name for group in found] == list(scores) == ["0", "3"] and refused == ()
+    norms = tiny_convnet[0].weight.detach().double().flatten(1).norm(dim=1)
+    assert torch.equal(scores["0"].argsort(), norms.argsort())
+    fidelity = modhifi_cli.score(tiny_convnet, pixels)
+    assert fidelity["3"].shape == (8,) and float(fidelity["3"].min()) >= 0 and float(fidelity["3"].max()) <= 1
+
+
+def test_evaluation_counts_what_it_is_given(pruned):
+    model, result = pruned
+    batches = images(150, labelled=True)
+    found = modhifi_cli.evaluate(model, batches, dense=LOADED.model)
+    pixels, labels = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    with torch.inference_mode():
+        answers, dense = model(pixels).argmax(1), LOADED.model(pixels).argmax(1)
+    assert found["top1"] == pytest.approx(100 * float((answers == labels).float().mean()))
+    assert found["agreement"] == pytest.approx(100 * float((answers == dense).float().mean()))
+    assert found["macs"] == result.after["macs"]
+    assert not {"top1", "agreement"} & modhifi_cli.evaluate(model, pixels).keys()
+
+
+def test_a_hydra_application_around_the_call_stays(tiny_convnet):
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    with hydra.initialize_config_dir(str(config.config_directory()), version_base="1.3", job_name="theirs"):
+        mine = GlobalHydra.instance().hydra
+        modhifi_cli.score(tiny_convnet, torch.randn(4, 3, 8, 8), scoring="random")
+        assert GlobalHydra.instance().is_initialized() and GlobalHydra.instance().hydra is mine
+
+
+PIXELS = torch.randn(4, 3, 8, 8)
+WRONG = {
+    "no images": ([], {}, DataError, "expected at least one image, got none"),
+    "bytes": ([PIXELS.to(torch.uint8)], {}, DataError, r"images \[batch.* of floats, all of one shape, got uint8 \[4,"),
+    "two sizes": ([PIXELS, PIXELS[..., 1:]], {}, DataError, r"got float32 \[4, 3, 8, 7\] in batch 1"),
+    "no tensors": ([{"image": PIXELS}], {}, DataError, "got a dict in batch 0; take both out of it"),
+    "labels": ([(PIXELS, torch.zeros(3))], {}, DataError, r"one label for each of 4 images, got float32 \[3\]"),
+    "half labelled": ([PIXELS, (PIXELS, torch.zeros(4))], {}, DataError, "some come with labels and some without"),
+    "NaN": ([PIXELS * float("nan")], {}, DataError, "batch 0 holds NaN or infinite values"),
+    "preset": (PIXELS, {"preset": "bets"}, ConfigError, "there is no recipe 'bets'; known: best, "),
+    "outside": (PIXELS, {"preset": "torch_pruning_magnitude"}, ConfigError, "is another library's method"),
+    "target": (PIXELS, {"target": "latency"}, ConfigError, "target must be params, flops or components, got 'latency'"),
+    "setting": (PIXELS, {"settings": ["compensatoin=joint"]}, ConfigError, "compensatoin.*did you mean 'compensation'"),
+    "channels": (PIXELS[:, :1], {}, UnsupportedModelError, r"does not take an image batch of shape \(2, 1, 8, 8\)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_in_one_sentence(case, tiny_convnet):
+    batches, settings, kind, words = WRONG[case]
+    with pytest.raises(kind, match=words):
+        modhifi_cli.prune(tiny_convnet, batches, **settings)
+
+
+def test_a_network_must_be_a_module():
+    with pytest.raises(ConfigError, match="model: expected a torch.nn.Module, got a dict"):
+        modhifi_cli.groups({}, PIXELS)
+    with pytest.raises(UnsupportedModelError, match="expected logits"):
+        modhifi_cli.groups(nn.Conv2d(3, 3, 1), PIXELS)
