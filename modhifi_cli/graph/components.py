@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.graph.heads import head_count, head_weights
 from modhifi_cli.graph.modules import ChannelPadShortcut
 
 
@@ -39,9 +40,10 @@ class ComponentGroup:
     Attributes:
         name: Name of the first producer in execution order.
         components: Number of components in the dense network.
-        producers: Slots along the output dimension of conv, linear or shortcut modules.
+        producers: Slots along the output dimension of conv, linear or shortcut modules, or along the heads of an
+            attention that holds its own projections.
         followers: Slots along the only channel dimension of BatchNorm and of depthwise or grouped convolutions (whose
-            components are whole convolution groups).
+            components are whole convolution groups), and along the heads of attention modules and their parts.
         consumers: Slots along the input dimension of conv, linear or shortcut modules.
     """
 
@@ -97,7 +99,8 @@ def output_size(module: nn.Module) -> int:
         return module.out_features
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.num_features
-    return module.out_channels
+    heads = head_count(module)
+    return module.out_channels if heads is None else heads
 
 
 def input_size(module: nn.Module) -> int:
@@ -108,7 +111,15 @@ def input_size(module: nn.Module) -> int:
         return module.in_features
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.num_features
-    return module.in_channels
+    heads = head_count(module)
+    return module.in_channels if heads is None else heads
+
+
+def output_weights(module: nn.Module) -> Tensor | None:
+    """Weights by output (or head), ``[outputs, weights]``; None where there are none."""
+    if not has_weight(module):
+        return None
+    return head_weights(module) if head_count(module) is not None else module.weight.detach().flatten(1)
 
 
 def has_weight(module: nn.Module) -> bool:

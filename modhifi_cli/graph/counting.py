@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from modhifi_cli.graph.components import ComponentGroup, input_size, output_size
+from modhifi_cli.graph.heads import head_count, mixes_heads, per_head
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,23 @@ def count(model: nn.Module, example: Tensor) -> Counts:
         model: Network in evaluation mode.
         example: One input, ``[1, channels, height, width]``.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(example)
+    counter = _counted(model, example)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Counts(parameters, counter.get_total_flops() // (2 * example.shape[0]))
+
+
+def _counted(model: nn.Module, example: Tensor) -> FlopCounterMode:
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        # The counter hooks whatever asks for a gradient, and stumbles over views of parameters made without one.
+        for parameter in required:
+            parameter.requires_grad_(False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(example)
+    finally:
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+    return counter
 
 
 class LayerWidths:
@@ -79,8 +93,9 @@ class LayerWidths:
 class CostModel:
     """Parameters and MACs as a function of how many components each group keeps.
 
-    Exact for convolutions, linear layers and BatchNorm, whose sizes are products of the two widths; what a forward
-    spends elsewhere (attention products) is carried as a constant.
+    Exact for convolutions, linear layers and BatchNorm, whose sizes are products of the two widths, and for attention,
+    whose products of queries with keys and of weights with values go with its heads; what a forward spends elsewhere is
+    carried as a constant.
 
     Args:
         model: The dense network in evaluation mode.
@@ -98,6 +113,9 @@ class CostModel:
         self._params_pair = np.array([_pair_parameters(module) for module in modules])
         self._params_out = np.array([_output_parameters(module) for module in modules])
         self._macs_pair = self._params_pair * np.array([positions[name] for name in touched])
+        work = attention_work(model, example)
+        self._macs_out = np.array([work.get(name, (0.0, 0.0))[0] for name in touched])
+        self._macs_in = np.array([work.get(name, (0.0, 0.0))[1] for name in touched])
         now = self._touched(self._sizes)
         self._fixed = (self.dense.parameters - now.parameters, self.dense.macs - now.macs)
 
@@ -119,19 +137,56 @@ class CostModel:
         outputs, inputs = self.widths.at(keep)
         pairs = outputs * inputs
         parameters = (pairs * self._params_pair + outputs * self._params_out).sum()
-        return Counts(int(round(parameters)), int(round((pairs * self._macs_pair).sum())))
+        macs = (pairs * self._macs_pair + outputs * self._macs_out + inputs * self._macs_in).sum()
+        return Counts(int(round(parameters)), int(round(macs)))
 
 
 def independent_inputs(module: nn.Module) -> int:
-    """Input width that shrinks on its own: 1 where the inputs go with the outputs (BatchNorm, grouped convolution)."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "groups", 1) > 1:
+    """Input width that shrinks on its own: 1 where the inputs go with the outputs (BatchNorm, grouped conv, heads)."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) or is_grouped(module) or head_count(module) is not None:
         return 1
     return input_size(module)
 
 
+def is_grouped(module: nn.Module) -> bool:
+    """Whether a module is a grouped (or depthwise) convolution."""
+    return isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
+
+
+def attention_work(model: nn.Module, example: Tensor) -> dict[str, tuple[float, float]]:
+    """Multiply-accumulates that an attention module spends outside its layers, by what they go with.
+
+    Args:
+        model: Network in evaluation mode.
+        example: One input, ``[1, channels, height, width]``.
+
+    Returns:
+        Module name → MACs per output (head), MACs per input. With talking heads the products of queries with keys go
+        with the inputs of the first map between heads, those with the values with the outputs of the second.
+    """
+    counter = _counted(model, example)
+    totals = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    found: dict[str, tuple[float, float]] = {}
+    for name, module in model.named_modules():
+        heads = head_count(module)
+        if heads is None:
+            continue
+        full = f"{root}.{name}" if name else root
+        inside = sum(totals.get(f"{full}.{child}", 0) for child, _ in module.named_children())
+        own = (totals.get(full, 0) - inside) / (2 * example.shape[0])
+        if mixes_heads(module):
+            pairs, values = module.proj_l.in_features, module.proj_w.out_features
+            found[f"{name}.proj_l"] = (0.0, own / (pairs + values))
+            found[f"{name}.proj_w"] = (own / (pairs + values), 0.0)
+        elif own:
+            found[name] = (own / heads, 0.0)
+    return found
+
+
 def _pair_parameters(module: nn.Module) -> float:
     """Weights per (output, independent input) pair."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) or head_count(module) is not None:
         return 0.0
     weight = getattr(module, "weight", None)
     return 0.0 if weight is None else weight.numel() / (output_size(module) * independent_inputs(module))
@@ -141,6 +196,10 @@ def _output_parameters(module: nn.Module) -> float:
     """Parameters per output that do not depend on the inputs (biases, BatchNorm scales)."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return float(sum(parameter.numel() for parameter in module.parameters())) / module.num_features
+    heads = head_count(module)
+    if heads is not None:
+        named = dict(module.named_parameters(recurse=False))
+        return sum(named[name].numel() for name in per_head(module, heads) if name in named) / heads
     return 0.0 if getattr(module, "bias", None) is None else 1.0
 
 

@@ -8,7 +8,7 @@ component is a whole convolution group; and a reason for everything that is left
 import contextlib
 import io
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch_pruning
@@ -39,7 +39,12 @@ class _ShortcutPruner(torch_pruning.BasePruningFunc):
 
 
 def find_groups(
-    model: nn.Module, trace: Trace, example: Tensor, *, exclude: Iterable[str] = ()
+    model: nn.Module,
+    trace: Trace,
+    example: Tensor,
+    *,
+    exclude: Iterable[str] = (),
+    claimed: tuple[Collection[str], Collection[str]] = ((), ()),
 ) -> tuple[tuple[ComponentGroup, ...], tuple[Refusal, ...]]:
     """All groups of coupled channels of a network, in the order in which their first consumer runs.
 
@@ -48,6 +53,7 @@ def find_groups(
         trace: Its trace.
         example: One input batch, ``[batch, channels, height, width]``.
         exclude: Module names to leave alone; a name stands for the modules inside it too.
+        claimed: Layers whose outputs, and layers whose inputs, belong to groups that were found otherwise.
 
     Returns:
         The groups that can be edited, and what was left out with its reason. Outputs of the network (the classifier's
@@ -58,8 +64,8 @@ def find_groups(
         UnsupportedModelError: If the network cannot be traced.
     """
     names = {module: name for name, module in model.named_modules() if name}
-    excluded = _excluded(set(names.values()), exclude)
-    coupled = _union_grouped(model, _primitive_groups(model, names, trace, example))
+    excluded = excluded_modules(model, exclude)
+    coupled = _union_grouped(model, _primitive_groups(model, names, trace, example, claimed))
     groups, refused = [], []
     for links in coupled:
         group, reason = _as_group(model, links, trace)
@@ -74,7 +80,13 @@ def find_groups(
     return tuple(groups), tuple(refused)
 
 
-def _excluded(known: set[str], exclude: Iterable[str]) -> set[str]:
+def excluded_modules(model: nn.Module, exclude: Iterable[str]) -> set[str]:
+    """Names of all modules that the setting exclude names, or that lie inside them.
+
+    Raises:
+        ConfigError: If a name is no module of the network.
+    """
+    known = {name for name, _ in model.named_modules() if name}
     excluded: set[str] = set()
     for name in exclude:
         inside = {module for module in known if module == name or module.startswith(name + ".")}
@@ -89,7 +101,11 @@ _Link = tuple[str, str, list[int], list[int]]  # module, dim ("out" | "in" | "bo
 
 
 def _primitive_groups(
-    model: nn.Module, names: dict[nn.Module, str], trace: Trace, example: Tensor
+    model: nn.Module,
+    names: dict[nn.Module, str],
+    trace: Trace,
+    example: Tensor,
+    claimed: tuple[Collection[str], Collection[str]],
 ) -> list[tuple[int, list[_Link]]]:
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     mode = model.training
@@ -104,7 +120,7 @@ def _primitive_groups(
             )
             covered: dict[str, set[int]] = {}
             for module, name in names.items():
-                if not isinstance(module, _PRODUCERS) or module not in graph.module2node:
+                if not isinstance(module, _PRODUCERS) or module not in graph.module2node or name in claimed[0]:
                     continue
                 size = output_size(module)
                 if len(covered.get(name, ())) == size:
@@ -115,7 +131,8 @@ def _primitive_groups(
                 for target, dim, positions, _ in links:
                     if dim in ("out", "both"):
                         covered.setdefault(target, set()).update(positions)
-                found.append((size, links))
+                if not any(target in claimed[dim == "in"] for target, dim, *_ in links if dim in ("in", "out")):
+                    found.append((size, links))
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
         raise UnsupportedModelError(
             f"the network {type(model).__name__} could not be traced for coupled channels: {error}; "

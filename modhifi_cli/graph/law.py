@@ -125,23 +125,37 @@ def check(model: nn.Module, groups: Sequence[ComponentGroup], example: Tensor, *
 
 
 def lawful(
-    model: nn.Module, groups: Sequence[ComponentGroup], example: Tensor
+    model: nn.Module, candidates: Sequence[Sequence[ComponentGroup]], example: Tensor
 ) -> tuple[tuple[ComponentGroup, ...], dict[str, Verdict]]:
     """Split groups into those that obey the law and the verdicts of those that do not.
 
     All are tried in one attempt first, since networks that pass are the rule; only where that fails is each tried
     alone.
+
+    Args:
+        model: Dense network; left as found.
+        candidates: For each group the ways in which it may lie, the most usual first. The first that obeys is taken.
+        example: A batch, ``[batch, channels, height, width]``.
     """
-    groups = tuple(groups)
-    if not groups or check(model, groups, example).holds:
-        return groups, {}
-    verdicts = {group.name: check(model, (group,), example) for group in groups}
-    failed = {name: verdict for name, verdict in verdicts.items() if not verdict.holds}
-    passed = tuple(group for group in groups if group.name not in failed)
-    if not failed:  # each alone is right, together they are not: refuse rather than guess
-        together = check(model, groups, example)
-        return (), dict.fromkeys(verdicts, together)
-    return passed, failed
+    first = tuple(ways[0] for ways in candidates)
+    if not first or check(model, first, example).holds:
+        return first, {}
+    passed: list[ComponentGroup] = []
+    failed: dict[str, Verdict] = {}
+    for ways in candidates:
+        verdicts = [check(model, (ways[0],), example)]
+        for group in ways[1:]:
+            if verdicts[-1].holds:
+                break
+            verdicts.append(check(model, (group,), example))
+        if verdicts[-1].holds:
+            passed.append(ways[len(verdicts) - 1])
+        else:
+            failed[ways[0].name] = verdicts[0]
+    if passed and not check(model, passed, example).holds:
+        # Each alone is right, together they are not: refuse rather than guess.
+        return (), dict.fromkeys((group.name for group in first), check(model, passed, example))
+    return tuple(passed), failed
 
 
 @torch.no_grad()

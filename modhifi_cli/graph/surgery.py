@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError, UnsupportedModelError
 from modhifi_cli.graph.components import is_transposed
+from modhifi_cli.graph.heads import adopt_, head_count, slice_heads_
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.records import Edit, ModuleEdit
 
@@ -23,13 +24,14 @@ _ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (ChannelPadShortcut, ("in_channels", "out_channels")),
 )
 _TRANSPOSED_ATTRIBUTES = ("nx", "nf")
+HEADS = "heads"  # what the description of widths calls the number of heads, whatever the module does
 
 
 def slice_module_(module: nn.Module, *, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
     """Keep only the given channels or features of one module, in place.
 
     Args:
-        module: Convolution, linear layer, BatchNorm or option-A shortcut.
+        module: Convolution, linear layer, BatchNorm, option-A shortcut, or attention (its heads are its outputs).
         outputs: Kept output positions, ``[kept]`` int64 sorted, or None for all. For a grouped convolution they must
             be whole convolution groups; the inputs of a removed group go with it.
         inputs: Kept input positions, ``[kept]`` int64 sorted, or None for all. Not for grouped convolutions.
@@ -63,6 +65,9 @@ def slice_module_(module: nn.Module, *, outputs: Tensor | None = None, inputs: T
         if inputs is not None:
             _select_(module, ("weight",), 1, inputs)
             setattr(module, in_name, inputs.numel())
+    elif head_count(module) is not None:
+        if outputs is not None:
+            slice_heads_(module, outputs)
     else:
         raise UnsupportedModelError(f"a {type(module).__name__} cannot be sliced; exclude the group that holds it.")
 
@@ -154,7 +159,7 @@ def apply_module_edit_(model: nn.Module, edit: ModuleEdit) -> None:
 
 def _size(module: nn.Module, dim: int) -> int:
     names = ("out_channels", "out_features", "num_features", "nf") if dim == 0 else ("in_channels", "in_features", "nx")
-    return next((getattr(module, name) for name in names if hasattr(module, name)), 0)
+    return next((getattr(module, name) for name in names if hasattr(module, name)), head_count(module) or 0)
 
 
 def apply_edit_(model: nn.Module, edit: Edit) -> None:
@@ -163,6 +168,7 @@ def apply_edit_(model: nn.Module, edit: Edit) -> None:
     Raises:
         DataError: If a module or a shape does not fit.
     """
+    adopt_(model)
     for module_edit in edit.modules:
         apply_module_edit_(model, module_edit)
 
@@ -176,6 +182,8 @@ def describe_widths(model: nn.Module) -> dict[str, dict[str, int]]:
                 widths[name] = {attribute: getattr(module, attribute) for attribute in attributes}
         if is_transposed(module):
             widths[name] = {attribute: getattr(module, attribute) for attribute in _TRANSPOSED_ATTRIBUTES}
+        if name not in widths and (heads := head_count(module)) is not None:
+            widths[name] = {HEADS: heads}
     return widths
 
 
@@ -189,10 +197,12 @@ def restore_widths_(model: nn.Module, widths: Mapping[str, Mapping[str, int]]) -
     Raises:
         DataError: If a module is missing or would have to grow.
     """
+    if dict(widths) != describe_widths(model):
+        adopt_(model)
     for name, attributes in widths.items():
         try:
             module = model.get_submodule(name)
-            now = {attribute: getattr(module, attribute) for attribute in attributes}
+            now = {attribute: _width(module, attribute) for attribute in attributes}
         except AttributeError as error:
             raise DataError(f"the saved network has a module '{name}' that its architecture does not build.") from error
         if now == dict(attributes):
@@ -208,8 +218,15 @@ def restore_widths_(model: nn.Module, widths: Mapping[str, Mapping[str, int]]) -
         slice_module_(module, outputs=torch.arange(outputs), inputs=None if grouped else _range(inputs))
 
 
+def _width(module: nn.Module, attribute: str) -> int:
+    if attribute != HEADS:
+        return getattr(module, attribute)
+    return head_count(module) or 0
+
+
 def _counts(attributes: Mapping[str, int]) -> tuple[int, int | None]:
-    outputs = next(attributes[n] for n in ("out_channels", "out_features", "num_features", "nf") if n in attributes)
+    names = ("out_channels", "out_features", "num_features", "nf", HEADS)
+    outputs = next(attributes[n] for n in names if n in attributes)
     inputs = next((attributes[n] for n in ("in_channels", "in_features", "nx") if n in attributes), None)
     return outputs, inputs
 

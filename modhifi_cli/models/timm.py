@@ -94,7 +94,7 @@ def load(
     return LoadedModel(
         model=model,
         name=name,
-        preprocess=adjusted(_preprocess(timm.data.resolve_model_data_config(model)), preprocess),
+        preprocess=adjusted(_preprocess(_data_config(model, options or {})), preprocess),
         architecture={
             "builder": "modhifi_cli.models.timm.build",
             "kwargs": {"name": name, "num_classes": num_classes, "options": dict(options or {})},
@@ -121,6 +121,18 @@ def _no_retries_offline() -> Iterator[None]:
         yield
     finally:
         hub.HF_HUB_OFFLINE = before
+
+
+def _data_config(model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's data configuration of a network, at the size of image that the options ask for."""
+    import timm
+
+    config = timm.data.resolve_model_data_config(model)
+    size = options.get("img_size")
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        config["input_size"] = (config["input_size"][0], height, width)
+    return config
 
 
 def _preprocess(config: Mapping[str, Any]) -> Preprocess:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, has_weight
+from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, has_weight, output_weights
 from modhifi_cli.graph.segments import Look, Segments
 from modhifi_cli.graph.surgery import slice_module_
 from modhifi_cli.numerics.batchnorm import output_moments
@@ -272,11 +272,11 @@ def write_weight_(module: nn.Module, weight: Tensor, channels: Tensor) -> None:
 
 def filters_of(run: Run, slot: Slot, alive: Tensor) -> Tensor | None:
     """A producer's weights by living component, ``[components, weights]`` float64; None where it has none."""
-    module = run.model.get_submodule(slot.module)
-    if not has_weight(module):
+    weight = output_weights(run.model.get_submodule(slot.module))
+    if weight is None:
         return None
     outputs = run.layout.outputs(slot, alive)
-    weight = module.weight.detach().flatten(1).to(torch.float64)
+    weight = weight.to(torch.float64)
     return weight[outputs.flatten().to(weight.device)].view(alive.numel(), -1)
 
 

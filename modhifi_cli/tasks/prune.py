@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.evaluation.latency_table import LatencyTable
+from modhifi_cli.graph.attention import find_heads
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, shared_tensors
 from modhifi_cli.graph.counting import CostModel, count
-from modhifi_cli.graph.dependency import find_groups
+from modhifi_cli.graph.dependency import excluded_modules, find_groups
+from modhifi_cli.graph.heads import adopt_
 from modhifi_cli.graph.law import lawful
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_
@@ -94,7 +96,8 @@ def discover(
     """Groups of a network that obey the slicing law, what was left out and why, and the network's segments.
 
     Args:
-        model: Dense network in evaluation mode; left as found.
+        model: Dense network in evaluation mode; left as found, but for attention modules whose projections do not run
+            as modules: they get a class in which they do (`heads.adopt_`).
         example: Two images or more, ``[batch, channels, height, width]``.
         exclude: Names of modules to leave alone.
 
@@ -102,16 +105,22 @@ def discover(
         ConfigError: If an excluded module does not exist.
         UnsupportedModelError: If the network cannot be run or traced.
     """
+    adopt_(model)
     segments = Segments(model, example)
-    groups, refused = find_groups(model, segments.trace, example, exclude=exclude)
+    found, unheard = find_heads(model, segments.trace, excluded=excluded_modules(model, exclude))
+    claimed = tuple(frozenset().union(*(one.claimed[side] for one in found)) for side in (0, 1))
+    groups, refused = find_groups(model, segments.trace, example, exclude=exclude, claimed=claimed)
+    refused = (*refused, *unheard)
+    candidates = [*(one.candidates for one in found), *((group,) for group in groups)]
     shared = shared_tensors(model)
-    tied = {group.name: next((name for name in group.modules if name in shared), None) for group in groups}
+    modules = {group.name: group.modules for group, *_ in candidates}
+    tied = {name: next((module for module in modules[name] if module in shared), None) for name in modules}
     for name, module in tied.items():
         if module is not None:
             refused = (*refused, Refusal(name, f"{module} and {shared[module]} share a tensor, so neither can be cut"))
-    groups = tuple(group for group in groups if tied[group.name] is None)
-    passed, failed = lawful(model, groups, example.cpu())
-    modules = {group.name: group.modules for group in groups}
+    passed, failed = lawful(model, [ways for ways in candidates if tied[ways[0].name] is None], example.cpu())
+    visits = segments.trace.visits
+    passed = tuple(sorted(passed, key=lambda group: min(visits[slot.module].enter for slot in group.consumers)))
     for name, verdict in failed.items():
         reason = verdict.failure or f"sliced and zeroed logits differ by {verdict.difference:.1e} of their scale"
         among = ", ".join(modules[name][:4]) + (f" and {len(modules[name]) - 4} more" if len(modules[name]) > 4 else "")

@@ -53,7 +53,7 @@ def test_a_group_that_breaks_the_law_is_refused_and_the_others_stay():
     model, images = networks.Mixing().eval(), torch.randn(2, 3, 16, 16)
     groups, _ = groups_of(model, images)
     assert {group.name for group in groups} == {"good", "first", "second"}
-    passed, failed = lawful(model, groups, images)
+    passed, failed = lawful(model, [(group,) for group in groups], images)
     assert {group.name for group in passed} == {"good", "second"}
     assert failed["first"].difference > 1e-3
 

@@ -1,0 +1,239 @@
+"""Heads and gated neurons of vision transformers, found by the roles of the modules and never by names of networks.
+
+An attention module has a number of heads, projections that write queries, keys and values, and one that reads what the
+heads have mixed. Its components are whole heads: rows of the writers, the entries that the module itself holds for each
+head (position biases, temperatures), columns of the reader. Where a fused projection may lie in several ways, each is a
+candidate, and the slicing law decides. A gated MLP whose gate and values come from one layer is found here, too:
+halves of a tensor are nothing that a graph of channels sees.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot, input_size, output_size
+from modhifi_cli.graph.heads import READERS, head_count, head_weights, mixes_heads
+from modhifi_cli.graph.trace import Trace
+
+# Who writes queries, keys and values: one name for each layer. Tried in this order.
+_WRITERS: tuple[tuple[str, ...], ...] = (
+    ("qkv",),
+    ("q", "kv"),
+    ("qk", "v"),
+    ("q", "k", "v"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("wq", "wk", "wv"),
+)
+_GATES = ("gate",)  # what multiplies the mixed heads before they are read
+_LAYER = (nn.Linear, nn.Conv2d)
+_GATED = (("fc1", "fc2"), ("w12", "w3"))  # layers that write gate and neurons in one, and that read the neurons
+
+
+@dataclass(frozen=True)
+class Found:
+    """One thing that may be a group.
+
+    Attributes:
+        candidates: The group in each way in which its fused projections may lie, the most usual first.
+        claimed: Names of layers whose outputs belong to it, and of layers whose inputs do.
+    """
+
+    candidates: tuple[ComponentGroup, ...]
+    claimed: tuple[frozenset[str], frozenset[str]]
+
+
+def find_heads(
+    model: nn.Module, trace: Trace, *, excluded: Iterable[str] = ()
+) -> tuple[tuple[Found, ...], tuple[Refusal, ...]]:
+    """The heads of every attention module, and the neurons of every packed gated MLP.
+
+    Args:
+        model: Dense network whose attention modules were adopted (`heads.adopt_`).
+        trace: Its trace.
+        excluded: Names of modules that may not be touched.
+
+    Returns:
+        What was found, in order of execution, and what was left out with its reason.
+    """
+    banned = frozenset(excluded)
+    found: list[Found] = []
+    refused: list[Refusal] = []
+    for name, module in model.named_modules():
+        made: Found | str | None = None
+        writers = _writers_of(module)
+        if mixes_heads(module):
+            for part in _talking_parts(module, name):
+                _add(part, banned, found, refused)
+            continue
+        if head_weights(module) is not None or (writers and head_count(module) is not None):
+            made = _heads_of(module, name, writers)
+        elif isinstance(fused := _packed_gate(module, name), Found | str):
+            made = fused
+        if isinstance(made, str):
+            refused.append(Refusal(name, made))
+        elif made is not None:
+            running = [n for n in made.candidates[0].modules if n not in trace.visits]
+            if running:
+                why = "runs more than once in one forward" if running[0] in trace.reused else "does not run as a module"
+                refused.append(Refusal(name, f"{running[0]} {why}"))
+            else:
+                _add(made, banned, found, refused)
+    found.sort(key=lambda one: trace.visits[one.candidates[0].consumers[0].module].enter)
+    return tuple(found), tuple(refused)
+
+
+def _add(made: Found, banned: frozenset[str], found: list[Found], refused: list[Refusal]) -> None:
+    group = made.candidates[0]
+    touched = [name for name in group.modules if name in banned]
+    if touched:
+        refused.append(Refusal(group.name, f"excluded by the setting exclude ({touched[0]})"))
+    else:
+        found.append(made)
+
+
+def _writers_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that write queries, keys and values, or nothing."""
+    for names in _WRITERS:
+        if all(isinstance(getattr(module, name, None), _LAYER) for name in names):
+            return names
+    return ()
+
+
+def _heads_of(module: nn.Module, name: str, writers: Sequence[str]) -> Found | str:
+    heads = head_count(module)
+    reader_name = next((n for n in READERS if isinstance(getattr(module, n, None), _LAYER)), None)
+    if reader_name is None:
+        return "this attention has no projection that reads its heads"
+    reader = getattr(module, reader_name)
+    width = input_size(reader)
+    if heads is None or width % heads:
+        return f"the {width} features that {reader_name} reads are not shared evenly by {heads} heads"
+    if heads < 2:
+        return "it has one head, which is all there is"
+    own = f"{name}." if name else ""
+    for norm, layer in module.named_children():
+        if _across_heads(layer, width, width // heads):
+            return f"{own}{norm} is a {type(layer).__name__} across the heads"
+    layouts = _layouts(module, writers, heads, width)
+    if isinstance(layouts, str):
+        return layouts
+    extra = []
+    followers = [Slot(name, torch.arange(heads)[:, None])]
+    for child, layer in module.named_modules():
+        if not child or child in (*writers, reader_name):
+            continue
+        last = child.rpartition(".")[2]
+        if isinstance(layer, _LAYER) and "." not in child and layer.weight.shape[1] == heads:
+            return f"{own}{child} mixes the heads"
+        if isinstance(layer, _LAYER) and last in _GATES and output_size(layer) == width:
+            extra.append(Slot(own + child, torch.arange(width).view(heads, -1)))
+        elif isinstance(layer, _LAYER) and output_size(layer) == heads and _ends(module, child):
+            extra.append(Slot(own + child, torch.arange(heads)[:, None]))
+        elif not isinstance(layer, _LAYER) and head_count(layer) == heads:
+            followers.append(Slot(own + child, torch.arange(heads)[:, None]))
+    read = Slot(own + reader_name, torch.arange(width).view(heads, -1))
+    candidates = []
+    for layout in layouts:
+        slots = [Slot(own + writer, index) for writer, index in zip(writers, layout, strict=True)]
+        producers, rest = (*slots, *extra), followers
+        if not slots:  # the module itself projects
+            producers, rest = (followers[0], *extra), followers[1:]
+        candidates.append(ComponentGroup(name, heads, tuple(producers), tuple(rest), (read,)))
+    claimed = frozenset(own + writer for writer in writers) | {slot.module for slot in extra}
+    return Found(tuple(candidates), (claimed, frozenset({read.module})))
+
+
+def _ends(module: nn.Module, child: str) -> bool:
+    """Whether a layer is the last of its branch: the number of heads in the middle of one would be a coincidence."""
+    parent, _, last = child.rpartition(".")
+    layers = [n for n, m in module.get_submodule(parent).named_children() if isinstance(m, _LAYER)] if parent else []
+    return not parent or layers[-1:] == [last]
+
+
+def _across_heads(layer: nn.Module, width: int, each: int) -> bool:
+    shape = getattr(layer, "normalized_shape", None)
+    size = shape[-1] if shape else getattr(layer, "num_features", getattr(layer, "num_channels", None))
+    return size == width != each
+
+
+def _layouts(module: nn.Module, writers: Sequence[str], heads: int, width: int) -> list[list[Tensor]] | str:
+    """For each way in which the projections may lie, the positions of every writer: ``[heads, entries]`` each."""
+    if not writers:
+        return [[]]
+    sizes = [output_size(getattr(module, name)) for name in writers]
+    uneven = [name for name, size in zip(writers, sizes, strict=True) if size % heads]
+    if uneven:
+        return f"{uneven[0]} does not write the same for each of its {heads} heads"
+    runs = {"qkv": 3, "kv": 2, "qk": 2}
+    apart = [_runs(size, heads, runs.get(name, 1), width) for name, size in zip(writers, sizes, strict=True)]
+    together = [torch.arange(size).view(heads, -1) for size in sizes]
+    if any(one is None for one in apart):
+        return [together]
+    layouts = [apart]
+    if any(runs.get(name, 1) > 1 for name in writers):
+        layouts.append(together)
+    return layouts
+
+
+def _runs(size: int, heads: int, runs: int, width: int) -> Tensor | None:
+    """Positions where queries, keys and values lie one behind the other, head after head; values are `width` wide."""
+    if runs == 1:
+        return torch.arange(size).view(heads, -1)
+    widths = [width] if runs == 2 and size == 2 * width else []
+    widths = [size // runs] * runs if size == runs * width else widths
+    rest = size - width
+    if not widths and rest > 0 and rest % (runs - 1) == 0 and rest // (runs - 1) % heads == 0:
+        widths = [rest // (runs - 1)] * (runs - 1) + [width]
+    if not widths:
+        return None
+    blocks, start = [], 0
+    for each in widths if len(widths) == runs else widths * runs:
+        blocks.append(torch.arange(start, start + each).view(heads, -1))
+        start += each
+    return torch.cat(blocks, 1)
+
+
+def _talking_parts(module: nn.Module, name: str) -> list[Found]:
+    """Attention with talking heads: its values' heads, its softmax's and those of queries with keys, three groups."""
+    own = f"{name}." if name else ""
+    heads, width = module.num_heads, module.proj.in_features
+    by_head = torch.arange(width).view(heads, -1)
+    one = torch.arange(heads)[:, None]
+    pairs = torch.cat([by_head, by_head + width], 1)
+    qkv, before, behind, reader = (own + layer for layer in ("qkv", "proj_l", "proj_w", "proj"))
+    groups = [
+        ComponentGroup(f"{own}proj_l", heads, (Slot(qkv, pairs),), (), (Slot(before, one),)),
+        ComponentGroup(f"{own}proj_w", heads, (Slot(before, one),), (), (Slot(behind, one),)),
+        ComponentGroup(
+            f"{own}proj", heads, (Slot(qkv, by_head + 2 * width), Slot(behind, one)), (), (Slot(reader, by_head),)
+        ),
+    ]
+    claimed = (frozenset({qkv, before, behind}), frozenset({before, behind, reader}))
+    return [Found((group,), claimed) for group in groups] if heads > 1 else []
+
+
+def _packed_gate(module: nn.Module, name: str) -> Found | str | None:
+    """An MLP whose first layer writes gate and values in one: twice as many as the second reads."""
+    for writer_name, reader_name in _GATED:
+        writer, reader = getattr(module, writer_name, None), getattr(module, reader_name, None)
+        if not (isinstance(writer, _LAYER) and isinstance(reader, _LAYER)):
+            continue
+        hidden = input_size(reader)
+        if output_size(writer) != 2 * hidden:
+            continue
+        for norm, layer in module.named_children():
+            if _across_heads(layer, hidden, 1):
+                return f"{norm} is a {type(layer).__name__} across the hidden neurons"
+        own = f"{name}." if name else ""
+        neurons = torch.arange(hidden)[:, None]
+        halves = torch.cat([neurons, neurons + hidden], 1)
+        pairs = torch.cat([2 * neurons, 2 * neurons + 1], 1)
+        read = Slot(own + reader_name, neurons)
+        groups = tuple(
+            ComponentGroup(own + writer_name, hidden, (Slot(own + writer_name, index),), (), (read,))
+            for index in (halves, pairs)
+        )
+        return Found(groups, (frozenset({own + writer_name}), frozenset({own + reader_name})))
+    return None

@@ -1,0 +1,454 @@
+"""Attention modules that can hold fewer heads: what they keep for each head, and the classes that make them able to.
+
+The heads of a module are its only channel dimension here, as the channels are of a BatchNorm: cutting them cuts every
+parameter that the module itself holds for each head and says so in its attributes. Projections are layers of their own
+and are cut as layers. Some classes take the number of features of a head from the width of their input, or hand the
+weights of their projections to a function, so that nothing is seen running; `adopt_` gives those a class that
+computes the same from the same parameters and can lose heads.
+"""
+
+import ast
+import functools
+import inspect
+import math
+import textwrap
+import types
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+COUNTS = ("num_heads", "heads")  # attributes that hold the number of heads
+# Attributes that hold the number of heads times a number of features, where they are read.
+_WIDTHS = ("attn_dim", "all_head_dim", "kv_dim", "val_attn_dim", "key_attn_dim", "inner_dim", "o_proj_inpdim")
+_ALSO_COUNTS = ("num_kv_heads", "num_attention_heads")
+_TABLE = "relative_position_bias_table"
+# Tensors with entries for each head, by the dimension in which they lie. Others are told by their shape.
+_PER_HEAD = {
+    _TABLE: -1,
+    "logit_scale": 0,
+    "temperature": 0,
+    "attention_biases": 0,
+    "gating_param": 0,
+    "q_bias": 0,
+    "k_bias": 0,
+    "v_bias": 0,
+    "in_proj_weight": 0,
+    "in_proj_bias": 0,
+}
+_THRICE = ("in_proj_weight", "in_proj_bias")  # queries, keys and values one behind the other
+
+
+def head_count(module: nn.Module) -> int | None:
+    """Number of heads that a module says it has, or None for a module that is no attention and no part of one."""
+    if type(module).__module__.startswith("transformers."):
+        return None  # the layers of language models are taken apart in `decoder.py`
+    for name in COUNTS:
+        count = getattr(module, name, None)
+        if isinstance(count, int) and not isinstance(count, bool) and _holds_heads(module, count):
+            return count
+    table = getattr(module, _TABLE, None)
+    if isinstance(table, Tensor):  # a position bias that stands in a module of its own
+        return table.shape[_table_dim(table)]
+    return None
+
+
+def _holds_heads(module: nn.Module, count: int) -> bool:
+    """Blocks know their number of heads, too; an attention has projections, a part of one has entries for each head."""
+    if count < 1:
+        return False
+    children = dict(module.named_children())
+    readers = any(isinstance(children.get(name), nn.Module) for name in READERS)
+    return readers or bool(per_head(module, count))
+
+
+READERS = ("proj", "out_proj", "o_proj", "to_out")  # the projection that reads the heads
+
+
+def per_head(module: nn.Module, heads: int) -> dict[str, tuple[int, int, int]]:
+    """Parameters and buffers that a module itself holds for each of its heads.
+
+    Args:
+        module: An attention module, or a part of one.
+        heads: Its number of heads.
+
+    Returns:
+        Name → dimension, runs and entries: along the dimension lie so many runs (one behind the other) of `heads`
+        times so many entries.
+    """
+    found: dict[str, tuple[int, int, int]] = {}
+    tensors = dict(module.named_parameters(recurse=False))
+    tensors |= {name: t for name, t in module.named_buffers(recurse=False) if name in _PER_HEAD}
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.dim() == 0:
+            continue
+        if name in _PER_HEAD:
+            dim = _table_dim(tensor) if name == _TABLE else _PER_HEAD[name]
+            runs = 3 if name in _THRICE else 1
+            if tensor.shape[dim] % (runs * heads) == 0:
+                found[name] = (dim % tensor.dim(), runs, tensor.shape[dim] // (runs * heads))
+            continue
+        dims = [dim for dim, size in enumerate(tensor.shape) if size == heads]
+        if len(dims) == 1 and heads > 1:
+            found[name] = (dims[0], 1, 1)
+    return found
+
+
+def _table_dim(table: Tensor) -> int:
+    """Swin's table is [positions, heads], MaxViT's [heads, height, width]."""
+    return -1 if table.dim() == 2 else 0
+
+
+def slice_heads_(module: nn.Module, kept: Tensor) -> None:
+    """Keep only the given heads of what the module itself holds, in place; its projections are cut on their own.
+
+    Args:
+        module: A module with a `head_count`.
+        kept: Kept heads, ``[kept]`` int64 sorted.
+    """
+    heads = head_count(module)
+    assert heads is not None
+    adopt_one_(module)
+    for name, (dim, runs, entries) in per_head(module, heads).items():
+        old = getattr(module, name)
+        steps = torch.arange(runs)[:, None, None] * heads * entries + torch.arange(entries)
+        index = (steps + kept[:, None] * entries).flatten()
+        new = old.detach().index_select(dim, index.to(old.device)).contiguous()
+        if isinstance(old, nn.Parameter):
+            setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        else:
+            module._buffers[name] = new
+    for name in (*COUNTS, *_ALSO_COUNTS):
+        if getattr(module, name, None) == heads:
+            setattr(module, name, kept.numel())
+    for name in _WIDTHS:
+        width = getattr(module, name, None)
+        if isinstance(width, int) and width % heads == 0:
+            setattr(module, name, width // heads * kept.numel())
+    shape = getattr(module, "bias_shape", None)
+    if isinstance(shape, tuple):
+        place = _table_dim(module.relative_position_bias_table) % len(shape)
+        module.bias_shape = (*shape[:place], kept.numel(), *shape[place + 1 :])
+
+
+def head_weights(module: nn.Module) -> Tensor | None:
+    """Weights that an attention module itself projects with, by head, ``[heads, weights]``; None where it has none."""
+    weight = getattr(module, "in_proj_weight", None)
+    heads = head_count(module)
+    if weight is None or heads is None:
+        return None
+    return weight.detach().view(3, heads, -1).transpose(0, 1).reshape(heads, -1)
+
+
+# ----------------------------------------------------------------------------------------------------------- adoption
+
+
+def adopt_(model: nn.Module) -> tuple[str, ...]:
+    """Give every attention module whose projections do not run as modules, a class in which they do, in place.
+
+    Parameters, buffers and their names stay, and so does what the module computes, up to rounding.
+
+    Returns:
+        Names of the modules whose class has changed.
+    """
+    found = []
+    for name, module in model.named_modules():
+        before = type(module)
+        if _hides_projections(module):
+            adopt_one_(module)
+        if type(module) is not before:
+            found.append(name)
+    return tuple(found)
+
+
+def adopt_one_(module: nn.Module) -> None:
+    """Give one module the class that can hold fewer heads, if its own cannot, in place."""
+    if getattr(module, "qkv_bias_separate", None) is False:
+        module.qkv_bias_separate = True  # timm's own switch: the projection runs as a module
+    kind = type(module)
+    if kind is nn.MultiheadAttention:
+        if module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn:
+            module.dim_of_head = module.head_dim
+            module.__class__ = HeadwiseAttention
+    elif _is_windowed(kind):
+        module.dim_of_head = module.qkv.out_features // 3 // module.num_heads
+        module.__class__ = _windowed(kind)
+    elif mixes_heads(module):
+        if not isinstance(module, _TalkingHeads):
+            module.dim_of_head = module.proj.in_features // module.num_heads
+            module.__class__ = _talking(kind)
+    elif head_count(module) is not None:
+        module.__class__ = _inferring(kind)
+
+
+def _hides_projections(module: nn.Module) -> bool:
+    kind = type(module)
+    separate = getattr(module, "qkv_bias_separate", None) is False
+    return separate or _is_windowed(kind) or kind is nn.MultiheadAttention or mixes_heads(module)
+
+
+def _is_windowed(kind: type[nn.Module]) -> bool:
+    """Whether this is torchvision's window attention; by name, since the library is heavy, and not yet adopted."""
+    ours = issubclass(kind, _ShiftedWindows)
+    return kind.__module__ == "torchvision.models.swin_transformer" and "WindowAttention" in kind.__name__ and not ours
+
+
+def mixes_heads(module: nn.Module) -> bool:
+    """Whether this is attention with talking heads: linear maps between the heads, in front of softmax and behind."""
+    names = ("qkv", "proj_l", "proj_w", "proj")
+    return all(isinstance(getattr(module, name, None), nn.Linear) for name in names) and hasattr(module, "num_heads")
+
+
+class HeadwiseAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` with queries, keys and values of one width, and fewer heads than the width asks for.
+
+    PyTorch's function asserts that heads times their features is the width of the input. Parameters and their names are
+    its own; `dim_of_head` is the number of features of a head.
+    """
+
+    # An encoder layer of PyTorch takes its own fast path only where this is true.
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        return False
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, value: bool) -> None:
+        pass
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention`: output and, if wanted, the attention weights, averaged over heads by default."""
+        single = query.dim() == 2
+        if single:
+            query, key, value = (part.unsqueeze(0 if self.batch_first else 1) for part in (query, key, value))
+        if not self.batch_first:
+            query, key, value = (part.transpose(0, 1) for part in (query, key, value))
+        weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        parts = [
+            functional.linear(part, weight, bias).unflatten(-1, (self.num_heads, self.dim_of_head)).transpose(1, 2)
+            for part, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        ]
+        mask = self._mask(attn_mask, key_padding_mask, parts[0])
+        dropped = self.dropout if self.training else 0.0
+        attention = None
+        if need_weights or mask is not None:
+            scores = parts[0] @ parts[1].transpose(-2, -1) * self.dim_of_head**-0.5
+            attention = (scores if mask is None else scores + mask).softmax(-1)
+            mixed = functional.dropout(attention, dropped, self.training) @ parts[2]
+        else:
+            mixed = functional.scaled_dot_product_attention(*parts, dropout_p=dropped)
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        if not need_weights:
+            attention = None
+        elif average_attn_weights:
+            attention = attention.mean(1)
+        if not self.batch_first:
+            output = output.transpose(0, 1)
+        if single:
+            output = output.squeeze(0 if self.batch_first else 1)
+            attention = None if attention is None else attention.squeeze(0)
+        return output, attention
+
+    def _mask(self, attention: Tensor | None, padding: Tensor | None, like: Tensor) -> Tensor | None:
+        """Both masks as one that is added to the scores ``[batch, heads, queries, keys]``."""
+        total = None
+        if attention is not None:
+            total = _added(attention, like)
+            total = total if total.dim() == 2 else total.view(like.shape[0], self.num_heads, *total.shape[-2:])
+        if padding is not None:
+            hidden = _added(padding, like)[:, None, None]
+            total = hidden if total is None else total + hidden
+        return total
+
+
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(like)
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(mask, -torch.inf)
+
+
+class _TalkingHeads:
+    """Attention whose heads are mixed by linear maps in front of the softmax and behind it (arXiv:2003.02436).
+
+    The three kinds of heads (queries with keys; the softmax's; values) may differ in number: the maps' sizes say them.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, tokens, width]`` → the same."""
+        pairs, values = self.proj_l.in_features, self.proj_w.out_features
+        sizes = [heads * self.dim_of_head for heads in (pairs, pairs, values)]
+        query, key, value = (
+            part.unflatten(-1, (-1, self.dim_of_head)).transpose(1, 2) for part in self.qkv(x).split(sizes, dim=-1)
+        )
+        scores = (query * self.scale) @ key.transpose(-2, -1)
+        attention = self.proj_l(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(dim=-1)
+        attention = self.attn_drop(self.proj_w(attention.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return self.proj_drop(self.proj((attention @ value).transpose(1, 2).flatten(2)))
+
+
+@functools.cache
+def _talking(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_TalkingHeads, kind), {"__module__": kind.__module__})
+
+
+class _ShiftedWindows:
+    """torchvision's shifted window attention, both versions, with its projections run as modules.
+
+    Its own forward hands the projections' weights to a function that divides the width of the input by the heads.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, height, width, channels]`` → the same."""
+        height, width = x.shape[1:3]
+        down, across = self.window_size
+        padded = functional.pad(x, (0, 0, 0, -width % across, 0, -height % down))
+        rows, columns = padded.shape[1:3]
+        # A window as large as the map is not shifted.
+        by, size = self.shift_size, (rows, columns)
+        shift = [0 if self.window_size[axis] >= size[axis] else by[axis] for axis in (0, 1)]
+        if any(shift):
+            padded = padded.roll((-shift[0], -shift[1]), (1, 2))
+        windows = padded.unflatten(2, (columns // across, across)).unflatten(1, (rows // down, down)).transpose(2, 3)
+        mixed = self._attend(windows.flatten(3, 4).flatten(0, 2), self._hidden(rows, columns, shift, x))
+        mixed = self._projected(mixed).unflatten(1, (down, across))
+        mixed = mixed.unflatten(0, (-1, rows // down, columns // across)).transpose(2, 3)
+        mixed = mixed.flatten(3, 4).flatten(1, 2)
+        if any(shift):
+            mixed = mixed.roll((shift[0], shift[1]), (1, 2))
+        return mixed[:, :height, :width].contiguous()
+
+    def _projected(self, mixed: Tensor) -> Tensor:
+        return functional.dropout(self.proj(mixed), self.dropout, self.training)
+
+    def _attend(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+        """One row of heads' features for each token of each window: ``[windows, tokens, channels]`` → the same."""
+        query, key, value = (
+            part.transpose(1, 2) for part in self._written(tokens).unflatten(-1, (3, -1, self.dim_of_head)).unbind(2)
+        )
+        scale = getattr(self, "logit_scale", None)
+        if scale is None:
+            scores = (query * self.dim_of_head**-0.5) @ key.transpose(-2, -1)
+        else:
+            scores = functional.normalize(query, dim=-1) @ functional.normalize(key, dim=-1).transpose(-2, -1)
+            scores = scores * scale.clamp(max=math.log(100.0)).exp()
+        scores = scores + self.get_relative_position_bias()
+        if hidden is not None:
+            scores = scores.unflatten(0, (-1, hidden.shape[0])) + hidden[:, None]
+            scores = scores.flatten(0, 1)
+        weights = functional.dropout(scores.softmax(-1), self.attention_dropout, self.training)
+        return (weights @ value).transpose(1, 2).flatten(2)
+
+    def _written(self, tokens: Tensor) -> Tensor:
+        written = self.qkv(tokens)
+        if getattr(self, "logit_scale", None) is None or self.qkv.bias is None:
+            return written
+        # The second version has no bias for the keys: the middle third of the layer's is left out.
+        queries, keys, values = self.qkv.bias.chunk(3)
+        return written - torch.cat([torch.zeros_like(queries), keys, torch.zeros_like(values)])
+
+    def _hidden(self, rows: int, columns: int, shift: list[int], like: Tensor) -> Tensor | None:
+        """What is added to scores of tokens that only the shift makes neighbours: ``[windows, tokens, tokens]``."""
+        if not any(shift):
+            return None
+        down, across = self.window_size
+        bands = []
+        for size, window, by in ((rows, down, shift[0]), (columns, across, shift[1])):
+            place = torch.arange(size, device=like.device)
+            bands.append((place >= size - window).long() + (place >= size - by).long())
+        region = 3 * bands[0][:, None] + bands[1]
+        region = region.view(rows // down, down, columns // across, across).transpose(1, 2).flatten(2).flatten(0, 1)
+        apart = region[:, None] != region[:, :, None]
+        return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
+
+
+@functools.cache
+def _windowed(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_ShiftedWindows, kind), {"__module__": kind.__module__})
+
+
+# ------------------------------------------------------------------------------------ sizes that follow the heads
+
+
+@functools.cache
+def _inferring(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose methods infer the heads' width where the library's class takes it from its input's.
+
+    In every reshape with a size that is the input's last one (or that over the number of heads) and with no −1 yet,
+    this size becomes −1. That is the same number on the dense network, whatever the class computes; on one with fewer
+    heads it is the width of what is reshaped. `kind` itself where there is no such reshape.
+    """
+    if "_infers" in kind.__dict__:
+        return kind
+    methods = {}
+    for name in ("forward", "_attn"):
+        method = kind.__dict__.get(name) or next((k.__dict__[name] for k in kind.__mro__ if name in k.__dict__), None)
+        rewritten = _inferred(method) if isinstance(method, types.FunctionType) else None
+        if rewritten is not None:
+            methods[name] = rewritten
+    if not methods:
+        return kind
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "_infers": True, **methods})
+
+
+def _inferred(method: types.FunctionType) -> types.FunctionType | None:
+    if method.__closure__ or method.__module__.startswith("modhifi_cli"):
+        return None  # `super()` and decorators: not a plain function of its source
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    widths = set(_widths(tree))
+    changed = False
+    for call in ast.walk(tree):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+            continue
+        if call.func.attr not in ("reshape", "view") or any(_is_minus_one(argument) for argument in call.args):
+            continue
+        places = [place for place, argument in enumerate(call.args) if _is_width(argument, widths)]
+        if len(places) == 1:
+            call.args[places[0]] = ast.copy_location(ast.parse("-1", mode="eval").body, call.args[places[0]])
+            changed = True
+    if not changed:
+        return None
+    function = tree.body[0]
+    function.decorator_list = []
+    function.returns = None
+    for argument in (*function.args.args, *function.args.kwonlyargs):
+        argument.annotation = None
+    ast.increment_lineno(ast.fix_missing_locations(tree), method.__code__.co_firstlineno - 1)
+    scope: dict = {}
+    exec(compile(tree, inspect.getsourcefile(method) or "<forward>", "exec"), method.__globals__, scope)  # noqa: S102
+    made = scope[method.__name__]
+    made.__defaults__, made.__kwdefaults__ = method.__defaults__, method.__kwdefaults__
+    return made
+
+
+def _widths(tree: ast.AST) -> Iterator[str]:
+    """Names to which a tensor's number of channels is given: C of ``B, N, C = x.shape``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            value = node.value.func if isinstance(node.value, ast.Call) else node.value
+            names = [element.id for element in node.targets[0].elts if isinstance(element, ast.Name)]
+            if isinstance(value, ast.Attribute) and value.attr in ("shape", "size") and names:
+                yield "C" if "C" in names else names[-1]  # maps are [batch, C, height, width]
+
+
+def _is_width(node: ast.AST, widths: set[str]) -> bool:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv):
+        return _is_width(node.left, widths)
+    return isinstance(node, ast.Name) and node.id in widths
+
+
+def _is_minus_one(node: ast.AST) -> bool:
+    return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)

@@ -1,0 +1,56 @@
+"""Tiny vision transformers with random weights, one of each family: how each holds its heads and its neurons."""
+
+import torch
+from torch import Tensor, nn
+
+PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+WINDOWS = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": (1, 2),
+    "num_heads": (2, 4),
+    "num_classes": 5,
+}
+DINO = {**PLAIN, "img_size": 28, "patch_size": 14}
+# Name → (library, name there, options). DINOv2 has layer scale; its giant one and EVA-02 have gated neurons.
+FAMILIES = {
+    "vit": ("timm", "vit_tiny_patch16_224", PLAIN),
+    "deit": ("timm", "deit_tiny_distilled_patch16_224", PLAIN),
+    "qk_norm": ("timm", "vit_tiny_patch16_224", {**PLAIN, "qk_norm": True}),
+    "swin": ("timm", "swin_tiny_patch4_window7_224", WINDOWS),
+    "swinv2": ("timm", "swinv2_tiny_window8_256", WINDOWS),
+    "cait": ("timm", "cait_xxs24_224", PLAIN),
+    "dinov2": ("timm", "vit_small_patch14_dinov2", DINO),
+    "packed_gate": ("timm", "vit_giant_patch14_dinov2", DINO),
+    "beit": ("timm", "beit_base_patch16_224", PLAIN),
+    "eva02": ("timm", "eva02_tiny_patch14_224", PLAIN),
+    "torchvision_vit": ("torchvision", "vit", {}),
+    "torchvision_swin": ("torchvision", "swin", {}),
+    "torchvision_swin_v2": ("torchvision", "swin_v2", {}),
+}
+
+
+def build(name: str, *, seed: int = 0) -> nn.Module:
+    """The family's tiny network in evaluation mode."""
+    library, named, options = FAMILIES[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if library == "timm":
+            import timm
+
+            return timm.create_model(named, **options).eval()
+        from torchvision.models import VisionTransformer
+        from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
+
+        if named == "vit":
+            return VisionTransformer(32, 8, 2, 3, 24, 48, num_classes=5).eval()
+        second = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2} if named == "swin_v2" else {}
+        return SwinTransformer([2, 2], 16, [1, 2], [2, 4], [4, 4], num_classes=5, **second).eval()
+
+
+def images(name: str, count: int = 2) -> Tensor:
+    """Random images of the size that the family's network takes."""
+    size = 28 if FAMILIES[name][2] is DINO else 32
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
