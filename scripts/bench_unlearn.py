@@ -1,6 +1,6 @@
 """Cost of unlearning in plain forwards over the same images: operations counted, so the machine's load does not matter.
 
-    python scripts/bench_unlearn.py                     # ResNet-20: three methods, strength given and searched for
+    python scripts/bench_unlearn.py                     # ResNet-20: every method, strength given and searched for
     python scripts/bench_unlearn.py --model resnet56_cifar --images 256
 
 A forward's operations are its convolutions and its linear layers; the second column counts the products of second
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from modhifi_cli import config
+from modhifi_cli.tasks.collapse import CollapseU
 from modhifi_cli.tasks.forgetting import ContrastU, DisCEditU, ModHiFiU
 from modhifi_cli.tasks.unlearn import Trial, unlearn_
 
@@ -26,6 +27,8 @@ METHODS = {
     "discedit_u, share searched for": DisCEditU,
     "contrast, beta given": lambda: ContrastU(beta=0.3),
     "contrast, beta searched for": ContrastU,
+    "collapse, beta given": CollapseU,
+    "collapse, beta searched for": lambda: CollapseU(beta="auto"),
 }
 
 

@@ -3,7 +3,8 @@
     W' = argmin  E_r‖W'x − Wx‖² + β E_f‖W'x − t‖² + λ‖W' − W‖²
 
 with E_r and E_f the means over the rows of retain and forget samples and t the output that a forget row shall have.
-Only two second moments and E_f[t xᵀ] are needed, so t may differ from row to row. The constant (a bias, or the mean of
+Only two second moments and E_f[t xᵀ] are needed, so t may differ from row to row; so may an output wanted on the retain
+rows in place of W x. The constant (a bias, or the mean of
 a BatchNorm behind the layer) is one more feature that is always 1 and that the ridge leaves alone. Float64.
 """
 
@@ -112,13 +113,14 @@ def contrast(
     aim: Aim,
     beta: float,
     ridge: float,
+    retain_aim: Aim | None = None,
     constant: bool = True,
     name: str = "layer",
 ) -> Contrast:
     """Solve the contrast of one layer.
 
     With x̃ = (x, 1), W̃ = (W, b) and Δ̃ = W̃' − W̃ the optimum is Δ̃ (S̃_r + β S̃_f + Λ) = β (E_f[t x̃ᵀ] − W̃ S̃_f), so that
-    β = 0 changes nothing, exactly.
+    β = 0 changes nothing, exactly. With an aim t_r for the retain rows E_r[t_r x̃ᵀ] − W̃ S̃_r is added on the right.
 
     Args:
         weight: W, ``[outputs, features]``.
@@ -128,6 +130,7 @@ def contrast(
         aim: t on the forget rows, bias included.
         beta: β ≥ 0.
         ridge: λ ≥ 0, times the mean energy of a feature on the retain rows.
+        retain_aim: What the outputs on the retain rows shall be, bias included; None: what they are.
         constant: Whether the constant part of the output may change as well.
         name: Layer name, for messages.
 
@@ -140,16 +143,20 @@ def contrast(
     weight, bias = weight.double(), bias.double()
     s_r, s_f = (_widened(statistics, constant) for statistics in (retain, forget))
     whole = torch.cat([weight, bias[:, None]], 1) if constant else weight
-    wanted = torch.cat([aim.cross, aim.mean[:, None]], 1) if constant else aim.cross - torch.outer(bias, forget.mean)
-    for what, tensor in (("the weight", whole), ("the moments of the retain rows", s_r),
-                         ("the moments of the forget rows", s_f), ("the aim", wanted)):  # fmt: skip
+    wanted = _wanted(aim, bias, forget, constant)
+    kept = whole @ s_r if retain_aim is None else _wanted(retain_aim, bias, retain, constant)
+    for what, tensor in (("the weight", whole), ("the moments of the retain rows", s_r), ("the aim", wanted),
+                         ("the moments of the forget rows", s_f), ("the aim of the retain rows", kept)):  # fmt: skip
         if not bool(torch.isfinite(tensor).all()):
             raise NumericsError(f"{name}: {what} must be finite, got NaN or infinity; check weights and images.")
     features = weight.shape[1]
     matrix = s_r + beta * s_f
     matrix.diagonal()[:features] += ridge * s_r.diagonal()[:features].mean()
     pull = wanted - whole @ s_f
-    change = solve_shared(matrix, beta * pull)
+    right = beta * pull
+    if retain_aim is not None:
+        right = right + kept - whole @ s_r
+    change = solve_shared(matrix, right)
     moved, lost = _shares(weight, change, pull, s_f, retain, s_r, features)
     return Contrast(
         weight=weight + change[:, :features],
@@ -157,6 +164,13 @@ def contrast(
         moved=moved,
         lost=lost,
     )
+
+
+def _wanted(aim: Aim, bias: Tensor, statistics: Statistics, constant: bool) -> Tensor:
+    """E[t x̃ᵀ], or E[(t − b) xᵀ] where the constant stays."""
+    if constant:
+        return torch.cat([aim.cross, aim.mean[:, None]], 1)
+    return aim.cross - torch.outer(bias, statistics.mean)
 
 
 def _widened(statistics: Statistics, constant: bool) -> Tensor:

@@ -60,6 +60,26 @@ class Activations:
         """Go back to an earlier position, to try another edit of what lies behind it."""
         self._cut, self._carried = position
 
+    def only(self, numbers: Tensor) -> "Activations":
+        """Some of the images, standing at the same cut; what is done with them leaves these activations alone.
+
+        Args:
+            numbers: Which images, ``[chosen]`` int64 sorted.
+        """
+        chosen = Activations(
+            self.model,
+            self.segments,
+            _Chosen(self._source, numbers),
+            batch_size=self._batch_size,
+            device=self._device,
+            limit_bytes=self.limit_bytes,
+        )
+        if self._carried is not None:
+            batches = zip(self._carried, numbers.new_tensor(range(self.samples)).split(self._batch_size), strict=True)
+            rows = (batch[torch.isin(of, numbers).to(batch.device)] for batch, of in batches)
+            chosen._cut, chosen._carried = self._cut, list(_rebatched(rows, self._batch_size))
+        return chosen
+
     def walk(
         self,
         looks: Mapping[str, Look],
@@ -217,6 +237,42 @@ class Activations:
                 kept = [*kept, inputs] if self._fits(inputs) else None
             yield inputs
         self._images = kept
+
+
+class _Chosen:
+    """Some images of a source, in its order."""
+
+    def __init__(self, source: ImageSource, numbers: Tensor) -> None:
+        self.protocol = source.protocol
+        self._source = source
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, None]]:
+        """Full batches but for the last; labels are not handed on."""
+
+        def rows() -> Iterator[Tensor]:
+            start = 0
+            for inputs, _ in self._source.batches(batch_size):
+                of = torch.arange(start, start + len(inputs))
+                yield inputs[torch.isin(of, self._numbers)]
+                start += len(inputs)
+
+        for batch in _rebatched(rows(), batch_size):
+            yield batch, None
+
+
+def _rebatched(parts: Iterator[Tensor], batch_size: int) -> Iterator[Tensor]:
+    waiting: Tensor | None = None
+    for part in parts:
+        waiting = part if waiting is None else torch.cat([waiting, part])
+        while len(waiting) >= batch_size:
+            yield waiting[:batch_size]
+            waiting = waiting[batch_size:]
+    if waiting is not None and len(waiting):
+        yield waiting
 
 
 def _keep_in(found: dict[str, Tensor], name: str) -> Look:

@@ -1,4 +1,4 @@
-"""How one layer forgets: the three methods of unlearning, each from one walk over the samples.
+"""How one layer forgets: three methods of unlearning, each from one walk over the samples (`collapse.py` has a fourth).
 
 A method gives an accumulator that sees the layer's inputs once, and answers with the tensors that replace the layer's
 own (and those of a BatchNorm right behind it) for a strength: a share of pairs or filters, or the weight β of the
@@ -19,6 +19,7 @@ from modhifi_cli.numerics.discriminability import BOUNDS, WITNESSES, class_momen
 from modhifi_cli.numerics.fidelity import saliency, singleton_fidelity
 from modhifi_cli.numerics.rows import unfold_rows
 from modhifi_cli.records import Consumer, ModuleEdit
+from modhifi_cli.tasks.closings import Closing
 from modhifi_cli.tasks.gathering import Gathering, LayerMoments
 
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -34,12 +35,16 @@ class Layer:
         module: `nn.Conv2d` without groups, or `nn.Linear`.
         norm: Name of the BatchNorm that reads exactly this layer's output, or None.
         classifier: Whether its output is the logits.
+        positions: Of a linear layer over tokens those that the logits depend on, ``[read]`` int64 sorted; None: all.
+        closing: Where it ends a block, how; found only for methods that ask for it.
     """
 
     name: str
     module: nn.Module
     norm: str | None
     classifier: bool = False
+    positions: Tensor | None = None
+    closing: Closing | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Samples:
             ``[images]`` int64.
         forget_classes: Sorted.
         classes: Number of logits.
+        logits: Of the dense network, ``[images, classes]`` float32.
     """
 
     labels: Tensor
@@ -62,6 +68,14 @@ class Samples:
     resembles: Tensor
     forget_classes: tuple[int, ...]
     classes: int
+    logits: Tensor
+
+    @property
+    def posterior(self) -> Tensor:
+        """What the dense network would answer without the forget classes, ``[images, classes]``, each row sums to 1."""
+        others = self.logits.clone()
+        others[:, list(self.forget_classes)] = -torch.inf
+        return others.softmax(1)
 
 
 @dataclass(frozen=True)
@@ -80,8 +94,14 @@ class LayerEdit:
 class Accumulator(Protocol):
     """Sees the inputs of one layer, then solves for any strength."""
 
-    def update(self, inputs: Tensor, numbers: Tensor) -> None:
-        """Add a batch of inputs ``[batch, …]`` of the images with these numbers, ``[batch]`` int64."""
+    def update(self, inputs: Tensor, numbers: Tensor, given: Mapping[str, Tensor]) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: Of the layer, ``[batch, …]``.
+            numbers: Of the images, ``[batch]`` int64.
+            given: Outputs of the modules that the layer's `Closing.reads` names, where the method asked for closings.
+        """
 
     def solve(self, strength: float) -> LayerEdit:
         """The layer's edit at a strength."""
@@ -96,6 +116,8 @@ class Method(Protocol):
         given: A fixed strength, or None to search.
         edits_classifier: Whether the classifier is edited too, last, whatever layers are chosen.
         depth: Layers in front of the classifier that are edited by default; None: the last stage.
+        forget_only: Whether it looks at the forget samples alone.
+        closings: Whether it edits the layers that end a block, and asks for the blocks' mean outputs of every class.
     """
 
     strength: str
@@ -103,11 +125,19 @@ class Method(Protocol):
     given: float | None
     edits_classifier: bool
     depth: int | None
+    forget_only: bool
+    closings: bool
 
     def accumulator(
-        self, layer: Layer, samples: Samples, model: nn.Module, gathering: Gathering, seed: int
+        self,
+        layer: Layer,
+        samples: Samples,
+        model: nn.Module,
+        gathering: Gathering,
+        seed: int,
+        means: Tensor | None = None,
     ) -> Accumulator:
-        """A fresh accumulator for one layer."""
+        """A fresh accumulator for one layer; `means` are those of `closings.class_means`, where asked for."""
 
 
 def _share(name: str, value: float | str | None) -> float | None:
@@ -138,6 +168,8 @@ class ModHiFiU:
     strengths = SHARES
     edits_classifier = False
     depth = None
+    forget_only = True
+    closings = False
 
     def __init__(self, *, fraction: float | str = "auto", operation: str = "auto", score: str = "singleton") -> None:
         if operation not in ("auto", "zero", "negate"):
@@ -149,7 +181,13 @@ class ModHiFiU:
         self.score = score
 
     def accumulator(
-        self, layer: Layer, samples: Samples, model: nn.Module, gathering: Gathering, seed: int
+        self,
+        layer: Layer,
+        samples: Samples,
+        model: nn.Module,
+        gathering: Gathering,
+        seed: int,
+        means: Tensor | None = None,
     ) -> Accumulator:
         """As `Method.accumulator`."""
         operation = self.operation
@@ -167,7 +205,7 @@ class _PairScores:
         self._operation, self._score = operation, score
         self._moments = _moments(layer, gathering, seed)
 
-    def update(self, inputs: Tensor, numbers: Tensor) -> None:
+    def update(self, inputs: Tensor, numbers: Tensor, given: Mapping[str, Tensor]) -> None:
         _add(self._moments, inputs, numbers, self._samples.forget & self._samples.fitted)
 
     def solve(self, strength: float) -> LayerEdit:
@@ -214,6 +252,8 @@ class DisCEditU:
     strengths = SHARES
     edits_classifier = False
     depth = None
+    forget_only = False
+    closings = False
 
     def __init__(
         self, *, fraction: float | str = "auto", bound: str = "minimax", witness: str = "sum", robust: float = 0.0
@@ -227,7 +267,13 @@ class DisCEditU:
         self.bound, self.witness, self.robust = bound, witness, float(robust)
 
     def accumulator(
-        self, layer: Layer, samples: Samples, model: nn.Module, gathering: Gathering, seed: int
+        self,
+        layer: Layer,
+        samples: Samples,
+        model: nn.Module,
+        gathering: Gathering,
+        seed: int,
+        means: Tensor | None = None,
     ) -> Accumulator:
         """As `Method.accumulator`."""
         return _FilterBounds(layer, samples, model, self.bound, self.witness, self.robust)
@@ -243,7 +289,7 @@ class _FilterBounds:
         self._summaries: list[Tensor] = []
         self._numbers: list[Tensor] = []
 
-    def update(self, inputs: Tensor, numbers: Tensor) -> None:
+    def update(self, inputs: Tensor, numbers: Tensor, given: Mapping[str, Tensor]) -> None:
         outputs = self._layer.module.forward(inputs)  # not a call: the hook that brought us here would run again
         outputs = outputs.movedim(-1, 1) if isinstance(self._layer.module, nn.Linear) else outputs
         self._summaries.append(self._witness.summary(outputs))
@@ -296,6 +342,8 @@ class ContrastU:
     strength = "beta"
     strengths = BETAS
     edits_classifier = True
+    forget_only = False
+    closings = False
 
     def __init__(
         self,
@@ -306,21 +354,24 @@ class ContrastU:
         nearest: float = 0.5,
         spread: float = 0.5,
     ) -> None:
-        if beta != "auto" and (not is_number(beta) or not 0 <= beta < 1e12):
-            raise ConfigError(f"method.beta must be a number from 0, or auto; got {beta!r}.")
+        self.given = given_beta(beta)
         if not is_whole(depth) or depth < 0:
             raise ConfigError(f"method.depth must be a whole number from 0 (the classifier alone); got {depth!r}.")
-        if not is_number(ridge) or not 0 <= ridge < 1e12:
-            raise ConfigError(f"method.ridge must be a number from 0; got {ridge!r}.")
+        check_ridge(ridge)
         for name, value in (("nearest", nearest), ("spread", spread)):
             if not is_number(value) or not 0 <= value <= 1:
                 raise ConfigError(f"method.{name} must be a number from 0 to 1; got {value!r}.")
-        self.given = None if beta == "auto" else float(beta)
         self.depth, self.ridge = depth, float(ridge)
         self.nearest, self.spread = float(nearest), float(spread)
 
     def accumulator(
-        self, layer: Layer, samples: Samples, model: nn.Module, gathering: Gathering, seed: int
+        self,
+        layer: Layer,
+        samples: Samples,
+        model: nn.Module,
+        gathering: Gathering,
+        seed: int,
+        means: Tensor | None = None,
     ) -> Accumulator:
         """As `Method.accumulator`."""
         return _ContrastMoments(layer, samples, model, gathering, seed, self)
@@ -338,8 +389,10 @@ class _ContrastMoments:
         self._sums: Tensor | None = None
         self._counts = torch.zeros(2 * samples.classes, dtype=torch.float64)
 
-    def update(self, inputs: Tensor, numbers: Tensor) -> None:
+    def update(self, inputs: Tensor, numbers: Tensor, given: Mapping[str, Tensor]) -> None:
         samples = self._samples
+        if self._layer.positions is not None:
+            inputs = inputs[:, self._layer.positions.to(inputs.device)]
         _add(self._retain, inputs, numbers, ~samples.forget & samples.fitted)
         _add(self._forget, inputs, numbers, samples.forget & samples.fitted)
         use = samples.fitted[numbers]
@@ -403,6 +456,23 @@ class _ContrastMoments:
             nearest=self._method.nearest,
             spread=self._method.spread,
         )
+
+
+def given_beta(beta: float | str) -> float | None:
+    """β as a number, or None where it shall be searched for.
+
+    Raises:
+        ConfigError: If it is neither a number from 0 nor ``"auto"``.
+    """
+    if beta != "auto" and (not is_number(beta) or not 0 <= beta < 1e12):
+        raise ConfigError(f"method.beta must be a number from 0, or auto; got {beta!r}.")
+    return None if beta == "auto" else float(beta)
+
+
+def check_ridge(ridge: float) -> None:
+    """Raise ConfigError if a ridge is no number from 0."""
+    if not is_number(ridge) or not 0 <= ridge < 1e12:
+        raise ConfigError(f"method.ridge must be a number from 0; got {ridge!r}.")
 
 
 def replaced(layer: Layer, norm: nn.Module | None, weight: Tensor, constant: Tensor) -> tuple[ModuleEdit, ...]:

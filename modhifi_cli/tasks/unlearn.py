@@ -25,6 +25,7 @@ from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.records import Edit, ImageSource, Progress
 from modhifi_cli.tasks.activations import Activations
 from modhifi_cli.tasks.classifier import find_classifier
+from modhifi_cli.tasks.closings import class_means, find_closings, read_positions
 from modhifi_cli.tasks.forgetting import Accumulator, Layer, Method, Samples
 from modhifi_cli.tasks.gathering import Gathering, held_out_images
 
@@ -55,13 +56,14 @@ class Trial:
     Attributes:
         strength: The share of pairs or filters, or β; 0 for the dense network.
         forget: Accuracy on the forget classes, 0 … 1.
-        retain: Accuracy on the other classes, 0 … 1.
+        retain: Accuracy on the other classes, 0 … 1; None where nobody needed to know: a share that does not forget,
+            tried by a method that looks at forget samples alone.
         images: How many images judged.
     """
 
     strength: float
     forget: float
-    retain: float
+    retain: float | None
     images: int
 
 
@@ -209,7 +211,21 @@ def unlearn_(
         torch.cat(logits).cpu(), labels, forget, hold_out=method.edits_classifier and method.given is None
     )
     dense = _judge(torch.cat(logits).cpu(), samples, 0.0)
-    run = _Run(model, activations, samples, chosen, method, classifier, home, batch_size, gathering, seed)
+    looked, numbers = activations, torch.arange(len(labels))
+    if method.forget_only:
+        numbers = samples.forget.nonzero().flatten()
+        looked = activations.only(numbers)
+    run = _Run(
+        model, activations, samples, chosen, method, classifier, home, batch_size, gathering, seed, looked, numbers
+    )
+    closings = {layer.name: layer.closing for layer in chosen if layer.closing is not None}
+    if method.closings:
+        wanted = samples.fitted & ~samples.forget
+        for event in class_means(activations, closings, samples.labels, wanted, samples.classes):
+            if isinstance(event, dict):
+                run.means = event
+            else:
+                yield event
     edits: list[Edit] = []
     trials: list[Trial] = []
     warnings: list[str] = []
@@ -266,8 +282,20 @@ def choose_layers(
         ConfigError: If a name matches nothing, or ``last N`` asks for more layers than there are.
         UnsupportedModelError: If there is no layer to edit.
     """
-    known = _editable(model, segments, classifier)
+    known = _editable(model, segments, example, classifier)
     body = [layer for layer in known if not layer.classifier]
+    if method.closings:
+        found = find_closings(model, segments, example, {layer.name: layer.norm for layer in body})
+        visits = segments.trace.visits
+        ended = max((visits[closing.place].leave for closing in found.values()), default=0)
+        open_ended = any(visits[layer.name].enter > ended for layer in body)
+        body = [replace(layer, closing=found[layer.name]) for layer in body if layer.name in found]
+        known = [*body, *(layer for layer in known if layer.classifier)]
+        if open_ended or not body:
+            raise UnsupportedModelError(
+                "the network's last block does not end in one layer's output plus a stream, which method=collapse solves; "
+                "use method=contrast."
+            )
     ends = [layer for layer in known if layer.classifier] if method.edits_classifier else []
     if layers == "auto":
         if method.depth is not None:
@@ -315,11 +343,16 @@ class _Run:
     batch_size: int
     gathering: Gathering
     seed: int
+    # The forget samples alone, for a method that asks for no others: `looked` is where its walks go.
+    looked: Activations
+    numbers: Tensor
     # The first layer's inputs do not depend on the strength, so its accumulator serves every trial.
     first: Accumulator | None = None
     dense: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.looked_home = self.looked.position()
         for layer in self.layers:
             for name in filter(None, (layer.name, layer.norm)):
                 state = self.model.get_submodule(name).state_dict()
@@ -330,6 +363,7 @@ class _Run:
         for name, state in self.dense.items():
             self.model.get_submodule(name).load_state_dict(state)
         self.activations.return_to(self.home)
+        self.looked.return_to(self.looked_home)
 
 
 def _search(
@@ -346,23 +380,36 @@ def _search(
     Upwards (shares): the first that forgets. Downwards (β): the largest that keeps retain accuracy, and forgets.
     """
     downwards = run.method.edits_classifier
-    best: tuple[Any, list[Edit], Trial] | None = None
+    tried: list[tuple[Trial, list[Edit]]] = []
     for strength in run.method.strengths:
         run.restore_()
-        tried: list[Edit] = []
-        yield from _edit_layers(run, strength, tried)
-        logits: list[Tensor] = []
-        yield from run.activations.outputs(run.classifier, logits.append, item=f"{run.method.strength} {strength:g}")
-        trial = _judge(torch.cat(logits).cpu(), run.samples, strength)
-        trials.append(trial)
-        yield trial
-        forgets = trial.forget <= forget_target
-        keeps = trial.retain >= dense.retain - retain_drop
-        rank = (forgets and (keeps or not downwards), forgets, keeps, trial.retain - trial.forget)
-        if best is None or rank > best[0]:
-            best = (rank, tried, trial)
-        if rank[0]:
+        edits_of_it: list[Edit] = []
+        yield from _edit_layers(run, strength, edits_of_it)
+        result: list[Trial] = []
+        yield from _try(run, strength, forget_target, result)
+        tried.append((result[0], edits_of_it))
+        yield result[0]
+        if _is_good(result[0], dense, forget_target, retain_drop, downwards):
             break
+    else:
+        # None is good enough: the best of them is told by both accuracies.
+        for number, (trial, edits_of_it) in enumerate(tried):
+            if trial.retain is None:
+                run.restore_()
+                for edit in edits_of_it:
+                    apply_edit_(run.model, edit)
+                retain: list[float] = []
+                yield from _retain_accuracy(run, retain)
+                tried[number] = replace(trial, retain=retain[0], images=len(run.samples.labels)), edits_of_it
+    best: tuple[Any, list[Edit], Trial] | None = None
+    for trial, edits_of_it in tried:
+        trials.append(trial)
+        forgets = trial.forget <= forget_target
+        keeps = trial.retain is not None and trial.retain >= dense.retain - retain_drop
+        gained = -1.0 if trial.retain is None else trial.retain - trial.forget
+        rank = (_is_good(trial, dense, forget_target, retain_drop, downwards), forgets, keeps, gained)
+        if best is None or rank > best[0]:
+            best = (rank, edits_of_it, trial)
     assert best is not None
     rank, chosen, trial = best
     if not rank[0]:
@@ -378,6 +425,36 @@ def _search(
     edits += [replace(edit, facts={**edit.facts, "strength": trial.strength}) for edit in chosen]
 
 
+def _is_good(trial: Trial, dense: Trial, forget_target: float, retain_drop: float, downwards: bool) -> bool:
+    return trial.forget <= forget_target and (not downwards or trial.retain >= dense.retain - retain_drop)
+
+
+def _try(run: _Run, strength: float, forget_target: float, result: list[Trial]) -> Iterator[Progress]:
+    """Judge the network as edited. Of forget samples alone where those decide, until a strength forgets."""
+    logits: list[Tensor] = []
+    item = f"{run.method.strength} {strength:g}"
+    yield from run.looked.outputs(run.classifier, logits.append, item=item)
+    given = torch.cat(logits).cpu()
+    if not run.method.forget_only:
+        result.append(_judge(given, run.samples, strength))
+        return
+    forget = float((given.argmax(1) == run.samples.labels[run.numbers]).double().mean())
+    retain: list[float] = []
+    if forget <= forget_target:
+        yield from _retain_accuracy(run, retain)
+    images = len(run.samples.labels) if retain else len(run.numbers)
+    result.append(Trial(strength, forget, retain[0] if retain else None, images))
+
+
+def _retain_accuracy(run: _Run, result: list[float]) -> Iterator[Progress]:
+    """Accuracy of the network as edited on all retain samples, for a method that looks at the others alone."""
+    logits: list[Tensor] = []
+    numbers = (~run.samples.forget).nonzero().flatten()
+    run.activations.return_to(run.home)
+    yield from run.activations.only(numbers).outputs(run.classifier, logits.append, item="retain samples")
+    result.append(float((torch.cat(logits).cpu().argmax(1) == run.samples.labels[numbers]).double().mean()))
+
+
 def _edit_layers(run: _Run, strength: float, edits: list[Edit]) -> Iterator[Progress]:
     """Edit every layer in order at one strength; the network is left edited."""
     empty = torch.arange(0)
@@ -386,10 +463,20 @@ def _edit_layers(run: _Run, strength: float, edits: list[Edit]) -> Iterator[Prog
         accumulator = run.first if number == 0 else None
         if accumulator is None:
             if number:
-                yield from run.activations.advance(_cut_before(run.activations.segments, layer.name), item=layer.name)
-            accumulator = run.method.accumulator(layer, run.samples, run.model, run.gathering, run.seed)
-            look = _numbered(layer, accumulator.update, run.batch_size, len(run.samples.labels))
-            yield from run.activations.walk({layer.name: look}, item=layer.name)
+                yield from run.looked.advance(_cut_before(run.looked.segments, layer.name), item=layer.name)
+            accumulator = run.method.accumulator(
+                layer, run.samples, run.model, run.gathering, run.seed, run.means.get(layer.name)
+            )
+            if layer.closing is not None:
+                start = 0
+                for read, given, done, total in run.looked.seen((layer.name,), layer.closing.reads):
+                    inputs = read[layer.name]
+                    accumulator.update(inputs, run.numbers[start : start + len(inputs)], given)
+                    start += len(inputs)
+                    yield Progress("images", layer.name, done, total)
+            else:
+                look = _numbered(layer, accumulator.update, run.batch_size, run.numbers)
+                yield from run.looked.walk({layer.name: look}, item=layer.name)
             if number == 0:
                 run.first = accumulator
         found = accumulator.solve(strength)
@@ -400,14 +487,14 @@ def _edit_layers(run: _Run, strength: float, edits: list[Edit]) -> Iterator[Prog
 
 
 def _numbered(
-    layer: Layer, update: Callable[[Tensor, Tensor], None], batch_size: int, images: int
+    layer: Layer, update: Callable[[Tensor, Tensor, Mapping[str, Tensor]], None], batch_size: int, numbers: Tensor
 ) -> Callable[[Tensor], None]:
     """A look that tells the accumulator which images it sees; walks show them in their order."""
     seen = 0
 
     def look(inputs: Tensor) -> None:
         nonlocal seen
-        batch = min(batch_size, images - seen)
+        batch = min(batch_size, len(numbers) - seen)
         if len(inputs) != batch:
             # Windows or positions folded into the batch, image by image.
             if len(inputs) % batch or not isinstance(layer.module, nn.Linear):
@@ -416,7 +503,7 @@ def _numbered(
                     "layers=[…]."
                 )
             inputs = inputs.reshape(batch, -1, inputs.shape[-1])
-        update(inputs, torch.arange(seen, seen + batch))
+        update(inputs, numbers[seen : seen + batch], {})
         seen += batch
 
     return look
@@ -525,7 +612,7 @@ def _samples(logits: Tensor, labels: Tensor, forget: Sequence[int], *, hold_out:
         for kind in (is_forget, ~is_forget):
             numbers = kind.nonzero().flatten()
             fitted[numbers[held_out_images(torch.arange(len(numbers)))]] = False
-    return Samples(labels, is_forget, fitted, resembles, tuple(forget), logits.shape[1])
+    return Samples(labels, is_forget, fitted, resembles, tuple(forget), logits.shape[1], logits.float())
 
 
 def _check_samples(labels: Tensor, forget: Sequence[int]) -> tuple[int, int]:
@@ -554,11 +641,13 @@ def _limit(gathering: Gathering) -> float:
     return float(gathering.carry_gigabytes) * 1e9
 
 
-def _editable(model: nn.Module, segments: Segments, classifier: str) -> list[Layer]:
+def _editable(model: nn.Module, segments: Segments, example: Tensor, classifier: str) -> list[Layer]:
     """Convolutions without groups and linear layers that run once, in execution order, up to the classifier."""
     trace = segments.trace
     modules = dict(model.named_modules())
     found = []
+    linear = [name for name in trace.visits if isinstance(modules[name], nn.Linear)]
+    read = read_positions(model, example, linear) if linear else {}
     for name in trace.visits:
         module = modules[name]
         plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
@@ -566,7 +655,7 @@ def _editable(model: nn.Module, segments: Segments, classifier: str) -> list[Lay
             norm = trace.norm_of.get(name)
             if norm is not None and modules[norm].running_mean is None:
                 norm = None
-            found.append(Layer(name, module, norm, name == classifier))
+            found.append(Layer(name, module, norm, name == classifier, read.get(name)))
     return found
 
 
@@ -632,7 +721,7 @@ def trials_as_rows(trials: Sequence[Trial], strength: str) -> list[Mapping[str, 
         {
             strength: trial.strength,
             "forget, %": 100 * trial.forget,
-            "retain, %": 100 * trial.retain,
+            "retain, %": None if trial.retain is None else 100 * trial.retain,
             "images": trial.images,
         }
         for trial in trials

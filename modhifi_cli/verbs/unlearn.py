@@ -195,9 +195,10 @@ def _edit_(
         elif isinstance(event, Progress):
             console.progress(event)
         elif isinstance(event, Trial):
+            retain = "" if event.retain is None else f", retain {event.retain:.1%}"
             console.note(
-                f"{method.strength} {event.strength:g}: forget {event.forget:.1%}, retain {event.retain:.1%} of "
-                f"{event.images} calibration images"
+                f"{method.strength} {event.strength:g}: forget {event.forget:.1%}{retain} of {event.images} "
+                "calibration images"
             )
         elif isinstance(event, Edit):
             place.save_edit(event, dense_hash)
