@@ -14,7 +14,7 @@ from modhifi_cli.numerics.rows import unfold_rows
 from modhifi_cli.tasks.closings import find_closings, read_positions
 from modhifi_cli.tasks.collapse import CollapseU
 from modhifi_cli.tasks.unlearn import UnlearnSummary
-from tests.tasks.test_unlearn import Images, Tokens, images, resnet, run, trained  # noqa: F401
+from tests.tasks.test_unlearn import Tokens, images, resnet, run, trained  # noqa: F401
 
 SMALL_VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
 
