@@ -15,6 +15,22 @@ from modhifi_cli.console import open_console
 from modhifi_cli.errors import ModHiFiError
 from modhifi_cli.verbs import pieces, run
 
+# What the table of a sweep shows of summary.csv, and under which head: a terminal is narrow.
+_SHOWN = {
+    "removed_params": "params removed",
+    "removed_flops": "flops removed",
+    "dense_top1": "dense top1",
+    "pruned_top1": "pruned top1",
+    "pruned_agreement": "agreement",
+    "dense_forget_accuracy": "dense forget",
+    "edited_forget_accuracy": "edited forget",
+    "dense_retain_accuracy": "dense retain",
+    "edited_retain_accuracy": "edited retain",
+    "edited_audit_probe_penultimate": "edited probe",
+    "head_only_audit_probe_penultimate": "control probe",
+    "edited_audit_relearn_steps": "relearn steps",
+}
+
 
 def run_sweep_job(composed: Any, facts: Mapping[str, Any]) -> None:
     """One job of a sweep: skipped if it is finished, continued if it was interrupted, recorded if it fails.
@@ -107,15 +123,14 @@ def summarise_sweep(folder: Path, style: str) -> int:
     artifacts.write_text(folder / "summary.csv", text.getvalue())
     console = open_console(style)
     changing = [key for key in keys if len({row.get(key) for row in rows if row["job"] != "mean"}) > 1] or keys[-1:]
-    wanted = ["removed_params", "removed_flops", "dense_top1", "pruned_top1", "pruned_agreement"]
-    wanted += [f"{model}_{kind}_accuracy" for kind in ("forget", "retain") for model in ("dense", "edited")]
-    wanted += ["edited_audit_probe_penultimate", "head_only_audit_probe_penultimate", "edited_audit_relearn_steps"]
-    wanted += ["verdict"]
-    present = [column for column in wanted if column in columns]
-    present = present or [column for column in columns if column.startswith(("dense_", "pruned_"))][:6]
-    shown = ["job", *changing, "status", *present]
-    console.table(f"sweep of {len(records)} jobs", [{key: row.get(key, "") for key in shown} for row in rows])
+    present = {column: head for column, head in _SHOWN.items() if column in columns}
+    present = present or {column: column for column in [c for c in columns if c.startswith(("dense_", "pruned_"))][:6]}
     failed = [row for row in rows if row["status"] and not row["status"].startswith("finished")]
+    shown = {"job": "job", **{key: key for key in changing}, **({"status": "status"} if failed else {}), **present}
+    lines = [{head: row.get(key, "") for key, head in shown.items()} for row in rows]
+    console.table(f"sweep of {len(records)} jobs", lines)
+    for level, count in Counter(row["verdict"] for row in rows[: len(records)] if "verdict" in row).most_common():
+        console.note(f"verdict of {count} jobs: {level}")
     for row in failed:
         console.warning(f"job {row['job']} {row['status']}: {row['message']}")
     page = f"; one page with figures: modhifi report run={folder}" if len(rows) - len(failed) > 1 else ""
