@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modhifi_cli.graph.segments import Look, Segments
 from modhifi_cli.numerics.batchnorm import BatchNormMoments, ChannelMoments
 from modhifi_cli.records import ImageSource, Progress
+from modhifi_cli.tasks.gathering import held_out_images
 
 
 class Activations:
@@ -119,6 +120,18 @@ class Activations:
         found: list[Tensor] = []
         for batch in self._image_batches():
             found.append(batch)
+            if sum(map(len, found)) >= count:
+                break
+        return torch.cat(found)[:count]
+
+    def held_out_images(self, count: int) -> Tensor:
+        """The first of the images that are held out of fits, as `first_images`; none where there are fewer than five."""
+        found: list[Tensor] = []
+        seen = 0
+        for batch in self._image_batches():
+            numbers = torch.arange(seen, seen + len(batch), device=batch.device)
+            found.append(batch[held_out_images(numbers)])
+            seen += len(batch)
             if sum(map(len, found)) >= count:
                 break
         return torch.cat(found)[:count]

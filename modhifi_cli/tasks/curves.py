@@ -1,6 +1,7 @@
 """Error curves for an uneven allocation: a group's own shape, on a scale that the logits give."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from modhifi_cli.tasks.group_edit import (
 )
 from modhifi_cli.tasks.impact import TRIAL_DEPTHS, Impact, images_for, scaled_curve
 
+_FEWEST_HELD_OUT = 8  # images; fewer say less than images that were fitted to
+
 
 def error_curves(
     run: Run, groups: Sequence[ComponentGroup], curves: list[list[float]], shapes: list[list[float]]
@@ -32,11 +35,20 @@ def error_curves(
     depths: the group alone is cut there with joint weights, and the change of the logits on some calibration images is
     set against the group's error. Errors of different groups then add up to one quantity, the relative error of the
     logits. Both are appended, for each group: to `curves` on the logits' scale, to `shapes` as they are.
+
+    The trial weights are fitted without the held-out images and tried on these alone, where there are enough: a layer
+    with fewer rows than features (a classifier behind global pooling has one row for an image) is rebuilt without any
+    error by as many components as there are images, on those images.
     """
     gathered: dict[str, Gathered] = {}
     slots = {slot.module: slot for group in groups for slot in weighted_consumers(run, group)}
-    yield from look(run, tuple(slots.values()), gathered, "error curves")
-    images = run.activations.first_images(images_for(run.activations.samples))
+    yield from look(run, tuple(slots.values()), gathered, "error curves", hold_out=True)
+    count = images_for(run.activations.samples)
+    images = run.activations.held_out_images(count)
+    if all(one.fitted is not None for one in gathered.values()) and len(images) >= _FEWEST_HELD_OUT:
+        gathered = {name: replace(one, statistics=one.fitted) for name, one in gathered.items()}
+    else:
+        images = run.activations.first_images(count)
     impact = Impact(run.segments, images, limit_bytes=run.activations.limit_bytes)
     for number, group in enumerate(groups):
         yield Progress("error curves", group.name, number, len(groups))

@@ -39,10 +39,12 @@ class Gathered:
     Attributes:
         statistics: Over all images.
         held_out: Over every fifth image alone, or None where nobody asked for it or there are fewer than five.
+        fitted: Over the others, or None in the same cases.
     """
 
     statistics: Statistics
     held_out: Statistics | None
+    fitted: Statistics | None = None
 
 
 class LayerMoments:
@@ -108,7 +110,7 @@ class LayerMoments:
         if self._held_out is None or not self._held_images:
             return Gathered(fitted, None)
         held_out = self._held_out.result()
-        return Gathered(merge(fitted, held_out), held_out)
+        return Gathered(merge(fitted, held_out), held_out, fitted)
 
     def _add(self, moments: ConvMoments | RowMoments, inputs: Tensor) -> None:
         moments.update(inputs.flatten(0, -2) if self._linear else inputs)

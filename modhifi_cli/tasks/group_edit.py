@@ -170,10 +170,12 @@ def look(
     item: str,
     *,
     also: Mapping[str, Look] | None = None,
+    hold_out: bool | None = None,
 ) -> Iterator[Progress]:
     """Gather the moments of the given consumers' inputs in one walk from where the activations stand.
 
-    `also` are further looks that ride on the walk: module → function of its first input.
+    `also` are further looks that ride on the walk: module → function of its first input. `hold_out` says whether every
+    fifth image is kept apart, too; None leaves it to the compensation.
     """
     visits = run.segments.trace.visits
     moments = {
@@ -182,7 +184,7 @@ def look(
             run.model.get_submodule(slot.module),
             positions_per_image=run.gathering.positions_per_image,
             seed=run.seed,
-            hold_out=run.compensation.wants_held_out,
+            hold_out=run.compensation.wants_held_out if hold_out is None else hold_out,
         )
         for slot in slots
     }

@@ -4,14 +4,17 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
+from modhifi_cli.graph.law import randomise_
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.numerics.allocation import Global
 from modhifi_cli.numerics.compensation import Joint
 from modhifi_cli.numerics.selection import Greedy
 from modhifi_cli.tasks.impact import Impact, images_for, scaled_curve
-from tests.tasks.test_prune import run, setting
+from modhifi_cli.tasks.prune import Plan
+from tests.tasks.test_prune import Images, run, setting
 
 
 def test_a_trial_edit_is_undone_also_after_an_exception():
@@ -53,6 +56,25 @@ def test_a_trial_behind_a_cut_moves_the_logits_as_a_whole_forward_says(limit):
             model.get_submodule(name).weight *= 0.5
             expected, moved = whole.measure(), carried.measure()
         assert expected > 1e-4 and moved == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_classifier_with_fewer_images_than_features_does_not_look_free():
+    """On the images it was fitted to it loses nothing; the plan must say what is lost on others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 48, 3), nn.BatchNorm2d(48), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10)
+    ).eval()  # fmt: skip
+    randomise_(model)
+    dense, fresh = copy.deepcopy(model), torch.randn(500, 3, 8, 8)
+    _, events = run(
+        model, Images(torch.randn(40, 3, 8, 8)), sparsity=0.3, target="components", allocation=Global(),
+        selection=Greedy(), compensation=Joint(ridge=1e-3),
+    )  # fmt: skip
+    plan = next(event for event in events if isinstance(event, Plan))
+    with torch.no_grad():
+        before, after = dense(fresh), model(fresh)
+    lost = float((after - before).square().sum() / (before - before.mean(0)).square().sum())
+    assert plan.predicted_impact["0"] == pytest.approx(lost, rel=0.7) and lost > 0.02
 
 
 def test_predicted_errors_say_what_a_lone_cut_does_to_the_logits():
