@@ -128,6 +128,32 @@ def change(before: float, after: float, unit: str) -> str:
     return f"{_signed(100 * (after / before - 1), 1)} % ({factor:.2f}× {word})"
 
 
+def not_faster(measurements: Sequence[Measurement]) -> str | None:
+    """A sentence where fewer multiply-accumulates have not become less time, or None.
+
+    Time is said to lag where it fell by less than half of the share that the FLOPs fell by, in nine of ten rounds as
+    well as in the median; below a tenth fewer FLOPs nothing is said, since no clock shows so little.
+
+    Args:
+        measurements: Of a dense and an edited network, with ``macs`` and ``speedup``.
+    """
+    dense = next((one.value for one in measurements if one.model == "dense" and one.name == "macs"), None)
+    told = next((one for one in measurements if one.name == "speedup"), None)
+    if dense is None or told is None:
+        return None
+    edited = next((one.value for one in measurements if one.model == told.model and one.name == "macs"), dense)
+    fewer, saved = 1 - edited / dense, 1 - 1 / told.value
+    low, high = (told.protocol.get(key, told.value) for key in ("p10", "p90"))
+    if fewer < 0.1 or max(saved, 1 - 1 / high) >= fewer / 2:
+        return None
+    time = f"only {saved:.1%} less time" if saved > 0 else f"no less time ({-saved:.1%} more)"
+    return (
+        f"{fewer:.1%} fewer FLOPs are {time} here (batch of {told.protocol.get('batch')}, compile="
+        f"{told.protocol.get('compile')}, {low:.2f} to {high:.2f} times as fast in 80 % of the rounds): narrow or oddly sized layers cost what wide ones do; try round_to=8, "
+        "or ask for time itself with target=latency."
+    )
+
+
 def model_card(
     name: str,
     *,

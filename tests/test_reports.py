@@ -32,6 +32,26 @@ def test_rows_stand_in_the_order_of_measuring_with_both_sides():
     ]
 
 
+def timed(macs, speedup, p10, p90):
+    protocol = {"batch": 64, "compile": "none", "p10": p10, "p90": p90}
+    return (
+        Measurement("dense", "macs", 100.0, "MACs"), Measurement("pruned", "macs", macs, "MACs"),
+        Measurement("pruned", "speedup", speedup, "×", protocol),
+    )  # fmt: skip
+
+
+def test_fewer_flops_that_are_no_less_time_are_said():
+    said = reports.not_faster(timed(70.0, 1.02, 0.99, 1.05))
+    words = "30.0% fewer FLOPs are only 2.0% less time here (batch of 64, compile=none, 0.99 to 1.05 times as fast"
+    assert said.startswith(words)
+    assert "round_to=8" in said and "target=latency" in said
+    assert "no less time (25.0% more) here" in reports.not_faster(timed(70.0, 0.8, 0.75, 0.9))
+    assert reports.not_faster(timed(70.0, 1.3, 1.2, 1.4)) is None, "23 % less time for 30 % fewer FLOPs"
+    assert reports.not_faster(timed(70.0, 1.1, 0.9, 1.4)) is None, "the clock is too restless to say so"
+    assert reports.not_faster(timed(95.0, 1.0, 1.0, 1.0)) is None
+    assert reports.not_faster(timed(70.0, 1.0, 1.0, 1.0)[:2]) is None, "nothing was timed"
+
+
 def test_one_network_stands_in_its_own_column():
     (dense,) = reports.table([Measurement("dense", "latency_ms", 12.345, "ms")])
     (pruned,) = reports.table([Measurement("pruned", "latency_ms", 234.5, "ms")])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli import artifacts, comparison, config
+from modhifi_cli import artifacts, comparison, config, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress
@@ -104,7 +104,12 @@ def prune(
         sample = pieces.sample_shown(
             place.path, settings, loaded, dense, calibration, device, None if seen is None else seen.sample
         )
-        summary = dataclasses.replace(summary, warnings=(*summary.warnings, *shared_text))
+        lagging = reports.not_faster(measurements)
+        if lagging is not None:
+            place.log(f"warning: {lagging}")
+            console.warning(lagging)
+        told = () if lagging is None else (lagging,)
+        summary = dataclasses.replace(summary, warnings=(*summary.warnings, *shared_text, *told))
         _write_outcome(
             place, settings, loaded, widths, sample, model, summary, edits, predicted, measurements, exported, seconds,
             calibration, trials, seen,
