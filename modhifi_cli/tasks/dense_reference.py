@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError
 from modhifi_cli.graph.surgery import apply_edit_
-from modhifi_cli.numerics.batchnorm import output_moments
+from modhifi_cli.numerics.batchnorm import ChannelMoments, output_moments
 from modhifi_cli.numerics.compensation import Joint
 from modhifi_cli.numerics.cross import dense_regression, squared_error
+from modhifi_cli.numerics.depthwise import fitted_filters
 from modhifi_cli.records import Edit, Progress
 from modhifi_cli.tasks.activations import Activations, set_statistics_
-from modhifi_cli.tasks.gathering import LayerMoments, TargetMoments
+from modhifi_cli.tasks.gathering import DepthwiseMoments, LayerMoments, TargetMoments
 from modhifi_cli.tasks.group_edit import Run, forget_refreshed_, mark_stale_, norm_behind, tensor_edits
 
 STEP = "dense_reference"  # how such edits are told from those of groups
@@ -26,6 +27,7 @@ STEP = "dense_reference"  # how such edits are told from those of groups
 # Outputs whose BatchNorm scales them by less than this share of the layer's mean |γ| leave the residual part out of
 # their target: they would have to be huge to make up for the stream.
 _LEAST_SCALE = 0.1
+_LEAST_RIDGE = 1e-6  # of a depthwise filter, where no ridge is asked for: a channel may always be 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class DenseNetwork:
 
 
 def layers_behind(run: Run, edited: Sequence[str], *, leave: Sequence[str] = ()) -> list[str]:
-    """Convolutions and linear layers whose input an edit has changed, in forward order.
+    """Convolutions (depthwise ones, too) and linear layers whose input an edit has changed, in forward order.
 
     Args:
         run: The network and its trace.
@@ -53,7 +55,7 @@ def layers_behind(run: Run, edited: Sequence[str], *, leave: Sequence[str] = ())
     found = []
     for name in trace.visits:
         module = run.model.get_submodule(name)
-        plain = type(module) in (nn.Conv2d, nn.Linear) and getattr(module, "groups", 1) == 1
+        plain = type(module) in (nn.Conv2d, nn.Linear) and (getattr(module, "groups", 1) == 1 or _is_depthwise(module))
         known = plain and getattr(module, "padding_mode", "zeros") == "zeros"
         behind = name in edited or any(trace.depends(name, source) for source in edited)
         if known and behind and name not in leave:
@@ -106,7 +108,12 @@ def _rebuild_layer_(
     module = run.model.get_submodule(name)
     norm = norm_behind(run, name)
     joined = run.segments.trace.joins.get(norm or name)
-    moments = LayerMoments(name, module, positions_per_image=None, seed=run.seed, hold_out=True)
+    depthwise = _is_depthwise(module)
+    moments = (
+        DepthwiseMoments(name, module)
+        if depthwise
+        else LayerMoments(name, module, positions_per_image=None, seed=run.seed, hold_out=True)
+    )
     aims = TargetMoments(name, module)
     alive = run.layout.alive_outputs(name)
     streams = () if joined is None else (joined,)
@@ -122,10 +129,16 @@ def _rebuild_layer_(
         if joined is not None and theirs[joined].shape == theirs[name].shape:
             lacking = _channels(theirs[joined], alive, axis) - ours[joined]
             target = target + lacking * (scale if axis == -1 else scale[:, None, None])
-        moments.update(read[name])
-        aims.update(read[name], target)
+        if isinstance(moments, DepthwiseMoments):
+            moments.update(read[name], target)
+        else:
+            moments.update(read[name])
+            aims.update(read[name], target)
         yield Progress("images", name, done, total)
-    facts = _solve_(run, dense, module, norm, alive, moments, aims)
+    if isinstance(moments, DepthwiseMoments):
+        facts = _solve_depthwise_(run, dense, module, norm, alive, moments)
+    else:
+        facts = _solve_(run, dense, module, norm, alive, moments, aims)
     changed = [name] if norm is None else [name, norm]
     touched = list(dict.fromkeys((*run.refreshed, *changed)))
     mark_stale_(run, [name], changed)
@@ -165,6 +178,49 @@ def _stream_scale(dense: DenseNetwork, norm: str | None, alive: Tensor | None) -
         usable = gamma.abs() > _LEAST_SCALE * gamma.abs().mean()
         deviation = torch.where(usable, deviation / torch.where(usable, gamma, 1.0), 0.0)
     return deviation if alive is None else deviation[alive.to(deviation.device)]
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return type(module) is nn.Conv2d and 1 < module.groups == module.in_channels == module.out_channels
+
+
+@torch.no_grad()
+def _solve_depthwise_(
+    run: Run,
+    dense: DenseNetwork,
+    module: nn.Module,
+    norm: str | None,
+    alive: Tensor | None,
+    moments: DepthwiseMoments,
+) -> dict[str, object]:
+    every, held_out, fit = moments.result()
+    before = module.weight.detach().flatten(1).double()
+    centred = norm is not None or module.bias is not None
+    joint: Joint = run.compensation
+    grid = joint.grid if joint.ridge == "auto" else (float(joint.ridge) or _LEAST_RIDGE,)
+    weight, ridge = fitted_filters(every, held_out, fit, before, grid, centred=centred)
+    module.weight.copy_(weight.view_as(module.weight))
+    bias = None if module.bias is None else module.bias.detach().double()
+    behind = None if norm is None else run.model.get_submodule(norm)
+    outputs = (weight * every.inputs).sum(1)  # mean, with the bias left out
+    if behind is None and bias is not None:
+        module.bias.copy_(every.targets - outputs)
+    elif behind is not None and run.reestimate:
+        variance = torch.einsum("ct,cts,cs->c", weight, every.gram, weight) - outputs.square()
+        mean = outputs if bias is None else outputs + bias
+        set_statistics_(behind, ChannelMoments(every.rows, mean, variance.clamp(min=0)))
+    elif behind is not None:
+        was = dense.model.get_submodule(norm).running_mean
+        was = was if alive is None else was[alive.to(was.device)]
+        lacking = every.targets - outputs
+        behind.running_mean.copy_(was - (lacking if bias is None else lacking - bias))
+    seen = every.about(every.inputs, every.targets) if centred else every
+    spread = float(seen.energy.sum().clamp(min=1e-300))
+    return {
+        "ridge": ridge,
+        "error_before": float(seen.errors(before).sum()) / spread,
+        "error_after": float(seen.errors(weight).sum()) / spread,
+    }
 
 
 @torch.no_grad()

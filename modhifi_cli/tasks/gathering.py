@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.numerics.cross import CrossMoments, CrossStatistics, merge_cross
+from modhifi_cli.numerics.depthwise import ChannelMoments, ChannelStatistics
 from modhifi_cli.numerics.moments import ConvMoments, RowMoments, merge
 from modhifi_cli.records import Statistics
 
@@ -151,3 +152,41 @@ class TargetMoments:
             return fitted, None
         held_out = self._held_out.result()
         return merge_cross(fitted, held_out), held_out
+
+
+class DepthwiseMoments:
+    """Accumulates what a depthwise convolution's filters are fitted to, held-out images apart.
+
+    Args:
+        name: Module name, for messages.
+        module: Depthwise `nn.Conv2d`.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self._fitted = ChannelMoments(module, name=name)
+        self._held_out = ChannelMoments(module, name=name)
+        self._images = 0
+
+    def update(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add one batch of inputs and of wanted outputs at the same rows.
+
+        Raises:
+            NumericsError: If a value is not finite.
+        """
+        held = held_out_images(torch.arange(self._images, self._images + len(inputs), device=inputs.device))
+        self._images += len(inputs)
+        self._fitted.update(inputs[~held], targets[~held])
+        if bool(held.any()):
+            self._held_out.update(inputs[held], targets[held])
+
+    def result(self) -> tuple[ChannelStatistics, ChannelStatistics | None, ChannelStatistics]:
+        """Over all images, over the held-out ones alone (None where there are fewer than five), and over the others.
+
+        Raises:
+            NumericsError: If there was no image.
+        """
+        fitted = self._fitted.result()
+        if self._images < _HELD_OUT_EVERY:
+            return fitted, None, fitted
+        held_out = self._held_out.result()
+        return fitted.merged(held_out), held_out, fitted
