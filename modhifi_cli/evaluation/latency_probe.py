@@ -24,6 +24,7 @@ from modhifi_cli.evaluation.latency import describe_device
 from modhifi_cli.evaluation.latency_table import LatencyTable, LayerTimes
 from modhifi_cli.graph.components import ComponentGroup, Layout
 from modhifi_cli.graph.counting import LayerWidths, output_positions
+from modhifi_cli.graph.heads import head_count
 from modhifi_cli.graph.surgery import slice_module_
 from modhifi_cli.records import Progress
 
@@ -116,8 +117,12 @@ def _random_images(example: Tensor, batch: int) -> Tensor:
 
 
 def layer_names(model: nn.Module, groups: Sequence[ComponentGroup]) -> list[str]:
-    """The layers that a table has entries for: all that a group may narrow."""
-    return LayerWidths(model, groups).modules
+    """The layers that a table has entries for: all that a group may narrow.
+
+    Attention modules are none of them: they hold the layers that project, and what they spend between those goes with
+    the layers' outputs, so that it is in what is fitted to whole networks.
+    """
+    return [name for name in LayerWidths(model, groups).modules if head_count(model.get_submodule(name)) is None]
 
 
 def network_identity(model: nn.Module, example: Tensor, groups: Sequence[ComponentGroup]) -> str:
@@ -266,12 +271,13 @@ def _kinds(
 ) -> tuple[dict[str, _Kind], dict[str, str]]:
     """The kinds of layers that groups touch, with a coarse grid each, and every layer's kind."""
     widths = LayerWidths(model, groups)
-    shapes = _input_shapes(model, images, widths.modules)
+    names = layer_names(model, groups)
+    shapes = _input_shapes(model, images, names)
     widest = widths_of(widths, widths.sizes)
     narrowest = widths_of(widths, np.ones_like(widths.sizes))
     kinds: dict[str, _Kind] = {}
     of_layer: dict[str, str] = {}
-    for name in widths.modules:
+    for name in names:
         layer = model.get_submodule(name)
         key = f"{layer!r} on {list(shapes[name][1:])}"
         of_layer[name] = key
@@ -347,7 +353,7 @@ def _table(
             key: LayerTimes.smoothed(tuple(kind.inputs), tuple(kind.outputs), kind.matrix())
             for key, kind in kinds.items()
         },
-        dense_widths=widths_of(widths, widths.sizes),
+        dense_widths={name: pair for name, pair in widths_of(widths, widths.sizes).items() if name in of_layer},
         positions={name: float(positions[name] * batch) for name in of_layer},
         fixed_ms=0.0,
         scale=1.0,

@@ -7,7 +7,7 @@ candidate, and the slicing law decides. A gated MLP whose gate and values come f
 halves of a tensor are nothing that a graph of channels sees.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,64 +33,69 @@ _GATED = (("fc1", "fc2"), ("w12", "w3"))  # layers that write gate and neurons i
 
 @dataclass(frozen=True)
 class Found:
-    """One thing that may be a group.
+    """What the roles of modules say.
 
     Attributes:
-        candidates: The group in each way in which its fused projections may lie, the most usual first.
-        claimed: Names of layers whose outputs belong to it, and of layers whose inputs do.
+        groups: In order of execution, each in every way in which its fused projections may lie, the most usual first.
+        refused: What was left out, and why.
+        writers: Layers whose outputs belong to what was found or refused, and to nothing else.
+        readers: Layers whose inputs do.
     """
 
-    candidates: tuple[ComponentGroup, ...]
-    claimed: tuple[frozenset[str], frozenset[str]]
+    groups: tuple[tuple[ComponentGroup, ...], ...]
+    refused: tuple[Refusal, ...]
+    writers: frozenset[str]
+    readers: frozenset[str]
 
 
-def find_heads(
-    model: nn.Module, trace: Trace, *, excluded: Iterable[str] = ()
-) -> tuple[tuple[Found, ...], tuple[Refusal, ...]]:
+def find_heads(model: nn.Module, trace: Trace, *, excluded: Iterable[str] = ()) -> Found:
     """The heads of every attention module, and the neurons of every packed gated MLP.
 
     Args:
         model: Dense network whose attention modules were adopted (`heads.adopt_`).
         trace: Its trace.
         excluded: Names of modules that may not be touched.
-
-    Returns:
-        What was found, in order of execution, and what was left out with its reason.
     """
     banned = frozenset(excluded)
-    found: list[Found] = []
+    groups: list[tuple[ComponentGroup, ...]] = []
     refused: list[Refusal] = []
+    claimed: tuple[set[str], set[str]] = (set(), set())
     for name, module in model.named_modules():
-        made: Found | str | None = None
         writers = _writers_of(module)
+        made: list[tuple[ComponentGroup, ...]] | str | None = None
         if mixes_heads(module):
-            for part in _talking_parts(module, name):
-                _add(part, banned, found, refused)
-            continue
-        if head_weights(module) is not None or (writers and head_count(module) is not None):
+            made = _talking_parts(module, name)
+        elif head_weights(module) is not None or (writers and head_count(module) is not None):
             made = _heads_of(module, name, writers)
-        elif isinstance(fused := _packed_gate(module, name), Found | str):
-            made = fused
+        if made is not None:
+            own = f"{name}." if name else ""
+            claimed[0].update(own + writer for writer in writers)
+            claimed[1].update(own + reader for reader in READERS if hasattr(module, reader))
+        else:
+            made = _packed_gate(module, name)
         if isinstance(made, str):
             refused.append(Refusal(name, made))
-        elif made is not None:
-            running = [n for n in made.candidates[0].modules if n not in trace.visits]
-            if running:
-                why = "runs more than once in one forward" if running[0] in trace.reused else "does not run as a module"
-                refused.append(Refusal(name, f"{running[0]} {why}"))
+            continue
+        for ways in made or ():
+            claimed[0].update(slot.module for slot in ways[0].producers)
+            claimed[1].update(slot.module for slot in ways[0].consumers)
+            if reason := _untouchable(ways[0], trace, banned):
+                refused.append(Refusal(ways[0].name, reason))
             else:
-                _add(made, banned, found, refused)
-    found.sort(key=lambda one: trace.visits[one.candidates[0].consumers[0].module].enter)
-    return tuple(found), tuple(refused)
+                groups.append(ways)
+    groups.sort(key=lambda ways: trace.visits[ways[0].consumers[0].module].enter)
+    return Found(tuple(groups), tuple(refused), *map(frozenset, claimed))
 
 
-def _add(made: Found, banned: frozenset[str], found: list[Found], refused: list[Refusal]) -> None:
-    group = made.candidates[0]
-    touched = [name for name in group.modules if name in banned]
-    if touched:
-        refused.append(Refusal(group.name, f"excluded by the setting exclude ({touched[0]})"))
-    else:
-        found.append(made)
+def _untouchable(group: ComponentGroup, trace: Trace, banned: Collection[str]) -> str | None:
+    for name in group.modules:
+        if name in banned:
+            return f"excluded by the setting exclude ({name})"
+        if name in trace.reused:
+            return f"{name} runs more than once in one forward, so its channels are shared"
+        if name not in trace.visits:
+            return f"{name} does not run as a module, so what it reads cannot be seen"
+    return None
 
 
 def _writers_of(module: nn.Module) -> tuple[str, ...]:
@@ -101,7 +106,9 @@ def _writers_of(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def _heads_of(module: nn.Module, name: str, writers: Sequence[str]) -> Found | str:
+def _heads_of(
+    module: nn.Module, name: str, writers: Sequence[str]
+) -> list[tuple[ComponentGroup, ...]] | str:
     heads = head_count(module)
     reader_name = next((n for n in READERS if isinstance(getattr(module, n, None), _LAYER)), None)
     if reader_name is None:
@@ -141,8 +148,7 @@ def _heads_of(module: nn.Module, name: str, writers: Sequence[str]) -> Found | s
         if not slots:  # the module itself projects
             producers, rest = (followers[0], *extra), followers[1:]
         candidates.append(ComponentGroup(name, heads, tuple(producers), tuple(rest), (read,)))
-    claimed = frozenset(own + writer for writer in writers) | {slot.module for slot in extra}
-    return Found(tuple(candidates), (claimed, frozenset({read.module})))
+    return [tuple(candidates)]
 
 
 def _ends(module: nn.Module, child: str) -> bool:
@@ -195,7 +201,7 @@ def _runs(size: int, heads: int, runs: int, width: int) -> Tensor | None:
     return torch.cat(blocks, 1)
 
 
-def _talking_parts(module: nn.Module, name: str) -> list[Found]:
+def _talking_parts(module: nn.Module, name: str) -> list[tuple[ComponentGroup, ...]]:
     """Attention with talking heads: its values' heads, its softmax's and those of queries with keys, three groups."""
     own = f"{name}." if name else ""
     heads, width = module.num_heads, module.proj.in_features
@@ -210,11 +216,10 @@ def _talking_parts(module: nn.Module, name: str) -> list[Found]:
             f"{own}proj", heads, (Slot(qkv, by_head + 2 * width), Slot(behind, one)), (), (Slot(reader, by_head),)
         ),
     ]
-    claimed = (frozenset({qkv, before, behind}), frozenset({before, behind, reader}))
-    return [Found((group,), claimed) for group in groups] if heads > 1 else []
+    return [(group,) for group in groups] if heads > 1 else []
 
 
-def _packed_gate(module: nn.Module, name: str) -> Found | str | None:
+def _packed_gate(module: nn.Module, name: str) -> list[tuple[ComponentGroup, ...]] | str | None:
     """An MLP whose first layer writes gate and values in one: twice as many as the second reads."""
     for writer_name, reader_name in _GATED:
         writer, reader = getattr(module, writer_name, None), getattr(module, reader_name, None)
@@ -231,9 +236,7 @@ def _packed_gate(module: nn.Module, name: str) -> Found | str | None:
         halves = torch.cat([neurons, neurons + hidden], 1)
         pairs = torch.cat([2 * neurons, 2 * neurons + 1], 1)
         read = Slot(own + reader_name, neurons)
-        groups = tuple(
-            ComponentGroup(own + writer_name, hidden, (Slot(own + writer_name, index),), (), (read,))
-            for index in (halves, pairs)
-        )
-        return Found(groups, (frozenset({own + writer_name}), frozenset({own + reader_name})))
+        ways = (halves, pairs)
+        writer_slots = [Slot(own + writer_name, index) for index in ways]
+        return [tuple(ComponentGroup(own + writer_name, hidden, (slot,), (), (read,)) for slot in writer_slots)]
     return None

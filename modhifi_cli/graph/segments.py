@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.graph.heads import adopt_
 from modhifi_cli.graph.trace import Trace, trace
 
 
@@ -67,11 +68,13 @@ class Segments:
     """The cuts of one network and the runs between them.
 
     Args:
-        model: Network in evaluation mode. It may be edited later: cuts stay valid under structured pruning.
+        model: Network in evaluation mode. It may be edited later: cuts stay valid under structured pruning. Attention
+            modules whose projections do not run as modules get a class in which they do (`heads.adopt_`).
         example: A batch of at least two images, ``[batch, channels, height, width]``.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
+        adopt_(model)
         self.model = model
         self.trace: Trace = trace(model, example)
         self._example = example[:2]

@@ -18,7 +18,6 @@ from modhifi_cli.graph.attention import find_heads
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, shared_tensors
 from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.dependency import excluded_modules, find_groups
-from modhifi_cli.graph.heads import adopt_
 from modhifi_cli.graph.law import lawful
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_
@@ -97,7 +96,7 @@ def discover(
 
     Args:
         model: Dense network in evaluation mode; left as found, but for attention modules whose projections do not run
-            as modules: they get a class in which they do (`heads.adopt_`).
+            as modules: they get a class in which they do (`Segments`).
         example: Two images or more, ``[batch, channels, height, width]``.
         exclude: Names of modules to leave alone.
 
@@ -105,13 +104,12 @@ def discover(
         ConfigError: If an excluded module does not exist.
         UnsupportedModelError: If the network cannot be run or traced.
     """
-    adopt_(model)
     segments = Segments(model, example)
-    found, unheard = find_heads(model, segments.trace, excluded=excluded_modules(model, exclude))
-    claimed = tuple(frozenset().union(*(one.claimed[side] for one in found)) for side in (0, 1))
+    found = find_heads(model, segments.trace, excluded=excluded_modules(model, exclude))
+    claimed = (found.writers, found.readers)
     groups, refused = find_groups(model, segments.trace, example, exclude=exclude, claimed=claimed)
-    refused = (*refused, *unheard)
-    candidates = [*(one.candidates for one in found), *((group,) for group in groups)]
+    refused = (*refused, *found.refused)
+    candidates = [*found.groups, *((group,) for group in groups)]
     shared = shared_tensors(model)
     modules = {group.name: group.modules for group, *_ in candidates}
     tied = {name: next((module for module in modules[name] if module in shared), None) for name in modules}

@@ -15,7 +15,7 @@ from modhifi_cli.graph.counting import LayerWidths, independent_inputs, output_s
 from modhifi_cli.graph.law import randomise_
 from modhifi_cli.records import Progress
 from modhifi_cli.tasks.prune import discover
-from tests.graph import networks
+from tests.graph import networks, transformers
 from tests.machines import Machine
 
 
@@ -169,3 +169,15 @@ def test_the_stopwatch_follows_the_thread_where_one_thread_does_the_work():
         assert latency_probe.stopwatch(torch.nn.Identity(), torch.zeros(1)) >= 0
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_table_of_a_transformer_times_its_projections_and_knows_what_fewer_heads_save():
+    model, example = transformers.build("torchvision_vit"), transformers.images("torchvision_vit")
+    machine = Machine(fixed=0.02)
+    groups, table = table_of(model, machine, example)
+    assert {name.rpartition(".")[2] for name in table.layers} == {"out_proj", "0", "3"}
+    images = torch.randn(2, *example.shape[1:])
+    for keep in ([2, 30, 3, 48], [1, 48, 1, 20]):
+        predicted = table.removed_share(widths_of(LayerWidths(model, groups), keep))
+        truth = machine.share(model, narrowed(model, groups, keep), images)
+        assert predicted == pytest.approx(truth, abs=0.1)
