@@ -17,7 +17,7 @@ _VALUES_AT_ONCE = 2**24  # patch values that are unfolded at once: 64 MiB
 
 
 @dataclass(frozen=True)
-class ChannelStatistics:
+class FilterStatistics:
     """Means over rows (images × positions) of every channel's patch x and of the output t that is wanted there.
 
     Attributes:
@@ -36,13 +36,13 @@ class ChannelStatistics:
     targets: Tensor
     energy: Tensor
 
-    def merged(self, other: "ChannelStatistics") -> "ChannelStatistics":
+    def merged(self, other: "FilterStatistics") -> "FilterStatistics":
         """Over the rows of both, which must be different ones."""
         rows = self.rows + other.rows
         mean = {name: (self.rows * getattr(self, name) + other.rows * getattr(other, name)) / rows for name in _MEANS}
-        return ChannelStatistics(rows, **mean)
+        return FilterStatistics(rows, **mean)
 
-    def about(self, inputs: Tensor, targets: Tensor) -> "ChannelStatistics":
+    def about(self, inputs: Tensor, targets: Tensor) -> "FilterStatistics":
         """The same with the given x and t taken off every row.
 
         Args:
@@ -80,7 +80,7 @@ class ChannelStatistics:
 _MEANS = ("gram", "cross", "inputs", "targets", "energy")
 
 
-class ChannelMoments:
+class FilterMoments:
     """Sums over batches: float32 products of a part of a batch, float64 sums.
 
     Args:
@@ -124,7 +124,7 @@ class ChannelMoments:
                 f"{self._name}: activations on the calibration data are not finite; check weights and images."
             )
 
-    def result(self) -> ChannelStatistics:
+    def result(self) -> FilterStatistics:
         """Means over everything so far.
 
         Raises:
@@ -132,7 +132,7 @@ class ChannelMoments:
         """
         if not self._rows:
             raise NumericsError(f"{self._name}: no row was seen; the calibration data is empty.")
-        return ChannelStatistics(self._rows, **{name: self._sums[name] / self._rows for name in _MEANS})
+        return FilterStatistics(self._rows, **{name: self._sums[name] / self._rows for name in _MEANS})
 
     @staticmethod
     def _images_at_once(targets: Tensor, taps: int) -> int:
@@ -144,9 +144,9 @@ class ChannelMoments:
 
 
 def fitted_filters(
-    every: ChannelStatistics,
-    held_out: ChannelStatistics | None,
-    fit: ChannelStatistics,
+    every: FilterStatistics,
+    held_out: FilterStatistics | None,
+    fit: FilterStatistics,
     weight: Tensor,
     grid: Sequence[float],
     *,

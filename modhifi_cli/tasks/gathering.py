@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.numerics.cross import CrossMoments, CrossStatistics, merge_cross
-from modhifi_cli.numerics.depthwise import ChannelMoments, ChannelStatistics
+from modhifi_cli.numerics.depthwise import FilterMoments, FilterStatistics
 from modhifi_cli.numerics.moments import ConvMoments, RowMoments, merge
 from modhifi_cli.records import Statistics
 
@@ -163,8 +163,8 @@ class DepthwiseMoments:
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self._fitted = ChannelMoments(module, name=name)
-        self._held_out = ChannelMoments(module, name=name)
+        self._fitted = FilterMoments(module, name=name)
+        self._held_out = FilterMoments(module, name=name)
         self._images = 0
 
     def update(self, inputs: Tensor, targets: Tensor) -> None:
@@ -179,7 +179,7 @@ class DepthwiseMoments:
         if bool(held.any()):
             self._held_out.update(inputs[held], targets[held])
 
-    def result(self) -> tuple[ChannelStatistics, ChannelStatistics | None, ChannelStatistics]:
+    def result(self) -> tuple[FilterStatistics, FilterStatistics | None, FilterStatistics]:
         """Over all images, over the held-out ones alone (None where there are fewer than five), and over the others.
 
         Raises:

@@ -96,6 +96,15 @@ def _lite_block(number):
     return [(m, t) for conv, bn in parts for m, t in [(conv, "weight"), *((bn, t) for t in norm)]]
 
 
+def test_dinov2_reads_224_pixels_and_gives_features():
+    from modhifi_cli import config
+
+    loaded = config.build(config.compose("prune", ["model=dinov2_vits14", "model.weights=random"])["model"])
+    assert (loaded.preprocess.size, loaded.preprocess.resize) == ((224, 224), 256)
+    with torch.inference_mode():
+        assert loaded.model(torch.randn(1, 3, 224, 224)).shape == (1, 384)
+
+
 def test_timm_preprocessing_is_the_data_configuration():
     loaded = timm_models.load(name="mobilenetv2_035", weights="random")
     assert loaded.preprocess == Preprocess((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 256, "bicubic")

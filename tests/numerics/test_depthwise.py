@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from modhifi_cli.errors import NumericsError
-from modhifi_cli.numerics.depthwise import ChannelMoments, fitted_filters
+from modhifi_cli.numerics.depthwise import FilterMoments, fitted_filters
 
 LAYERS = {
     "same": lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4),
@@ -42,7 +42,7 @@ def test_filters_are_those_of_least_squares_on_the_patches(name):
     torch.manual_seed(3)
     layer = LAYERS[name]()
     inputs, targets = data(layer)
-    moments, held = ChannelMoments(layer), ChannelMoments(layer)
+    moments, held = FilterMoments(layer), FilterMoments(layer)
     moments.update(inputs[:20], targets[:20])
     held.update(inputs[20:], targets[20:])
     fit, held_out = moments.result(), held.result()
@@ -59,7 +59,7 @@ def test_filters_are_those_of_least_squares_on_the_patches(name):
 def test_the_error_is_that_of_the_outputs_and_the_split_does_not_matter():
     layer = LAYERS["same"]()
     inputs, targets = data(layer)
-    whole, parts = ChannelMoments(layer), ChannelMoments(layer)
+    whole, parts = FilterMoments(layer), FilterMoments(layer)
     whole.update(inputs, targets)
     for part in (slice(0, 7), slice(7, 24)):
         parts.update(inputs[part], targets[part])
@@ -80,7 +80,7 @@ def test_filters_stay_where_no_ridge_helps_on_held_out_images_and_where_a_channe
     inputs[:, 2] = 0
     with torch.no_grad():
         exact, noise = layer(inputs), torch.randn(24, 4, 9, 9)
-    moments, held = ChannelMoments(layer), ChannelMoments(layer)
+    moments, held = FilterMoments(layer), FilterMoments(layer)
     moments.update(inputs[:20], exact[:20] + noise[:20])
     held.update(inputs[20:], exact[20:])
     fit, held_out = moments.result(), held.result()
@@ -95,7 +95,7 @@ def test_filters_stay_where_no_ridge_helps_on_held_out_images_and_where_a_channe
 
 def test_what_is_not_finite_or_absent_is_named():
     layer = LAYERS["same"]()
-    moments = ChannelMoments(layer, name="conv_dw")
+    moments = FilterMoments(layer, name="conv_dw")
     with pytest.raises(NumericsError, match="conv_dw: no row was seen"):
         moments.result()
     inputs, targets = data(layer)
