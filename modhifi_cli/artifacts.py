@@ -98,8 +98,11 @@ def load_saved(directory: str | os.PathLike[str]) -> LoadedModel:
     restore_widths_(model, widths)
     floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     model.to(floating[0] if floating else torch.float32)  # load_state_dict would round to the built dtype
+    # Some classes ask for the versions that a state_dict of their own carries (torchvision's MNASNet).
+    versioned = OrderedDict(state)
+    versioned._metadata = model.state_dict()._metadata
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(versioned)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
         raise DataError(

@@ -1,7 +1,7 @@
 """Groups of coupled components, and where each component lives in every module it touches.
 
-A group is what has to be removed together: *producers* write the components, *followers* (BatchNorm, depthwise and
-grouped convolutions) pass them on one by one, *consumers* read them. Groups are stated once in the coordinates of the
+A group is what has to be removed together: *producers* write the components, *followers* (BatchNorm, GroupNorm, depthwise
+and grouped convolutions) pass them on one by one, *consumers* read them. Groups are stated once in the coordinates of the
 dense network; `Layout` knows which of those coordinates are still alive after earlier edits.
 """
 
@@ -42,8 +42,8 @@ class ComponentGroup:
         components: Number of components in the dense network.
         producers: Slots along the output dimension of conv, linear or shortcut modules, or along the heads of an
             attention that holds its own projections.
-        followers: Slots along the only channel dimension of BatchNorm and of depthwise or grouped convolutions (whose
-            components are whole convolution groups), and along the heads of attention modules and their parts.
+        followers: Slots along the only channel dimension of BatchNorm, GroupNorm and depthwise or grouped convolutions
+            (components of the last two are whole groups), and along the heads of attention modules and their parts.
         consumers: Slots along the input dimension of conv, linear or shortcut modules.
     """
 
@@ -99,6 +99,8 @@ def output_size(module: nn.Module) -> int:
         return module.out_features
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.num_features
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
     heads = head_count(module)
     return module.out_channels if heads is None else heads
 
@@ -111,6 +113,8 @@ def input_size(module: nn.Module) -> int:
         return module.in_features
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.num_features
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
     heads = head_count(module)
     return module.in_channels if heads is None else heads
 

@@ -84,7 +84,7 @@ class LayerWidths:
     def at(self, keep: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Output and independent input widths, each ``[layers]`` int64, when group g keeps ``keep[g]`` components.
 
-        The input width is 1 where inputs go with outputs (BatchNorm, grouped convolution).
+        The input width is 1 where inputs go with outputs (norms, grouped convolution).
         """
         removed = self.sizes - np.asarray(keep, dtype=np.int64)
         return self._out - self._removed_out @ removed, self._in - self._removed_in @ removed
@@ -142,8 +142,8 @@ class CostModel:
 
 
 def independent_inputs(module: nn.Module) -> int:
-    """Input width that shrinks on its own: 1 where the inputs go with the outputs (BatchNorm, grouped conv, heads)."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) or is_grouped(module) or head_count(module) is not None:
+    """Input width that shrinks on its own: 1 where the inputs go with the outputs (norms, grouped conv, heads)."""
+    if _is_norm(module) or is_grouped(module) or head_count(module) is not None:
         return 1
     return input_size(module)
 
@@ -184,9 +184,13 @@ def attention_work(model: nn.Module, example: Tensor) -> dict[str, tuple[float, 
     return found
 
 
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)
+
+
 def _pair_parameters(module: nn.Module) -> float:
     """Weights per (output, independent input) pair."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) or head_count(module) is not None:
+    if _is_norm(module) or head_count(module) is not None:
         return 0.0
     weight = getattr(module, "weight", None)
     return 0.0 if weight is None else weight.numel() / (output_size(module) * independent_inputs(module))
@@ -194,8 +198,8 @@ def _pair_parameters(module: nn.Module) -> float:
 
 def _output_parameters(module: nn.Module) -> float:
     """Parameters per output that do not depend on the inputs (biases, BatchNorm scales)."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return float(sum(parameter.numel() for parameter in module.parameters())) / module.num_features
+    if _is_norm(module):
+        return float(sum(parameter.numel() for parameter in module.parameters())) / output_size(module)
     heads = head_count(module)
     if heads is not None:
         named = dict(module.named_parameters(recurse=False))

@@ -1,41 +1,20 @@
-"""Finding the groups of coupled channels of any network through Torch-Pruning's dependency graph.
+"""Finding the groups of coupled channels of any network from the labels of one forward pass.
 
-Torch-Pruning traces which channels have to go together (residual sums, concatenations, flattening). What we add: the
-option-A shortcut as a consumer of one stream and producer of the next; grouped convolutions as followers whose
-component is a whole convolution group; and a reason for everything that is left out.
+`labels.py` says which channels meet where (residual sums, concatenations, shuffles, flattening). Here they become
+groups: what one layer writes stays together, layers that write into the same sum are joined, a grouped convolution
+makes whole convolution groups the component; and everything that is left out has a reason.
 """
 
-import contextlib
-import io
-import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, UnsupportedModelError, nearest
-from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot, input_size, output_size
-from modhifi_cli.graph.modules import ChannelPadShortcut
+from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot, input_size
+from modhifi_cli.graph.labels import Labelling, Link, label
 from modhifi_cli.graph.trace import Trace
-
-_PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, ChannelPadShortcut)
-
-
-class _ShortcutPruner(torch_pruning.BasePruningFunc):
-    """Tells Torch-Pruning that the shortcut map reads one stream and writes another; nothing is pruned through it."""
-
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        return layer
-
-    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        return layer
-
-    def get_out_channels(self, layer: nn.Module) -> int:
-        return layer.out_channels
-
-    def get_in_channels(self, layer: nn.Module) -> int:
-        return layer.in_channels
 
 
 def find_groups(
@@ -63,19 +42,19 @@ def find_groups(
         ConfigError: If an excluded name is no module of the network.
         UnsupportedModelError: If the network cannot be traced.
     """
-    names = {module: name for name, module in model.named_modules() if name}
     excluded = excluded_modules(model, exclude)
-    coupled = _union_grouped(model, _primitive_groups(model, names, trace, example, claimed))
+    labelling = _coupled(model, example)
     groups, refused = [], []
-    for links in coupled:
-        group, reason = _as_group(model, links, trace)
-        if group is None:
-            if reason is not None:
-                refused.append(reason)
-        elif touched := [name for name in group.modules if name in excluded]:
-            refused.append(Refusal(group.name, f"excluded by the setting exclude ({touched[0]})"))
-        else:
-            groups.append(group)
+    for bundle in _bundles(labelling):
+        if any(link.module in claimed[link.dim == "in"] for link in bundle.links if link.dim in ("in", "out")):
+            continue
+        for found in _groups_of(model, bundle, labelling, trace):
+            if isinstance(found, Refusal):
+                refused.append(found)
+            elif touched := [name for name in found.modules if name in excluded]:
+                refused.append(Refusal(found.name, f"excluded by the setting exclude ({touched[0]})"))
+            else:
+                groups.append(found)
     groups.sort(key=lambda group: min(trace.visits[slot.module].enter for slot in group.consumers))
     return tuple(groups), tuple(refused)
 
@@ -96,169 +75,134 @@ def excluded_modules(model: nn.Module, exclude: Iterable[str]) -> set[str]:
     return excluded
 
 
-# A link says: channel `root` of the group is entry `position` of dimension `dim` of `module`.
-_Link = tuple[str, str, list[int], list[int]]  # module, dim ("out" | "in" | "both" | other), positions, roots
-
-
-def _primitive_groups(
-    model: nn.Module,
-    names: dict[nn.Module, str],
-    trace: Trace,
-    example: Tensor,
-    claimed: tuple[Collection[str], Collection[str]],
-) -> list[tuple[int, list[_Link]]]:
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    mode = model.training
-    found: list[tuple[int, list[_Link]]] = []
+def _coupled(model: nn.Module, example: Tensor) -> Labelling:
     try:
-        for parameter in required:
-            parameter.requires_grad_(True)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            graph = torch_pruning.DependencyGraph().build_dependency(
-                model, example, customized_pruners={ChannelPadShortcut: _ShortcutPruner()}, verbose=False
-            )
-            covered: dict[str, set[int]] = {}
-            for module, name in names.items():
-                if not isinstance(module, _PRODUCERS) or module not in graph.module2node or name in claimed[0]:
-                    continue
-                size = output_size(module)
-                if len(covered.get(name, ())) == size:
-                    continue
-                pruner = graph.get_pruner_of_module(module)
-                items = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(size))).items
-                links = [link for item in items if (link := _link(graph, item, names)) is not None]
-                for target, dim, positions, _ in links:
-                    if dim in ("out", "both"):
-                        covered.setdefault(target, set()).update(positions)
-                if not any(target in claimed[dim == "in"] for target, dim, *_ in links if dim in ("in", "out")):
-                    found.append((size, links))
+        return label(model, example)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
         raise UnsupportedModelError(
             f"the network {type(model).__name__} could not be traced for coupled channels: {error}; "
             "its forward must be plain tensor operations on modules."
         ) from error
-    finally:
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
-        model.train(mode)
-    return found
 
 
-def _link(graph: object, item: object, names: dict[nn.Module, str]) -> _Link | None:
-    target, handler = item.dep.target.module, item.dep.handler
-    if isinstance(target, nn.Parameter):
-        return (item.dep.target.name, "parameter", list(item.idxs), list(item.root_idxs))
-    if target not in names:
-        return None  # sums, activations, concatenations: no tensors of their own
-    if isinstance(target, nn.modules.batchnorm._BatchNorm):
-        dim = "both"
-    elif isinstance(target, nn.modules.conv._ConvNd) and target.groups > 1:
-        dim = "both" if target.groups == target.in_channels == target.out_channels else ""
-        dim = dim or ("out" if graph.is_out_channel_pruning_fn(handler) else "in")
-    elif isinstance(target, _PRODUCERS):
-        dim = "out" if graph.is_out_channel_pruning_fn(handler) else "in"
-    elif not list(target.parameters(recurse=False)) and not list(target.buffers(recurse=False)):
-        return None
-    else:
-        dim = type(target).__name__
-    return (names[target], dim, list(item.idxs), list(item.root_idxs))
+@dataclass
+class _Bundle:
+    """Layers that write the same components, and everything that holds some of these."""
+
+    labels: set[int]
+    links: list[Link]
 
 
-def _union_grouped(model: nn.Module, found: list[tuple[int, list[_Link]]]) -> list[list[_Link]]:
-    """Join groups that meet in a grouped convolution, and number components: a whole convolution group is one.
+def _bundles(labelling: Labelling) -> list[_Bundle]:
+    """Labels written by one layer belong together, and so do layers that share a label; in execution order."""
+    written = [link for link in labelling.links if link.dim == "out"]
+    owner: dict[int, int] = {}
+    parent: list[int] = []
 
-    Returns one list of links a group, whose roots are component numbers.
-    """
-    offsets = [0]
-    for size, _ in found:
-        offsets.append(offsets[-1] + size)
-    parent = list(range(offsets[-1]))
-
-    def root(element: int) -> int:
-        while parent[element] != element:
-            parent[element] = parent[parent[element]]
-            element = parent[element]
-        return element
-
-    owner = list(range(len(found)))
-
-    def group_root(number: int) -> int:
-        while owner[number] != number:
-            owner[number] = owner[owner[number]]
-            number = owner[number]
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
         return number
 
-    first: dict[tuple[str, int], int] = {}
-    for number, (_, links) in enumerate(found):
-        for module_name, dim, positions, roots in links:
-            module = model.get_submodule(module_name) if dim in ("in", "out", "both") else None
-            grouped = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
-            if not grouped and dim not in ("out", "both"):
-                continue
-            for position, channel in zip(positions, roots, strict=True):
-                element = offsets[number] + channel
-                key = (module_name + ("" if grouped else "/out"), position)
-                if grouped:
-                    width = (module.in_channels if dim == "in" else module.out_channels) // module.groups
-                    key = (module_name, position // width)
-                other = first.setdefault(key, element)
-                if root(other) != root(element):
-                    parent[root(element)] = root(other)
-                theirs = next(i for i in range(len(found)) if offsets[i] <= other < offsets[i + 1])
-                owner[group_root(number)] = group_root(theirs)
-    merged: dict[int, list[_Link]] = {}
-    numbers: dict[int, dict[int, int]] = {}
-    for number, (_, links) in enumerate(found):
-        group = group_root(number)
-        component_of = numbers.setdefault(group, {})
-        for module_name, dim, positions, roots in links:
-            component = [component_of.setdefault(root(offsets[number] + r), len(component_of)) for r in roots]
-            merged.setdefault(group, []).append((module_name, dim, positions, component))
-    return list(merged.values())
+    for number, link in enumerate(written):
+        parent.append(number)
+        for each in set(link.labels.unique().tolist()) - {0}:
+            first = owner.setdefault(each, number)
+            a, b = root(first), root(number)
+            parent[max(a, b)] = min(a, b)
+    bundles: dict[int, _Bundle] = {}
+    for each, number in owner.items():
+        bundles.setdefault(root(number), _Bundle(set(), [])).labels.add(each)
+    of = {each: root(number) for each, number in owner.items()}
+    for link in labelling.links:
+        for number in {of[each] for each in link.labels.unique().tolist() if each in of}:
+            bundles[number].links.append(link)
+    return [bundles[number] for number in sorted(bundles)]
+
+
+def _groups_of(
+    model: nn.Module, bundle: _Bundle, labelling: Labelling, trace: Trace
+) -> Iterator[ComponentGroup | Refusal]:
+    """The groups that one bundle makes, or why it makes none.
+
+    Components that different modules hold are groups of their own (a split hands some channels to one branch and some
+    to another); nothing is said of channels that only the network's answer holds.
+    """
+    layers = [link.module for link in bundle.links if link.dim == "out"]
+    name = min(layers, key=lambda n: trace.visits[n].enter if n in trace.visits else 0)
+    read = any(link.dim == "in" for link in bundle.links)
+    if not read and (bundle.labels & labelling.answers or not bundle.labels & labelling.spoilt.keys()):
+        return  # nothing reads these channels: they are the network's answer, or no part of it
+    if bundle.labels & labelling.answers:
+        yield Refusal(name, "the network gives these channels out as its answer")
+        return
+    for each in sorted(bundle.labels):
+        if each in labelling.spoilt:
+            yield Refusal(name, labelling.spoilt[each])
+            return
+    for link in bundle.links:
+        if reason := _unfit(model, link, trace):
+            yield Refusal(name, f"{link.module} {reason}")
+            return
+    if len(bundle.labels) < 2:
+        yield Refusal(name, "its channels can only go all together")
+        return
+    places = _places(model, bundle)
+    signatures: dict[tuple, list[int]] = {}
+    for each, held in places.items():
+        signatures.setdefault(tuple((key, len(positions)) for key, positions in held.items()), []).append(each)
+    for number, components in enumerate(signatures.values()):
+        yield _as_group(model, name if number == 0 else f"{name}:{number + 1}", components, places, trace)
+
+
+def _unfit(model: nn.Module, link: Link, trace: Trace) -> str | None:
+    """Why the module of a link cannot be cut, or None."""
+    if link.dim == "tensor":
+        return "is a bare parameter across these channels"
+    if link.module in trace.reused:
+        return "runs more than once in one forward, so its channels are shared"
+    if link.module not in trace.visits:
+        return "is used without being called, so what it reads cannot be seen"
+    return _unreadable(model.get_submodule(link.module)) if link.dim == "in" else None
+
+
+_KINDS = {"out": "producers", "both": "followers", "in": "consumers"}
+
+
+def _places(model: nn.Module, bundle: _Bundle) -> dict[int, dict[tuple[str, str], list[int]]]:
+    """Label → (kind, module) → positions, labels in the order in which the first layers write them."""
+    places: dict[int, dict[tuple[str, str], list[int]]] = {}
+    known = torch.tensor(sorted(bundle.labels))
+    for link in sorted(bundle.links, key=lambda link: link.dim != "out"):
+        mine = torch.isin(link.labels, known).nonzero().flatten()
+        key = (_KINDS[link.dim], link.module)
+        for position, each in zip(mine.tolist(), link.labels[mine].tolist(), strict=True):
+            places.setdefault(each, {}).setdefault(key, []).append(position)
+    return {each: dict(sorted(held.items())) for each, held in places.items()}
 
 
 def _as_group(
-    model: nn.Module, links: list[_Link], trace: Trace
-) -> tuple[ComponentGroup | None, Refusal | None]:
-    kinds: dict[str, dict[str, dict[int, set[int]]]] = {"producers": {}, "followers": {}, "consumers": {}}
-    producers = [n for n, dim, *_ in links if dim == "out"]
-    name = min(producers or [links[0][0]], key=lambda n: trace.visits[n].enter if n in trace.visits else 0)
-    components = 1 + max(component for *_, roots in links for component in roots)
-    for module_name, dim, positions, roots in links:
-        if dim not in ("in", "out", "both"):
-            kind = "a bare parameter" if dim == "parameter" else f"a {dim}"
-            return None, Refusal(name, f"{module_name} is {kind} across these channels")
-        if module_name in trace.reused or module_name not in trace.visits:
-            return None, Refusal(name, f"{module_name} runs more than once in one forward, so its channels are shared")
-        module = model.get_submodule(module_name)
-        grouped = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
-        if grouped and dim == "in":
-            continue  # the output side of a grouped convolution says all: whole convolution groups go
-        kind = "followers" if grouped or dim == "both" else "producers" if dim == "out" else "consumers"
-        entries = kinds[kind].setdefault(module_name, {})
-        for position, component in zip(positions, roots, strict=True):
-            entries.setdefault(component, set()).add(position)
-    if not kinds["consumers"]:
-        return None, None  # nothing reads these channels: they are the network's output
-    slots: dict[str, tuple[Slot, ...]] = {}
-    for kind, modules in kinds.items():
-        made = []
-        for module_name, entries in modules.items():
-            widths = {len(positions) for positions in entries.values()}
-            if len(entries) != components or len(widths) != 1:
-                return None, Refusal(name, f"{module_name} holds only some of these channels, or unequal numbers")
-            made.append(Slot(module_name, torch.tensor([sorted(entries[i]) for i in range(components)])))
-        slots[kind] = tuple(sorted(made, key=lambda slot: trace.visits[slot.module].enter))
-    if not slots["producers"]:
-        return None, Refusal(name, "no layer of the network writes these channels")
+    model: nn.Module,
+    name: str,
+    components: Sequence[int],
+    places: Mapping[int, Mapping[tuple[str, str], Sequence[int]]],
+    trace: Trace,
+) -> ComponentGroup | Refusal:
+    slots: dict[str, list[Slot]] = {kind: [] for kind in _KINDS.values()}
+    for kind, module in places[components[0]]:
+        index = torch.tensor([sorted(places[each][kind, module]) for each in components])
+        slots[kind].append(Slot(module, index))
+    for found in slots.values():
+        found.sort(key=lambda slot: trace.visits[slot.module].enter)
+    if not slots["consumers"]:
+        return Refusal(name, "no layer reads these channels alone")
     for slot in slots["consumers"]:
-        module = model.get_submodule(slot.module)
-        if reason := _unreadable(module):
-            return None, Refusal(name, f"{slot.module} {reason}")
-        if (input_size(module) - slot.index.numel()) % slot.entries:
-            return None, Refusal(name, f"the other inputs of {slot.module} do not divide into components of equal size")
-    return ComponentGroup(name, components, slots["producers"], slots["followers"], slots["consumers"]), None
+        if (input_size(model.get_submodule(slot.module)) - slot.index.numel()) % slot.entries:
+            return Refusal(name, f"the other inputs of {slot.module} do not divide into components of equal size")
+    return ComponentGroup(
+        name, len(components), tuple(slots["producers"]), tuple(slots["followers"]), tuple(slots["consumers"])
+    )
 
 
 def _unreadable(module: nn.Module) -> str | None:

@@ -6,7 +6,8 @@ identity statistics hide wrong slicing) and demands that zeroing itself moves th
 """
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,9 @@ from modhifi_cli.graph.surgery import slice_module_
 from modhifi_cli.graph.trace import tensors_of
 
 TOLERANCE = 1e-8  # of the logits' scale; the check runs in float64
+TOLERANCE_FLOAT32 = 1e-4
 SEED = 0
+_BLOCK = 1_000_003  # a prime
 
 
 @dataclass(frozen=True)
@@ -29,27 +32,36 @@ class Verdict:
         difference: Largest difference between sliced and zeroed logits, as a share of the logits' scale.
         moved: Largest change of the logits by zeroing, as a share of the same scale.
         failure: What went wrong in the attempt, or None.
+        tolerance: Largest difference allowed.
     """
 
     difference: float
     moved: float
     failure: str | None = None
+    tolerance: float = TOLERANCE
 
     @property
     def holds(self) -> bool:
         """Whether slicing equals zeroing, and zeroing was visible."""
-        return self.failure is None and self.difference <= TOLERANCE and self.moved >= 100 * TOLERANCE
+        return self.failure is None and self.difference <= self.tolerance and self.moved >= 100 * self.tolerance
 
 
 def randomise_(model: nn.Module, *, seed: int = SEED) -> None:
     """Draw every parameter and floating buffer anew at a scale at which signals pass through deep networks."""
     generator = torch.Generator().manual_seed(seed)
 
+    def drawn(draw: Callable, shape: Sequence[int]) -> Tensor:
+        count = math.prod(shape)
+        # Beyond a block whose length no channel count divides, its numbers come again: drawing them all would cost
+        # more than the forward passes.
+        few = draw(min(count, _BLOCK), generator=generator, dtype=torch.float64)
+        return (few if count <= _BLOCK else few.repeat(-(-count // _BLOCK))[:count]).view(shape)
+
     def normal_(tensor: Tensor, mean: float, std: float) -> None:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * std + mean)
+        tensor.copy_(drawn(torch.randn, tensor.shape)).mul_(std).add_(mean)
 
     def uniform_(tensor: Tensor, low: float, high: float) -> None:
-        tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low)
+        tensor.copy_(drawn(torch.rand, tensor.shape)).mul_(high - low).add_(low)
 
     with torch.no_grad():
         for module in model.modules():
@@ -91,71 +103,90 @@ def slice_groups_(model: nn.Module, groups: Sequence[ComponentGroup], removed: S
             slice_module_(model.get_submodule(name), outputs=outputs.get(name), inputs=inputs.get(name))
 
 
-def check(model: nn.Module, groups: Sequence[ComponentGroup], example: Tensor, *, seed: int = SEED) -> Verdict:
-    """Put groups before the law, all in one attempt, on a randomised float64 copy of the network.
+def check(
+    model: nn.Module,
+    groups: Sequence[ComponentGroup],
+    example: Tensor,
+    *,
+    seed: int = SEED,
+    dtype: torch.dtype = torch.float64,
+) -> Verdict:
+    """Put groups before the law, all in one attempt, on a randomised copy of the network.
 
     Args:
         model: Dense network; left as found.
         groups: The groups that lose components together in this attempt (a third of each, drawn by `seed`).
         example: A batch, ``[batch, channels, height, width]``.
         seed: For the drawn parameters and the drawn components.
+        dtype: Of the copy. With float32, for networks too large for float64, the tolerance is `TOLERANCE_FLOAT32`.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     removed = [
         torch.randperm(group.components, generator=generator)[: max(1, group.components // 3)].sort().values
         for group in groups
     ]
-    images = example.to(torch.float64)
-    dense = copy.deepcopy(model).cpu().to(torch.float64).eval()
-    randomise_(dense, seed=seed)
+    images = example.to(dtype)
+    tolerance = TOLERANCE if dtype == torch.float64 else TOLERANCE_FLOAT32
+    copied = copy.deepcopy(model).cpu().to(dtype).eval()
+    randomise_(copied, seed=seed)
     try:
-        before = _logits(dense, images)
-        sliced = copy.deepcopy(dense)
+        before = _logits(copied, images)
         for group, gone in zip(groups, removed, strict=True):
-            zero_consumers_(dense, group, gone)
-        zeroed = _logits(dense, images)
-        slice_groups_(sliced, groups, removed)
-        narrow = _logits(sliced, images)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
+            zero_consumers_(copied, group, gone)
+        zeroed = _logits(copied, images)
+        # The zeroed copy itself is sliced: what slicing leaves was not zeroed, and a second copy would cost memory.
+        slice_groups_(copied, groups, removed)
+        narrow = _logits(copied, images)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError, AssertionError) as error:
         return Verdict(float("inf"), 0.0, str(error).splitlines()[0] if str(error) else type(error).__name__)
     if narrow.shape != zeroed.shape:
-        return Verdict(float("inf"), 0.0, f"the logits changed shape from {zeroed.numel()} to {narrow.numel()} numbers")
+        failure = f"the logits changed shape from {zeroed.numel()} to {narrow.numel()} numbers"
+        return Verdict(float("inf"), 0.0, failure)
     scale = float(before.abs().max().clamp(min=1e-300))
-    return Verdict(float((narrow - zeroed).abs().max()) / scale, float((zeroed - before).abs().max()) / scale)
+    differs, moves = float((narrow - zeroed).abs().max()), float((zeroed - before).abs().max())
+    return Verdict(differs / scale, moves / scale, tolerance=tolerance)
 
 
 def lawful(
-    model: nn.Module, candidates: Sequence[Sequence[ComponentGroup]], example: Tensor
+    model: nn.Module,
+    candidates: Sequence[Sequence[ComponentGroup]],
+    example: Tensor,
+    *,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[tuple[ComponentGroup, ...], dict[str, Verdict]]:
     """Split groups into those that obey the law and the verdicts of those that do not.
 
-    All are tried in one attempt first, since networks that pass are the rule; only where that fails is each tried
-    alone.
+    All are tried in one attempt first, since networks that pass are the rule. Where that fails, halves are added to
+    what has passed so far, and halves of halves, until the groups that break the law are found alone: what is returned
+    has passed together.
 
     Args:
         model: Dense network; left as found.
         candidates: For each group the ways in which it may lie, the most usual first. The first that obeys is taken.
         example: A batch, ``[batch, channels, height, width]``.
+        dtype: As in `check`.
     """
-    first = tuple(ways[0] for ways in candidates)
-    if not first or check(model, first, example).holds:
-        return first, {}
-    passed: list[ComponentGroup] = []
     failed: dict[str, Verdict] = {}
-    for ways in candidates:
-        verdicts = [check(model, (ways[0],), example)]
-        for group in ways[1:]:
-            if verdicts[-1].holds:
-                break
-            verdicts.append(check(model, (group,), example))
-        if verdicts[-1].holds:
-            passed.append(ways[len(verdicts) - 1])
-        else:
-            failed[ways[0].name] = verdicts[0]
-    if passed and not check(model, passed, example).holds:
-        # Each alone is right, together they are not: refuse rather than guess.
-        return (), dict.fromkeys((group.name for group in first), check(model, passed, example))
-    return tuple(passed), failed
+
+    def grown(
+        passed: tuple[ComponentGroup, ...], more: Sequence[Sequence[ComponentGroup]]
+    ) -> tuple[ComponentGroup, ...]:
+        if not more:
+            return passed
+        first = (*passed, *(ways[0] for ways in more))
+        verdict = check(model, first, example, dtype=dtype)
+        if verdict.holds:
+            return first
+        if len(more) == 1:
+            for other in more[0][1:]:
+                if check(model, (*passed, other), example, dtype=dtype).holds:
+                    return (*passed, other)
+            failed[more[0][0].name] = verdict
+            return passed
+        half = len(more) // 2
+        return grown(grown(passed, more[:half]), more[half:])
+
+    return grown((), candidates), failed
 
 
 @torch.no_grad()

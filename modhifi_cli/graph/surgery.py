@@ -21,9 +21,12 @@ _ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.modules.conv._ConvNd, ("in_channels", "out_channels", "groups")),
     (nn.Linear, ("in_features", "out_features")),
     (nn.modules.batchnorm._BatchNorm, ("num_features",)),
+    (nn.GroupNorm, ("num_channels", "num_groups")),
     (ChannelPadShortcut, ("in_channels", "out_channels")),
 )
 _TRANSPOSED_ATTRIBUTES = ("nx", "nf")
+_OUTPUTS = ("out_channels", "out_features", "num_features", "num_channels", "nf")
+_INPUTS = ("in_channels", "in_features", "nx")
 HEADS = "heads"  # what the description of widths calls the number of heads, whatever the module does
 
 
@@ -31,9 +34,10 @@ def slice_module_(module: nn.Module, *, outputs: Tensor | None = None, inputs: T
     """Keep only the given channels or features of one module, in place.
 
     Args:
-        module: Convolution, linear layer, BatchNorm, option-A shortcut, or attention (its heads are its outputs).
-        outputs: Kept output positions, ``[kept]`` int64 sorted, or None for all. For a grouped convolution they must
-            be whole convolution groups; the inputs of a removed group go with it.
+        module: Convolution, linear layer, BatchNorm, GroupNorm, option-A shortcut, or attention (its heads are its
+            outputs).
+        outputs: Kept output positions, ``[kept]`` int64 sorted, or None for all. For a grouped convolution or a
+            GroupNorm they must be whole groups; the inputs of a removed convolution group go with it.
         inputs: Kept input positions, ``[kept]`` int64 sorted, or None for all. Not for grouped convolutions.
 
     Raises:
@@ -46,6 +50,12 @@ def slice_module_(module: nn.Module, *, outputs: Tensor | None = None, inputs: T
         if outputs is not None:
             _select_(module, ("weight", "bias", "running_mean", "running_var"), 0, outputs)
             module.num_features = outputs.numel()
+    elif isinstance(module, nn.GroupNorm):
+        if outputs is not None:
+            width = module.num_channels // module.num_groups
+            groups = _whole_groups(outputs, width, f"a GroupNorm of {module.num_groups}")
+            _select_(module, ("weight", "bias"), 0, outputs)
+            module.num_groups, module.num_channels = groups, outputs.numel()
     elif isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         _slice_grouped_(module, outputs)
     elif is_transposed(module):
@@ -77,16 +87,25 @@ def _slice_grouped_(module: nn.modules.conv._ConvNd, outputs: Tensor | None) -> 
         return
     width = module.out_channels // module.groups
     in_width = module.in_channels // module.groups
+    groups = _whole_groups(outputs, width, f"a convolution with {module.groups}")
+    _select_(module, ("weight", "bias"), 0, outputs)
+    module.groups = groups
+    module.out_channels = outputs.numel()
+    module.in_channels = groups * in_width
+
+
+def _whole_groups(outputs: Tensor, width: int, what: str) -> int:
+    """How many groups of channels the kept outputs are.
+
+    Raises:
+        UnsupportedModelError: If they split one.
+    """
     groups = outputs.view(-1, width) // width if outputs.numel() % width == 0 else None
     if groups is None or not bool((groups == groups[:, :1]).all()):
         raise UnsupportedModelError(
-            f"the kept outputs of a convolution with {module.groups} groups split a group of {width} channels; "
-            "remove whole groups."
+            f"the kept outputs of {what} groups split a group of {width} channels; remove whole groups."
         )
-    _select_(module, ("weight", "bias"), 0, outputs)
-    module.groups = groups.shape[0]
-    module.out_channels = outputs.numel()
-    module.in_channels = groups.shape[0] * in_width
+    return groups.shape[0]
 
 
 def _on(index: Tensor | None, device: torch.device) -> Tensor | None:
@@ -158,7 +177,7 @@ def apply_module_edit_(model: nn.Module, edit: ModuleEdit) -> None:
 
 
 def _size(module: nn.Module, dim: int) -> int:
-    names = ("out_channels", "out_features", "num_features", "nf") if dim == 0 else ("in_channels", "in_features", "nx")
+    names = _OUTPUTS if dim == 0 else _INPUTS
     return next((getattr(module, name) for name in names if hasattr(module, name)), head_count(module) or 0)
 
 
@@ -225,9 +244,8 @@ def _width(module: nn.Module, attribute: str) -> int:
 
 
 def _counts(attributes: Mapping[str, int]) -> tuple[int, int | None]:
-    names = ("out_channels", "out_features", "num_features", "nf", HEADS)
-    outputs = next(attributes[n] for n in names if n in attributes)
-    inputs = next((attributes[n] for n in ("in_channels", "in_features", "nx") if n in attributes), None)
+    outputs = next(attributes[n] for n in (*_OUTPUTS, HEADS) if n in attributes)
+    inputs = next((attributes[n] for n in _INPUTS if n in attributes), None)
     return outputs, inputs
 
 

@@ -90,7 +90,7 @@ class Summary:
 
 
 def discover(
-    model: nn.Module, example: Tensor, *, exclude: Sequence[str] = ()
+    model: nn.Module, example: Tensor, *, exclude: Sequence[str] = (), dtype: torch.dtype = torch.float64
 ) -> tuple[Segments, tuple[ComponentGroup, ...], tuple[Refusal, ...]]:
     """Groups of a network that obey the slicing law, what was left out and why, and the network's segments.
 
@@ -99,6 +99,7 @@ def discover(
             as modules: they get a class in which they do (`Segments`).
         example: Two images or more, ``[batch, channels, height, width]``.
         exclude: Names of modules to leave alone.
+        dtype: In which the law is checked: float64, or float32 for networks whose copy would not fit.
 
     Raises:
         ConfigError: If an excluded module does not exist.
@@ -116,7 +117,8 @@ def discover(
     for name, module in tied.items():
         if module is not None:
             refused = (*refused, Refusal(name, f"{module} and {shared[module]} share a tensor, so neither can be cut"))
-    passed, failed = lawful(model, [ways for ways in candidates if tied[ways[0].name] is None], example.cpu())
+    untied = [ways for ways in candidates if tied[ways[0].name] is None]
+    passed, failed = lawful(model, untied, example.cpu(), dtype=dtype)
     visits = segments.trace.visits
     passed = tuple(sorted(passed, key=lambda group: min(visits[slot.module].enter for slot in group.consumers)))
     for name, verdict in failed.items():

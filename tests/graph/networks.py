@@ -79,13 +79,88 @@ class Flattened(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Code that mixes channels outside any module: no dependency graph shows it, only the law can."""
+    """Code that counts channels: what flows where does not show it, only the law can."""
 
     def __init__(self) -> None:
         super().__init__()
         self.good = nn.Conv2d(3, 6, 3, padding=1)
         self.first = nn.Conv2d(6, 8, 3, padding=1)
         self.second = nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.relu(self.first(torch.relu(self.good(images))))
+        return self.head(self.second(maps / maps.shape[1]).mean((2, 3)))
+
+
+class Shuffled(nn.Module):
+    """Two units as in ShuffleNet: a half of the channels goes through a branch, then all are shuffled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.units = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8), nn.ReLU(),
+                nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 6, 1),
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images)
+        for unit in self.units:
+            one, two = maps.chunk(2, 1)
+            maps = torch.cat([one, unit(two)], 1)
+            batch, channels, height, width = maps.shape
+            maps = maps.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(maps.shape)
+        return self.head(maps.mean((2, 3)))
+
+
+class Excited(nn.Module):
+    """Squeeze and excitation in a block whose norm is a GroupNorm, and a learnt scale behind the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.inner, self.norm = nn.Conv2d(8, 12, 1), nn.GroupNorm(4, 12)
+        self.squeeze, self.excite = nn.Conv2d(12, 4, 1), nn.Conv2d(4, 12, 1)
+        self.outer = nn.Conv2d(12, 8, 1)
+        self.scale = nn.Parameter(torch.ones(8, 1, 1))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        stream = self.stem(images)
+        maps = torch.relu(self.norm(self.inner(stream)))
+        maps = maps * torch.sigmoid(self.excite(torch.relu(self.squeeze(maps.mean((2, 3), keepdim=True)))))
+        return self.head((stream + self.scale * self.outer(maps)).mean((2, 3)))
+
+
+class Parted(nn.Module):
+    """A producer whose first four channels go one way and whose others go another, each with its own reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first, self.second = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 6, 3, padding=1)
+        self.left, self.right = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 6, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images)
+        joined = torch.cat([self.first(maps), self.second(maps)], 1)
+        left, right = joined.split([4, 6], 1)
+        return self.head((self.left(left) + self.right(right)).mean((2, 3)))
+
+
+class MeanTaken(nn.Module):
+    """A mean over channels between layers that could be pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good = nn.Conv2d(3, 6, 3, padding=1)
+        self.first, self.second = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 6, 1)
         self.head = nn.Linear(6, 5)
 
     def forward(self, images: Tensor) -> Tensor:

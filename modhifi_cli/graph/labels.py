@@ -1,0 +1,702 @@
+"""Which numbers of a forward pass belong together: every element of an activation carries the label of its component.
+
+One forward of one image runs beside a *shadow* for each tensor: an integer tensor of the same shape that says, for
+every element, which channel it would disappear with. Operations that only move elements (reshape, transpose,
+concatenate, roll, split, …) are run on the shadow as they are, so any way of shuffling channels is followed exactly.
+A sum joins the labels that meet in it, a layer with weights reads labels and writes new ones, and whatever mixes
+channels otherwise (a normalisation across them, an attention product, a fixed slice) spoils the labels it meets, with
+the reason. A spoilt label costs its own group and no other. Nothing here is trusted blindly: `law.py` checks every
+group that comes of it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modhifi_cli.graph.modules import ChannelPadShortcut
+from modhifi_cli.graph.trace import tensors_of
+
+# Label 0 means: an element that stays whatever is removed.
+_FIXED = 0
+
+_MOVES = frozenset(
+    "view _unsafe_view reshape _reshape_alias view_as reshape_as flatten unflatten permute transpose t numpy_T mT "
+    "movedim moveaxis swapaxes swapdims squeeze unsqueeze expand expand_as slice select narrow split "
+    "split_with_sizes chunk tensor_split unsafe_split unsafe_chunk unbind cat concat concatenate stack hstack "
+    "vstack index_select index roll flip pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle "
+    "repeat repeat_interleave unfold rot90 split_copy unbind_copy tile".split()
+)
+_SELECTIONS = frozenset("slice narrow select split split_with_sizes unbind tensor_split".split())
+_SAME = frozenset(
+    "clone alias detach contiguous to _to_copy type_as float double half lift_fresh dropout native_dropout "
+    "alpha_dropout feature_dropout positive resolve_conj resolve_neg".split()
+)
+_POINTWISE = frozenset(
+    "relu relu_ relu6 hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ leaky_relu leaky_relu_ silu "
+    "silu_ gelu elu elu_ selu celu mish mish_ softplus sigmoid sigmoid_ tanh tanh_ add add_ sub sub_ mul mul_ div "
+    "div_ pow rsqrt sqrt exp clamp clamp_ clamp_min clamp_max where maximum minimum addcmul addcdiv lerp neg abs "
+    "square prelu _prelu_kernel log log_sigmoid rsub reciprocal masked_fill masked_fill_ threshold threshold_ erf "
+    "sin cos floor round sign".split()
+)
+_REDUCTIONS = frozenset(
+    "mean sum amax amin max min var std var_mean std_mean logsumexp norm linalg_vector_norm prod argmax argmin any "
+    "all median nanmean".split()
+)
+_WINDOWS = frozenset(
+    "adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
+    "adaptive_max_pool2d max_pool1d max_pool2d max_pool2d_with_indices max_pool3d avg_pool1d avg_pool2d avg_pool3d "
+    "lp_pool2d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_linear1d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d replication_pad1d "
+    "replication_pad2d grid_sampler grid_sampler_2d roi_align max_pool1d_with_indices".split()
+)
+_ALONG = frozenset("softmax _softmax log_softmax _log_softmax cumsum sort".split())
+_NEW = frozenset(
+    "zeros zeros_like new_zeros empty empty_like new_empty full full_like new_full ones ones_like new_ones".split()
+)
+_CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution _convolution".split())
+_PRODUCTS = frozenset("matmul bmm mm addmm baddbmm mv dot addmv inner".split())
+_ATTENTION = frozenset(
+    "scaled_dot_product_attention _native_multi_head_attention _transformer_encoder_layer_fwd "
+    "_scaled_dot_product_flash_attention_for_cpu".split()
+)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Labels along one dimension of one module.
+
+    Attributes:
+        module: Module name, or the full name of a tensor where `dim` is ``"tensor"``.
+        dim: ``"out"`` and ``"in"`` of a layer with weights, ``"both"`` where inputs go with outputs (BatchNorm,
+            GroupNorm, grouped convolution), ``"tensor"`` for a parameter or buffer that is used by itself.
+        labels: One label per position, ``[positions]`` int64; 0 where the position stays whatever is removed.
+    """
+
+    module: str
+    dim: str
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What one forward pass tells about coupled components.
+
+    Attributes:
+        links: Where labels live, in execution order; labels that belong together are equal.
+        spoilt: Label → why nothing with it can be removed.
+        answers: Labels that the network gives out as its answer.
+    """
+
+    links: tuple[Link, ...]
+    spoilt: Mapping[int, str]
+    answers: frozenset[int]
+
+
+def label(model: nn.Module, example: Tensor) -> Labelling:
+    """Follow the channels of a network through one forward pass.
+
+    Args:
+        model: Network in evaluation mode; left as found.
+        example: A batch it takes, ``[batch, channels, height, width]``; only the first image is run.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, …: Whatever the network's own forward raises.
+    """
+    flow = _Flow(model)
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(flow.entering(name)))
+            handles.append(module.register_forward_hook(flow.leaving(name)))
+        with torch.inference_mode():
+            image = example[:1].clone()
+            with flow:
+                output = model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return flow.result(tensors_of(output))
+
+
+class _Labels:
+    """Labels that may turn out to be one and the same (a union-find), and what has become of them."""
+
+    def __init__(self) -> None:
+        self._parent = [0]
+        self._roots: Tensor | None = None
+        self.spoilt: dict[int, str] = {}
+
+    def new(self, count: int) -> Tensor:
+        """Fresh labels, ``[count]``; a lone one is `_FIXED`, since a layer's only channel can never go."""
+        if count < 2:
+            return torch.zeros(count, dtype=torch.int64)
+        first = len(self._parent)
+        self._parent.extend(range(first, first + count))
+        self._roots = None
+        return torch.arange(first, first + count)
+
+    def root(self, number: int) -> int:
+        parent = self._parent
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
+
+    def roots(self, shadow: Tensor) -> Tensor:
+        """The same shadow with equal numbers where labels are the same by now; constant dimensions stay constant."""
+        if self._roots is None:
+            parent = torch.tensor(self._parent)
+            while not torch.equal(further := parent[parent], parent):
+                parent = further
+            self._roots = parent
+        return self._roots[_small(shadow)].expand(shadow.shape)
+
+    def join(self, one: Tensor, other: Tensor, why: str) -> Tensor:
+        """Make labels equal that meet element by element (shapes that broadcast), and return the joined shadow."""
+        shape = torch.broadcast_shapes(one.shape, other.shape)
+        one, other = self.roots(one.expand(shape)), self.roots(other.expand(shape))
+        a, b = torch.broadcast_tensors(_small(one), _small(other))
+        different = a != b
+        if bool(different.any()):
+            pairs = torch.stack([a[different], b[different]], 1).unique(dim=0)
+            fixed = (pairs == _FIXED).any(1)
+            if bool(fixed.any()):
+                self.spoil(pairs[fixed], why)
+            for first, second in pairs[~fixed].tolist():
+                first, second = self.root(first), self.root(second)
+                if first != second:
+                    self._parent[second] = first
+            self._roots = None
+        return torch.where(a == _FIXED, b, a).expand(shape)
+
+    def spoil(self, shadow: Tensor, why: str) -> None:
+        """Nothing with these labels can be removed; the first reason is kept."""
+        for number in _small(shadow).unique().tolist():
+            if number != _FIXED:
+                self.spoilt.setdefault(number, why)
+
+    def settled(self) -> dict[int, str]:
+        """Root → why it is spoilt."""
+        reasons: dict[int, str] = {}
+        for number, why in self.spoilt.items():
+            reasons.setdefault(self.root(number), why)
+        return reasons
+
+
+def _small(shadow: Tensor) -> Tensor:
+    """The shadow with one element along every dimension in which it is the same by construction (stride 0)."""
+    for dim in range(shadow.dim()):
+        if shadow.stride(dim) == 0 and shadow.shape[dim] > 1:
+            shadow = shadow.narrow(dim, 0, 1)
+    return shadow
+
+
+def _along(labels: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
+    """A shadow of the given shape whose labels vary along one dimension."""
+    view = [1] * len(shape)
+    view[dim] = labels.numel()
+    return labels.view(view).expand(tuple(shape))
+
+
+class _Flow(TorchDispatchMode):
+    """Runs beside a forward pass and labels what it computes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._labels = _Labels()
+        self._links: list[Link] = []
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._names = dict(model.named_modules())
+        self._suspended = 0
+        self._operation: Any = None
+        self._tensor_labels: dict[int, Tensor] = {}
+        self._owner: dict[int, tuple[str, str]] = {}
+        for name, module in model.named_modules():
+            for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                self._owner.setdefault(id(tensor), (name, leaf))
+
+    # What the hooks say.
+
+    def entering(self, name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            self._modules.append((name, module))
+            if isinstance(module, ChannelPadShortcut):
+                if not self._suspended and inputs and (shadow := self._shadow(inputs[0])) is not None:
+                    self._link(name, "in", self._channels(shadow, 1))
+                self._suspended += 1
+
+        return hook
+
+    def leaving(self, name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+            self._modules.pop()
+            if isinstance(module, ChannelPadShortcut):
+                self._suspended -= 1
+                if not self._suspended:
+                    self._writes(name, output, 1)
+
+        return hook
+
+    def result(self, outputs: Iterable[Tensor]) -> Labelling:
+        answers = set()
+        for output in outputs:
+            if (shadow := self._shadow(output)) is not None:
+                answers |= set(_small(self._labels.roots(shadow)).unique().tolist()) - {_FIXED}
+        links = tuple(Link(link.module, link.dim, self._labels.roots(link.labels)) for link in self._links)
+        return Labelling(links, self._labels.settled(), frozenset(answers))
+
+    # What every operation does.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.rpartition("::")[2]
+        if self._suspended:
+            return func(*args, **kwargs)
+        rule = self._rule(name, func)
+        if rule is None and func._can_decompose():
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        self._operation = func
+        try:
+            (rule or self._unknown)(name, args, kwargs, result)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            self._unknown(name, args, kwargs, result)  # called in a way that is not foreseen here
+        return result
+
+    def _rule(self, name: str, func: Any) -> Callable | None:
+        rules = (
+            (_CONVOLUTIONS, self._convolution), (_MOVES, self._move), (_SAME, self._same), (_WINDOWS, self._window),
+            (_POINTWISE, self._pointwise), (_REDUCTIONS, self._reduction), (_ALONG, self._reduction_along),
+            (_PRODUCTS, self._product), (_ATTENTION, self._attention), (_NEW, self._new),
+        )  # fmt: skip
+        single = {
+            "linear": self._linear, "batch_norm": self._batch_norm, "group_norm": self._group_norm,
+            "layer_norm": self._layer_norm, "rms_norm": self._layer_norm, "instance_norm": self._instance_norm,
+            "constant_pad_nd": self._pad, "pad": None, "im2col": self._im2col, "copy_": self._copy,
+        }  # fmt: skip
+        if name in single:
+            return single[name]
+        for names, rule in rules:
+            if name in names:
+                return rule
+        return self._pointwise if torch.Tag.pointwise in func.tags and not func._can_decompose() else None
+
+    # Shadows.
+
+    def _shadow(self, tensor: object) -> Tensor | None:
+        return getattr(tensor, "_component_labels", None) if isinstance(tensor, Tensor) else None
+
+    def _give(self, tensor: object, shadow: Tensor | None) -> None:
+        if isinstance(tensor, Tensor) and shadow is not None and id(tensor) not in self._owner:
+            tensor._component_labels = shadow
+
+    def _own_labels(self, tensor: Tensor) -> Tensor | None:
+        """Labels of a parameter or buffer that is used by itself and is as long as some channels, or None."""
+        if id(tensor) not in self._owner or not tensor.is_floating_point():
+            return None
+        wide = [dim for dim, size in enumerate(tensor.shape) if size > 1]
+        if len(wide) != 1:
+            return None
+        if id(tensor) not in self._tensor_labels:
+            labels = self._labels.new(tensor.shape[wide[0]])
+            self._tensor_labels[id(tensor)] = _along(labels, wide[0], tensor.shape)
+            self._links.append(Link(".".join(part for part in self._owner[id(tensor)] if part), "tensor", labels))
+        return self._tensor_labels[id(tensor)]
+
+    def _read(self, tensor: object) -> Tensor | None:
+        """The shadow of an operand, activation or bare parameter."""
+        shadow = self._shadow(tensor)
+        if shadow is None and isinstance(tensor, Tensor) and tensor.dim() > 0:
+            shadow = self._own_labels(tensor)
+        return shadow
+
+    def _channels(self, shadow: Tensor, dim: int) -> Tensor:
+        """One label for every position along a dimension that a layer with weights reads, ``[positions]``."""
+        rows = self._labels.roots(shadow).movedim(dim, 0)
+        small = _small(rows)
+        small = small.expand(rows.shape[0], *small.shape[1:]).reshape(rows.shape[0], -1)
+        first = small[:, :1]
+        if bool((small == first).all()):
+            return first.flatten().clone()
+        if bool((small == small[:1]).all()):  # the layer works along another dimension than the labels
+            self._labels.spoil(small, f"{self._here()} works across positions and keeps these channels apart")
+            return torch.zeros(small.shape[0], dtype=torch.int64)
+        why = f"{self._here()} reads them together with what always stays"
+        self._labels.join(first.expand(small.shape), small, why)
+        return self._labels.roots(first.flatten().clone())
+
+    def _varies(self, shadow: Tensor, dim: int) -> bool:
+        small = _small(self._labels.roots(shadow))
+        if small.shape[dim] < 2:
+            return False
+        return not bool((small.narrow(dim, 1, small.shape[dim] - 1) == small.narrow(dim, 0, 1)).all())
+
+    def _varying(self, shadow: Tensor) -> list[int]:
+        return [dim for dim in range(shadow.dim()) if self._varies(shadow, dim)]
+
+    def _here(self) -> str:
+        return self._modules[-1][0] or "the network itself" if self._modules else "the network"
+
+    def _spoil(self, shadow: Tensor | None, what: str) -> None:
+        if shadow is not None:
+            self._labels.spoil(shadow, f"{self._here()} {what}")
+
+    def _module_of(self, tensor: object, kind: type | tuple[type, ...]) -> str | None:
+        """Name of the module of a kind that owns a weight, or None."""
+        if not isinstance(tensor, Tensor) or id(tensor) not in self._owner:
+            return None
+        name, leaf = self._owner[id(tensor)]
+        return name if isinstance(self._names[name], kind) and leaf in ("weight", "running_mean") else None
+
+    def _link(self, module: str, dim: str, labels: Tensor) -> None:
+        self._links.append(Link(module, dim, labels))
+
+    def _writes(self, name: str | None, output: object, dim: int) -> None:
+        if not isinstance(output, Tensor):
+            return
+        if name is None:
+            self._give(output, torch.zeros((), dtype=torch.int64).expand(output.shape))
+            return
+        labels = self._labels.new(output.shape[dim])
+        self._link(name, "out", labels)
+        self._give(output, _along(labels, dim, output.shape))
+
+    # Layers with weights.
+
+    def _convolution(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        images, weight = args[0], args[1]
+        owner = self._module_of(weight, nn.modules.conv._ConvNd)
+        module = self._names.get(owner) if owner is not None else None
+        transposed = name in ("convolution", "_convolution") and bool(args[6])
+        shadow = self._read(images)
+        batched = images.dim() == weight.dim()
+        dim = 1 if batched else 0
+        if module is None or transposed:
+            what = "is a transposed convolution" if transposed else "computes its weight anew from other tensors"
+            self._spoil(shadow, what)
+            self._writes(None, result, dim)
+            return
+        groups = images.shape[dim] // weight.shape[1]
+        if groups == 1:
+            if shadow is not None:
+                self._link(owner, "in", self._channels(shadow, dim))
+            self._writes(owner, result, dim)
+            return
+        if shadow is None:
+            self._writes(None, result, dim)
+            return
+        self._through_groups(owner, self._channels(shadow, dim), groups, result, dim)
+
+    def _through_groups(self, owner: str, labels: Tensor, groups: int, result: Tensor, dim: int) -> None:
+        """Whole groups of channels pass together: a grouped convolution or a GroupNorm."""
+        inside = labels.view(groups, -1)
+        self._labels.join(inside[:, :1].expand(inside.shape), inside, f"{owner} reads them with what always stays")
+        each = result.shape[dim] // groups
+        outputs = self._labels.roots(inside[:, :1]).expand(groups, each).reshape(-1)
+        self._link(owner, "both", outputs)
+        self._give(result, _along(outputs, dim, result.shape))
+
+    def _linear(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        inputs, weight = args[0], args[1]
+        owner = self._module_of(weight, nn.Linear)
+        shadow = self._read(inputs)
+        if owner is None:
+            self._spoil(shadow, "reads them with a weight that is no linear layer's own")
+            self._writes(None, result, result.dim() - 1)
+            return
+        if shadow is not None:
+            self._link(owner, "in", self._channels(shadow, inputs.dim() - 1))
+        self._writes(owner, result, result.dim() - 1)
+
+    def _batch_norm(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        shadow = self._read(args[0])
+        if shadow is None:
+            return
+        kinds = nn.modules.batchnorm._BatchNorm
+        owner = self._module_of(args[1], kinds) or self._module_of(args[3] if len(args) > 3 else None, kinds)
+        if owner is None:
+            self._spoil(shadow, "is a batch normalisation without a module")
+            self._give(result, shadow)
+            return
+        labels = self._channels(shadow, 1)
+        self._link(owner, "both", labels)
+        self._give(result, _along(labels, 1, result.shape))
+
+    def _group_norm(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        shadow, groups = self._read(args[0]), args[1]
+        if shadow is None:
+            return
+        owner = self._module_of(args[2] if len(args) > 2 else None, nn.GroupNorm)
+        if owner is None or groups == 1:
+            self._across(shadow)
+            self._give(result, shadow)
+            return
+        self._through_groups(owner, self._channels(shadow, 1), groups, result, 1)
+
+    def _layer_norm(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        shadow = self._read(args[0])
+        if shadow is None:
+            return
+        dims = range(shadow.dim() - len(args[1]), shadow.dim())
+        if any(self._varies(shadow, dim) for dim in dims):
+            self._across(shadow)
+        self._give(result, shadow)
+
+    def _instance_norm(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        self._spoil(self._read(args[0]), "is an instance normalisation")
+        self._give(result, self._read(args[0]))
+
+    def _across(self, shadow: Tensor) -> None:
+        kind = type(self._modules[-1][1]).__name__ if self._modules else "normalisation"
+        self._spoil(shadow, f"is a {kind} across these channels")
+
+    # Operations without weights.
+
+    def _pointwise(self, name: str, args: tuple, kwargs: dict, result: object) -> None:
+        if not isinstance(result, Tensor):
+            self._unknown(name, args, kwargs, result)
+            return
+        operands = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.numel() > 1]
+        activations = [(value, self._shadow(value)) for value in operands]
+        if not any(shadow is not None and _touched(shadow) for _, shadow in activations):
+            bare = [self._read(value) for value in operands]
+            if any(shadow is not None for _, shadow in activations):
+                self._give(result, torch.zeros((), dtype=torch.int64).expand(result.shape))
+            elif len(operands) == 1 and bare[0] is not None:  # a scaled parameter is as long as the parameter
+                self._give(result, bare[0].expand(result.shape))
+            for shadow in bare if any(s is not None for _, s in activations) else ():
+                self._spoil(shadow, "joins them with a tensor that always stays")
+            return
+        joined: Tensor | None = None
+        others = []
+        for value, shadow in activations:
+            shadow = self._read(value) if shadow is None else shadow
+            if shadow is None or not _touched(shadow):
+                others.append(value)
+                continue
+            shadow = shadow.expand(result.shape)
+            why = f"{self._here()} joins them with a tensor that always stays"
+            joined = shadow if joined is None else self._labels.join(joined, shadow, why)
+        for value in others:
+            self._beside(joined, value)
+        self._give(result, joined)
+
+    def _beside(self, shadow: Tensor, value: Tensor) -> None:
+        """Labels meet a tensor that always stays: harmless where that is broadcast along them."""
+        seen = self._labels.roots(shadow)
+        for dim, size in enumerate([1] * (shadow.dim() - value.dim()) + list(value.shape)):
+            if size == 1:
+                seen = seen.narrow(dim, 0, 1)
+        if _small(seen).unique().numel() < 2:
+            return
+        if id(value) in self._owner:
+            tensor = ".".join(part for part in self._owner[id(value)] if part)
+            self._labels.spoil(seen, f"{tensor} is a bare parameter across these channels")
+        else:
+            self._spoil(seen, "joins them with a tensor that always stays")
+
+    def _same(self, name: str, args: tuple, kwargs: dict, result: object) -> None:
+        outputs = result[0] if isinstance(result, tuple) else result
+        shadow = self._read(args[0])
+        # A copy may be written into, and what is written must not reach the original's shadow.
+        self._give(outputs, shadow.clone() if name == "clone" and shadow is not None else shadow)
+
+    def _new(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        if result.dim() > 1 and result.numel() < 1 << 26:  # written into later, perhaps: a shadow of its own memory
+            self._give(result, torch.zeros(result.shape, dtype=torch.int64))
+
+    def _copy(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        into, source = self._shadow(args[0]), self._read(args[1])
+        if into is None:
+            self._give(args[0], None if source is None else source.expand(args[0].shape))
+        elif any(into.stride(dim) == 0 and into.shape[dim] > 1 for dim in range(into.dim())):
+            if source is None:
+                self._spoil(into, "writes something else over them")
+            else:
+                self._labels.join(into, source, f"{self._here()} writes over them")
+        else:
+            into.copy_(torch.zeros((), dtype=torch.int64) if source is None else source)
+
+    def _move(self, name: str, args: tuple, kwargs: dict, result: object) -> None:
+        several = isinstance(args[0], list | tuple)
+        inputs = list(args[0]) if several else [args[0]]
+        shadows = [self._read(value) for value in inputs]
+        if all(shadow is None for shadow in shadows):
+            return
+        whole = [
+            shadow if shadow is not None else torch.zeros((), dtype=torch.int64).expand(value.shape)
+            for value, shadow in zip(inputs, shadows, strict=True)
+        ]
+        if name in ("view_as", "reshape_as", "view", "_unsafe_view", "_reshape_alias"):
+            moved = whole[0].reshape(result.shape)  # a shadow lies otherwise in memory than its tensor
+            name = "reshape"
+        else:
+            moved = self._operation(whole if several else whole[0], *args[1:], **kwargs)
+        outputs = list(result) if isinstance(result, list | tuple) else [result]
+        parts = list(moved) if isinstance(moved, list | tuple) else [moved]
+        if not several:
+            place = {"split": 2, "split_with_sizes": 2, "chunk": 2, "unsafe_chunk": 2, "tensor_split": 2}.get(name, 1)
+            dim = kwargs.get("dim", args[place] if len(args) > place else 0)
+            self._after_move(name, whole[0], parts, dim % max(whole[0].dim(), 1) if isinstance(dim, int) else 0)
+        for output, shadow in zip(outputs, parts, strict=True):
+            self._give(output, shadow)
+
+    def _after_move(self, name: str, before: Tensor, parts: list[Tensor], dim: int) -> None:
+        """Join or spoil labels that a reshape, a split or a selection along `dim` ties to each other by counting."""
+        if not _touched(before):
+            return
+        if name in ("index", "index_select"):
+            varying = self._varying(before)
+            if any(parts[0].dim() != before.dim() or parts[0].shape[d] != before.shape[d] for d in varying):
+                self._spoil(before, "takes some of these channels by their place")
+        elif name in _SELECTIONS:
+            if any(part.numel() != before.numel() for part in parts) and self._varies(before, dim):
+                self._spoil(before, "takes some of these channels by their place")
+        elif name in ("chunk", "unsafe_chunk") and len(parts) > 1 and self._varies(before, dim):
+            if any(part.shape != parts[0].shape for part in parts):
+                self._spoil(before, "splits these channels into unequal parts")
+                return
+            for part in parts[1:]:  # equal parts stay equal when the same place of each goes
+                self._labels.join(parts[0], part, f"{self._here()} splits them from what always stays")
+        elif name in ("reshape", "unflatten"):
+            after = parts[0]
+            split = self._varying(after)
+            if len(split) > 1 and len(split) > len(self._varying(before)):
+                # Rows of equal length stay equal when the same place of each goes.
+                first = after.narrow(split[0], 0, 1)
+                self._labels.join(first.expand(after.shape), after, f"{self._here()} arranges them beside what stays")
+
+    def _window(self, name: str, args: tuple, kwargs: dict, result: object) -> None:
+        shadow = self._read(args[0])
+        if shadow is None:
+            return
+        outputs = [value for value in (result if isinstance(result, tuple) else (result,)) if isinstance(value, Tensor)]
+        if not _touched(shadow):
+            for output in outputs:
+                self._give(output, torch.zeros((), dtype=torch.int64).expand(output.shape))
+            return
+        spatial = 3 if "3d" in name else 1 if "1d" in name else 2
+        dim = max(shadow.dim() - spatial - 1, 0)
+        if any(self._varies(shadow, d) for d in range(dim + 1, shadow.dim())):
+            self._spoil(shadow, f"pools or resizes across these channels ({name})")
+            return
+        labels = self._channels(shadow, dim)
+        for output in outputs:
+            self._give(output, _along(labels, dim, output.shape))
+
+    def _im2col(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        shadow = self._read(args[0])
+        if shadow is not None and _touched(shadow):
+            labels = self._channels(shadow, 1)
+            self._give(result, _along(labels.repeat_interleave(result.shape[1] // labels.numel()), 1, result.shape))
+
+    def _pad(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        shadow = self._read(args[0])
+        if shadow is None:
+            return
+        pads = list(args[1])
+        moved = shadow
+        for number in range(len(pads) // 2):
+            before, behind = pads[2 * number], pads[2 * number + 1]
+            dim = moved.dim() - 1 - number
+            if before == behind == 0:
+                continue
+            if min(before, behind) < 0 or self._varies(moved, dim):
+                self._spoil(moved, "pads or crops these channels")
+                self._give(result, torch.zeros((), dtype=torch.int64).expand(result.shape))
+                return
+            shape = list(moved.shape)
+            shape[dim] += before + behind
+            moved = moved.narrow(dim, 0, 1).expand(shape)
+        self._give(result, moved)
+
+    def _reduction(self, name: str, args: tuple, kwargs: dict, result: object) -> None:
+        shadow = self._read(args[0])
+        if shadow is None:
+            return
+        if len(args) > 1 and isinstance(args[1], Tensor):  # max and min of two tensors
+            self._pointwise(name, args, kwargs, result)
+            return
+        place = 2 if name in ("norm", "linalg_vector_norm") else 1
+        dims = kwargs.get("dim", args[place] if len(args) > place else None)
+        dims = [dims] if isinstance(dims, int) else list(dims) if isinstance(dims, list | tuple) else []
+        dims = [d % shadow.dim() for d in dims if isinstance(d, int)] or list(range(shadow.dim()))
+        mixed = [d for d in dims if self._varies(shadow, d)]
+        if mixed:
+            if name in ("sum", "mean"):
+                self._spoil(shadow, f"takes the {name} over these channels")
+            else:
+                self._spoil(shadow, f"reduces these channels to one ({name})")
+        for output in result if isinstance(result, tuple) else (result,):
+            if not isinstance(output, Tensor):
+                continue
+            if mixed:
+                self._give(output, torch.zeros((), dtype=torch.int64).expand(output.shape))
+                continue
+            small = self._labels.roots(shadow)
+            for d in sorted(dims, reverse=True):
+                small = small.narrow(d, 0, 1) if output.dim() == shadow.dim() else small.select(d, 0)
+            self._give(output, small)
+
+    def _reduction_along(self, name: str, args: tuple, kwargs: dict, result: object) -> None:
+        shadow = self._read(args[0])
+        if shadow is None:
+            return
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+        if isinstance(dim, int) and self._varies(shadow, dim % shadow.dim()):
+            self._spoil(shadow, f"sets these channels in relation to each other ({name})")
+        for output in result if isinstance(result, tuple) else (result,):
+            self._give(output, shadow)
+
+    def _product(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        tensors = [value for value in args if isinstance(value, Tensor)][-2:]
+        shadows = [self._shadow(value) for value in tensors]
+        if all(shadow is None for shadow in shadows):
+            return
+        nothing = torch.zeros((), dtype=torch.int64).expand(result.shape)
+        if all(shadow is not None for shadow in shadows):
+            for shadow in shadows:
+                self._spoil(shadow, "multiplies these channels with other activations, as attention does")
+            self._give(result, nothing)
+            return
+        left, right = shadows
+        labels, contracted = (left, -1) if left is not None else (right, -2)
+        if not _touched(labels) or labels.dim() < 2:
+            self._spoil(labels, "multiplies these channels with a tensor that is no layer's weight")
+            self._give(result, nothing)
+            return
+        if self._varies(labels, labels.dim() + contracted):
+            self._spoil(labels, "multiplies these channels with a tensor that is no layer's weight")
+            self._give(result, nothing)
+            return
+        kept = labels.narrow(labels.dim() + contracted, 0, 1)
+        self._give(result, kept.expand(result.shape) if kept.dim() <= result.dim() else nothing)
+
+    def _attention(self, name: str, args: tuple, kwargs: dict, result: object) -> None:
+        for value in args:
+            self._spoil(self._shadow(value), "multiplies these channels with other activations, as attention does")
+        for output in tensors_of(result):
+            self._give(output, torch.zeros((), dtype=torch.int64).expand(output.shape))
+
+    def _unknown(self, name: str, args: tuple, kwargs: dict, result: object) -> None:
+        seen = False
+        for value in (*args, *kwargs.values()):
+            for tensor in tensors_of(value):
+                if (shadow := self._shadow(tensor)) is not None:
+                    seen = True
+                    self._spoil(shadow, f"does something with these channels that is not known here ({name})")
+        if seen:
+            for output in tensors_of(result):
+                self._give(output, torch.zeros((), dtype=torch.int64).expand(output.shape))
+
+
+def _touched(shadow: Tensor) -> bool:
+    """Whether any element carries a label."""
+    return bool(_small(shadow).any())
