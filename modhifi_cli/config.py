@@ -105,6 +105,15 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "audit.reference": (
         "a weights file or a run folder, or null", lambda v: v is None or (isinstance(v, str) and v != ""),
     ),
+    "library": ("torchvision or timm", lambda v: isinstance(v, str) and v != ""),
+    "pattern": ("a name with * and ?, or a list of such names", lambda v: _is_pattern(v)),
+    "again": ("a name with * and ?, a list of such names, or null", lambda v: v is None or _is_pattern(v)),
+    "one_per_file": ("true or false", lambda v: isinstance(v, bool)),
+    "onnx": ("true or false", lambda v: isinstance(v, bool)),
+    "share": ("a share above 0 and below 1", lambda v: _is_number(v) and 0 < v < 1),
+    "jobs": ("a whole number from 1, or auto", lambda v: v == "auto" or (is_whole(v) and v >= 1)),
+    "memory": ("gigabytes, above 0", lambda v: _is_number(v) and v > 0),
+    "timeout": ("seconds, above 0", lambda v: _is_number(v) and v > 0),
     "run": ("a run folder, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
     "runs": ("a list of run folders, such as [DIR1,DIR2]", lambda v: _is_names(v)),
     "resume": ("the folder of an interrupted run, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
@@ -558,6 +567,10 @@ def _told(value: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return is_number(value) and value == value
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, str) and value != "" or _is_names(value) and len(value) > 0
 
 
 def _is_names(value: Any) -> bool:

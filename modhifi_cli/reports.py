@@ -320,6 +320,75 @@ def comparison_page(
     return "\n\n".join(sections) + "\n"
 
 
+def coverage_markdown(content: Mapping[str, Any], environment: Mapping[str, Any], *, heading: str = "#") -> str:
+    """The table of a coverage run, and what each network leaves alone.
+
+    Args:
+        content: The run's ``results.json``.
+        environment: Its ``environment.json``.
+        heading: Marks of the page's first heading.
+    """
+    rows = content["networks"]
+    counted = [row for row in rows if row["counts"]]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
+    seconds = sum(row.get("processor_seconds", 0) for row in rows)
+    lines = [
+        f"{heading} {content['library']}: {len(counted)} of {len(rows)} networks",
+        "",
+        f"{content['date']}, {versions}, {environment['system']}. `{environment['command']}`; {seconds / 60:.0f} minutes "
+        f"of processor time. Random weights and images; {100 * content['settings']['share']:.0f} % of the "
+        "components of every group removed.",
+        "",
+    ]
+    cells = []
+    for row in rows:
+        has = "groups" in row
+        cells.append(
+            {
+                "network": row["name"],
+                "file" if content["library"] == "timm" else "kind": row["kind"],
+                "input": "×".join(str(size) for size in row["input"]) if has else "",
+                "parameters": f"{row['parameters'] / 1e6:.1f} M" if has else "",
+                "groups": str(row["groups"]) if has else "",
+                "left alone": str(len(row["refused"])),
+                "carried": f"{100 * row['carried']:.0f} %" if has else "",
+                "removed": f"{100 * row['removed']:.0f} %" if has else "",
+                "law": row["law_dtype"] if has else "",
+                "difference": f"{row['difference']:.0e}" if has else "",
+                "reload": "equal" if row.get("reload") == 0 else f"{row['reload']:.0e}" if row.get("reload") else "",
+                "counts": "yes" if row["counts"] else "**no**",
+                "why not": one_line(row["why"] or ""),
+            }
+            | ({"ONNX": one_line(row.get("onnx", ""))} if content["settings"].get("onnx") else {})
+        )
+    lines += [_as_table(cells), "", f"{heading}# What is left alone in {content['library']}, and why", ""]
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        for refusal in row["refused"]:
+            kind = _reason_kind(refusal["reason"], refusal["name"])
+            reasons.setdefault(kind, []).append(row["name"])
+    told = [
+        {
+            "reason": reason,
+            "groups": str(len(names)),
+            "networks": one_line(", ".join(sorted(set(names))[:6]) + (" …" if len(set(names)) > 6 else "")),
+        }
+        for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1]))
+    ]
+    lines += [_as_table(told) if told else "Nothing.", ""]
+    return "\n".join(lines)
+
+
+def _as_table(rows: Sequence[Mapping[str, str]]) -> str:
+    return markdown_table(tuple(rows[0]), tuple(tuple(row.values()) for row in rows))
+
+
+def _reason_kind(reason: str, name: str) -> str:
+    """A reason without the module it names, so that the same reasons of many networks are one line."""
+    words = [word for word in reason.split(" ") if "." not in word.rstrip(".,;:") and word != name]
+    return one_line(" ".join(words))
+
+
 def chart_to_json(chart: Chart) -> dict[str, Any]:
     """A chart as a JSON object; numbers that are not finite become null."""
     plain = dataclasses.asdict(chart)

@@ -1,6 +1,6 @@
-"""Classification networks of torchvision, with the library's weights and preprocessing.
+"""Classification, segmentation and detection networks of torchvision, with the library's weights and preprocessing.
 
-Weights are asked for by the library's own names (``IMAGENET1K_V1``), ``default`` being its recommendation; each set of
+Networks that do not answer an image batch with one tensor stand in an adapter (`image_batch.py`). Weights are asked for by the library's own names (``IMAGENET1K_V1``), ``default`` being its recommendation; each set of
 weights brings the preprocessing it was trained for.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from modhifi_cli.errors import ConfigError, nearest
+from modhifi_cli.models.image_batch import DetectionParts, SegmentationMap
 from modhifi_cli.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, adjusted
 from modhifi_cli.models.weights import fit_weights_, library_weights_missing, load_weights_, seeded_initialisation
 from modhifi_cli.records import LoadedModel, Preprocess
@@ -21,15 +22,30 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "googlenet": {"aux_logits": False, "transform_input": True, "init_weights": True},
     "inception_v3": {"aux_logits": False, "transform_input": True, "init_weights": True},
 }
-_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+# Networks whose forward is made to fit, by the room of the library that holds them.
+_ADAPTED = ("detection", "segmentation")
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.")
+
+
+def names() -> dict[str, list[str]]:
+    """Names of the image networks by what they do: ``classification``, ``detection``, ``segmentation``."""
+    import torchvision.models as library
+
+    found = {"classification": library.list_models(module=library)}
+    return found | {kind: library.list_models(module=getattr(library, kind)) for kind in _ADAPTED}
+
+
+def kind_of(name: str) -> str | None:
+    """What a network does, or None for an unknown name."""
+    return next((kind for kind, known in names().items() if name in known), None)
 
 
 def build(*, name: str, num_classes: int | None = None, options: Mapping[str, Any] | None = None) -> nn.Module:
     """An untrained network in evaluation mode.
 
     Args:
-        name: torchvision's name of a classification network, ``resnet50``.
-        num_classes: Number of logits; None means the library's, 1,000.
+        name: torchvision's name of a classification, detection or segmentation network, ``resnet50``.
+        num_classes: Number of classes; None means the library's.
         options: Further arguments of torchvision's constructor.
 
     Raises:
@@ -37,16 +53,21 @@ def build(*, name: str, num_classes: int | None = None, options: Mapping[str, An
     """
     import torchvision
 
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        raise ConfigError(f"model.name: torchvision has no classification network '{name}', {nearest(name, names)}")
+    kind = kind_of(name)
+    if kind is None:
+        known = [each for found in names().values() for each in found]
+        raise ConfigError(f"model.name: torchvision has no image network '{name}', {nearest(name, known)}")
     arguments = {**_OPTIONS.get(name, {}), **(options or {})}
+    if kind in _ADAPTED:
+        arguments = {"weights_backbone": None, **arguments}
     if num_classes is not None:
         arguments["num_classes"] = num_classes
     try:
-        return torchvision.models.get_model(name, weights=None, **arguments).eval()
+        network = torchvision.models.get_model(name, weights=None, **arguments).eval()
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.options: torchvision's {name} does not take {arguments} ({error}).") from error
+    adapter = {"detection": DetectionParts, "segmentation": SegmentationMap}.get(kind)
+    return network if adapter is None else adapter(network).eval()
 
 
 def load(
@@ -58,7 +79,7 @@ def load(
     preprocess: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
-    """A torchvision classification network.
+    """A torchvision network of classification, detection or segmentation.
 
     Args:
         name: torchvision's name, ``resnet50``.
@@ -80,6 +101,11 @@ def load(
     with seeded_initialisation(seed):
         model = build(name=name, num_classes=num_classes, options=options)
     published = torchvision.models.get_model_weights(name)
+    if weights not in ("random",) and isinstance(model, DetectionParts) and not Path(weights).exists():
+        raise ConfigError(
+            f"model.weights: published weights of detection networks are not read, since {name} comes with them in "
+            "another form (frozen BatchNorm); give model.weights=FILE or random."
+        )
     chosen = published.DEFAULT if weights == "default" else getattr(published, weights, None)
     if weights == "random":
         account = f"random (seed {seed})"
@@ -89,13 +115,13 @@ def load(
         known = [member.name for member in published]
         raise ConfigError(f"model.weights: {name} has no published weights '{weights}', {nearest(weights, known)}")
     else:
-        account = load_weights_(model, weights)
+        account = load_weights_(_library_network(model), weights)
     described = chosen or published.DEFAULT
     categories = tuple(described.meta["categories"])
     return LoadedModel(
         model=model,
         name=name,
-        preprocess=adjusted(_preprocess(described), preprocess),
+        preprocess=adjusted(_preprocess(described, model), preprocess),
         architecture={
             "builder": "modhifi_cli.models.torchvision.build",
             "kwargs": {"name": name, "num_classes": num_classes, "options": dict(options or {})},
@@ -103,6 +129,11 @@ def load(
         weights=account,
         classes=categories if num_classes in (None, len(categories)) else None,
     )
+
+
+def _library_network(model: nn.Module) -> nn.Module:
+    """The library's own network, whose weights files name its tensors."""
+    return model.network if isinstance(model, DetectionParts | SegmentationMap) else model
 
 
 def _load_published_(model: nn.Module, chosen: Any, *, name: str, num_classes: int | None) -> str:
@@ -117,13 +148,20 @@ def _load_published_(model: nn.Module, chosen: Any, *, name: str, num_classes: i
     # Offline, behind a proxy or with a broken cache the library lets through whatever its downloader raised.
     except Exception as error:
         raise library_weights_missing(library="torchvision", name=f"{name} ({chosen.name})", error=error) from error
-    fit_weights_(model, tensors, source=f"torchvision {chosen}", ignored=_AUXILIARY)
+    fit_weights_(_library_network(model), tensors, source=f"torchvision {chosen}", ignored=_AUXILIARY)
     return f"torchvision {chosen}"
 
 
-def _preprocess(published: Any) -> Preprocess:
+def _preprocess(published: Any, model: nn.Module) -> Preprocess:
     transforms = published.transforms()
-    crop, resize = transforms.crop_size[0], transforms.resize_size[0]
+    if isinstance(model, DetectionParts):  # these resize and normalise inside, which the adapter leaves out
+        inside = model.network.transform
+        size = inside.fixed_size or (inside.min_size[-1], inside.min_size[-1])
+        return Preprocess(
+            size=(int(size[1]), int(size[0])), mean=tuple(inside.image_mean), std=tuple(inside.image_std), resize=None
+        )
+    resize = transforms.resize_size[0]
+    crop = getattr(transforms, "crop_size", transforms.resize_size)[0]  # segmentation is not cropped
     return Preprocess(
         size=(crop, crop),
         mean=tuple(getattr(transforms, "mean", IMAGENET_MEAN)),

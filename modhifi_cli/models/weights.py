@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from modhifi_cli.errors import DataError
 
@@ -34,6 +35,19 @@ def seeded_initialisation(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+class undrawn_weights(TorchFunctionMode):  # noqa: N801 (a context, used like a function)
+    """Leaves weights as the memory was where constructors would draw them: for whoever fills them all afterwards.
+
+    Drawing the weights of a large network costs more than running it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Hand a tensor back undrawn; everything else is done as ever."""
+        if func in (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

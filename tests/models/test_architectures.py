@@ -141,7 +141,7 @@ def test_preprocessing_that_makes_no_sense_is_told(settings, message):
         (cifar_resnet.load, {"name": "resnet20_cifar", "weights": "random", "num_classes": 0}, "num_classes: expected"),
         (embedded.load, {"name": "embeded"}, "unknown embedded network 'embeded', did you mean 'embedded'"),
         (embedded.load, {"num_classes": 3}, "the embedded weights have 10 classes, got 3"),
-        (torchvision_models.load, {"name": "resnet51"}, "torchvision has no classification network 'resnet51'"),
+        (torchvision_models.load, {"name": "resnet51"}, "torchvision has no image network 'resnet51'"),
         (torchvision_models.load, {"name": "resnet18", "weights": "IMAGENET1K_V9"}, "no published weights 'IMAGENET"),
         (torchvision_models.load, {"name": "resnet18", "num_classes": 5}, "weights of resnet18 have 1000 classes"),
         (torchvision_models.load, {"name": "resnet18", "options": {"foo": 1}}, "model.options: torchvision's resnet18"),

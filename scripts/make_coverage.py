@@ -1,0 +1,59 @@
+"""Write modhifi_cli/COVERAGE.md: what of torchvision's image networks, and of one of each file of timm, is pruned.
+
+    python scripts/make_coverage.py [--outputs outputs] [--jobs 2] [--written]
+
+Networks that are finished are kept, so the script goes on where it stopped; --written makes the page of what is there.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from modhifi_cli import reports
+from modhifi_cli.cli import main as modhifi
+
+PAGE = Path(__file__).resolve().parent.parent / "modhifi_cli" / "COVERAGE.md"
+RUNS = {"torchvision": ["library=torchvision"], "timm": ["library=timm", "one_per_file=true"]}
+
+HEAD = """# What modhifi prunes
+
+Written by `scripts/make_coverage.py`. A network counts if its accepted groups touch at least 80 % of the parameters of
+its convolutions and linear layers, if a run that removes 30 % of the components of every group leaves at least 20 % of
+all parameters out, answers as the network whose consumers' weights are zeroed instead (to 1e-4 of the logits' scale in
+float32), is saved and read back with equal logits, and runs. Every accepted group has passed the slicing law on a
+randomised copy in the type of the column *law*: to 1e-8 of the logits' scale in float64; to 1e-4 in float32 for
+networks above 150 million parameters, whose float64 copy would not fit. The input is the smallest square of 64 to 320
+pixels that the network takes, or its own. *left alone* counts what is refused; the reasons are below each table.
+
+Detection networks are pruned through `models/image_batch.py`: heads that run on every level of a pyramid run on one,
+and the pyramid's own maps stay as wide as they are; they count only if the library's own forward runs on a list of
+images after the cut. For timm one network stands for each module file: the one with the fewest parameters among those
+looked at, all of them in the first 47 files and up to six that their names call small in the others. Quantised and
+video networks are left out.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"))
+    parser.add_argument("--jobs", default="auto")
+    parser.add_argument("--written", action="store_true", help="run nothing, write the page of what is there")
+    given = parser.parse_args()
+    parts = [HEAD]
+    for library, words in RUNS.items():
+        if not given.written:
+            code = modhifi(["coverage", *words, f"jobs={given.jobs}", f"output_dir={given.outputs}", "console=plain"])
+            if code:
+                return code
+        place = given.outputs / "coverage" / library
+        content = json.loads((place / "results.json").read_text(encoding="utf-8"))
+        environment = json.loads((place / "environment.json").read_text(encoding="utf-8"))
+        parts.append(reports.coverage_markdown(content, environment, heading="##"))
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
