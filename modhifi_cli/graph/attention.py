@@ -88,12 +88,14 @@ def find_heads(model: nn.Module, trace: Trace, *, excluded: Iterable[str] = ()) 
 
 
 def _untouchable(group: ComponentGroup, trace: Trace, banned: Collection[str]) -> str | None:
+    parts = {slot.module for slot in group.followers}
     for name in group.modules:
         if name in banned:
             return f"excluded by the setting exclude ({name})"
         if name in trace.reused:
             return f"{name} runs more than once in one forward, so its channels are shared"
-        if name not in trace.visits:
+        # What an attention holds for its heads is cut with it, whether it runs as a module or hands over a tensor.
+        if name not in trace.visits and name not in parts:
             return f"{name} does not run as a module, so what it reads cannot be seen"
     return None
 
@@ -132,7 +134,8 @@ def _heads_of(
         if not child or child in (*writers, reader_name):
             continue
         last = child.rpartition(".")[2]
-        if isinstance(layer, _LAYER) and "." not in child and layer.weight.shape[1] == heads:
+        reads_heads = isinstance(layer, _LAYER) and "." not in child and layer.weight.shape[1] == heads
+        if reads_heads and output_size(layer) != heads:
             return f"{own}{child} mixes the heads"
         if isinstance(layer, _LAYER) and last in _GATES and output_size(layer) == width:
             extra.append(Slot(own + child, torch.arange(width).view(heads, -1)))

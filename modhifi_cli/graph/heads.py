@@ -23,6 +23,7 @@ COUNTS = ("num_heads", "heads")  # attributes that hold the number of heads
 # Attributes that hold the number of heads times a number of features, where they are read.
 _WIDTHS = ("attn_dim", "all_head_dim", "kv_dim", "val_attn_dim", "key_attn_dim", "inner_dim", "o_proj_inpdim")
 _ALSO_COUNTS = ("num_kv_heads", "num_attention_heads")
+_SHAPE = "bias_shape"  # of a position bias that is made in a module of its own, heads first or last
 _TABLE = "relative_position_bias_table"
 # Tensors with entries for each head, by the dimension in which they lie. Others are told by their shape.
 _PER_HEAD = {
@@ -60,7 +61,7 @@ def _holds_heads(module: nn.Module, count: int) -> bool:
         return False
     children = dict(module.named_children())
     readers = any(isinstance(children.get(name), nn.Module) for name in READERS)
-    return readers or bool(per_head(module, count))
+    return readers or isinstance(getattr(module, _SHAPE, None), tuple) or bool(per_head(module, count))
 
 
 READERS = ("proj", "out_proj", "o_proj", "to_out")  # the projection that reads the heads
@@ -126,10 +127,11 @@ def slice_heads_(module: nn.Module, kept: Tensor) -> None:
         width = getattr(module, name, None)
         if isinstance(width, int) and width % heads == 0:
             setattr(module, name, width // heads * kept.numel())
-    shape = getattr(module, "bias_shape", None)
+    shape = getattr(module, _SHAPE, None)
     if isinstance(shape, tuple):
-        place = _table_dim(module.relative_position_bias_table) % len(shape)
-        module.bias_shape = (*shape[:place], kept.numel(), *shape[place + 1 :])
+        table = getattr(module, _TABLE, None)
+        place = (-1 if table is None else _table_dim(table)) % len(shape)
+        setattr(module, _SHAPE, (*shape[:place], kept.numel(), *shape[place + 1 :]))
 
 
 def head_weights(module: nn.Module) -> Tensor | None:
@@ -390,12 +392,13 @@ def _inferring(kind: type[nn.Module]) -> type[nn.Module]:
     """
     if "_infers" in kind.__dict__:
         return kind
-    methods = {}
-    for name in ("forward", "_attn"):
-        method = kind.__dict__.get(name) or next((k.__dict__[name] for k in kind.__mro__ if name in k.__dict__), None)
-        rewritten = _inferred(method) if isinstance(method, types.FunctionType) else None
-        if rewritten is not None:
-            methods[name] = rewritten
+    methods: dict[str, types.FunctionType] = {}
+    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, method in vars(owner).items():
+            if name in methods or name.startswith("__") or not isinstance(method, types.FunctionType):
+                continue
+            if (rewritten := _inferred(method)) is not None:
+                methods[name] = rewritten
     if not methods:
         return kind
     return type(kind.__name__, (kind,), {"__module__": kind.__module__, "_infers": True, **methods})

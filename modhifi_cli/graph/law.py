@@ -167,10 +167,15 @@ def lawful(
         dtype: As in `check`.
     """
     failed: dict[str, Verdict] = {}
+    raised: dict[tuple, Verdict] = {}
 
     def grown(
         passed: tuple[ComponentGroup, ...], more: Sequence[Sequence[ComponentGroup]]
     ) -> tuple[ComponentGroup, ...]:
+        for ways in more:
+            if (kind := _kind(model, ways[0])) in raised:
+                failed[ways[0].name] = raised[kind]
+        more = [ways for ways in more if ways[0].name not in failed]
         if not more:
             return passed
         first = (*passed, *(ways[0] for ways in more))
@@ -178,15 +183,29 @@ def lawful(
         if verdict.holds:
             return first
         if len(more) == 1:
+            cannot_run = verdict.failure is not None
             for other in more[0][1:]:
-                if check(model, (*passed, other), example, dtype=dtype).holds:
+                next_verdict = check(model, (*passed, other), example, dtype=dtype)
+                if next_verdict.holds:
                     return (*passed, other)
+                cannot_run = cannot_run and next_verdict.failure is not None
             failed[more[0][0].name] = verdict
+            if cannot_run:  # what cannot run on fewer components here cannot in a group of the same kind
+                raised[_kind(model, more[0][0])] = verdict
             return passed
         half = len(more) // 2
         return grown(grown(passed, more[:half]), more[half:])
 
     return grown((), candidates), failed
+
+
+def _kind(model: nn.Module, group: ComponentGroup) -> tuple:
+    """What groups of one kind have in common: the same classes in the same roles, inside modules of one class."""
+    owner = model.get_submodule(group.name.rpartition(".")[0])
+    sides = (group.producers, group.followers, group.consumers)
+    named = tuple(tuple(type(model.get_submodule(slot.module)) for slot in slots) for slots in sides)
+    last = tuple(tuple(slot.module.rpartition(".")[2] for slot in slots) for slots in sides)
+    return type(owner), named, last
 
 
 @torch.no_grad()

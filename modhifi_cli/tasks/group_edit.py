@@ -213,7 +213,7 @@ def weighted_consumers(run: Run, group: ComponentGroup) -> tuple[Slot, ...]:
 def _carry_to(segments: Segments, groups: Sequence[ComponentGroup]) -> str | None:
     """The last cut in front of everything that the given groups will change."""
     visits = segments.trace.visits
-    first = min(visits[name].enter for group in groups for name in group.modules)
+    first = min(visits[name].enter for group in groups for name in group.modules if name in visits)
     reachable = [cut for cut in segments.trace.cuts if visits[cut].leave < first]
     return next((cut for cut in reversed(reachable) if segments.usable(cut)), None)
 

@@ -79,7 +79,7 @@ class Impact:
             modules: Names of everything that the next trials overwrite.
         """
         visits = self._segments.trace.visits
-        end = min(visits[name].enter for name in modules)
+        end = min(visits[name].enter for name in modules if name in visits)
         if self._cut is not None and visits[self._cut].leave >= end:
             self._cut, self._carried = None, self._batches
         here = -1 if self._cut is None else visits[self._cut].leave
