@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.graph.components import ComponentGroup, Layout
+from modhifi_cli.graph.heads import head_count
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.surgery import slice_module_
 from modhifi_cli.graph.trace import tensors_of
@@ -172,9 +173,7 @@ def lawful(
     def grown(
         passed: tuple[ComponentGroup, ...], more: Sequence[Sequence[ComponentGroup]]
     ) -> tuple[ComponentGroup, ...]:
-        for ways in more:
-            if (kind := _kind(model, ways[0])) in raised:
-                failed[ways[0].name] = raised[kind]
+        failed.update({ways[0].name: raised[kind] for ways in more if (kind := _kind(model, ways[0])) in raised})
         more = [ways for ways in more if ways[0].name not in failed]
         if not more:
             return passed
@@ -190,8 +189,8 @@ def lawful(
                     return (*passed, other)
                 cannot_run = cannot_run and next_verdict.failure is not None
             failed[more[0][0].name] = verdict
-            if cannot_run:  # what cannot run on fewer components here cannot in a group of the same kind
-                raised[_kind(model, more[0][0])] = verdict
+            if cannot_run and (kind := _kind(model, more[0][0])) is not None:
+                raised[kind] = verdict  # what cannot run on fewer heads here cannot in another module of this class
             return passed
         half = len(more) // 2
         return grown(grown(passed, more[:half]), more[half:])
@@ -199,13 +198,14 @@ def lawful(
     return grown((), candidates), failed
 
 
-def _kind(model: nn.Module, group: ComponentGroup) -> tuple:
-    """What groups of one kind have in common: the same classes in the same roles, inside modules of one class."""
-    owner = model.get_submodule(group.name.rpartition(".")[0])
-    sides = (group.producers, group.followers, group.consumers)
-    named = tuple(tuple(type(model.get_submodule(slot.module)) for slot in slots) for slots in sides)
-    last = tuple(tuple(slot.module.rpartition(".")[2] for slot in slots) for slots in sides)
-    return type(owner), named, last
+def _kind(model: nn.Module, group: ComponentGroup) -> tuple | None:
+    """What groups of heads have in common that stand in attention modules of one class; None for other groups."""
+    owners = [slot.module for slot in (*group.followers, *group.producers)]
+    attention = next((name for name in owners if head_count(model.get_submodule(name)) is not None), None)
+    if attention is None:
+        return None
+    layers = (slot.module.removeprefix(attention) for slot in (*group.producers, *group.consumers))
+    return type(model.get_submodule(attention)), *layers
 
 
 @torch.no_grad()

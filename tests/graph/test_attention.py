@@ -157,3 +157,14 @@ def test_a_norm_across_the_heads_is_named():
     _, groups, refused = discover(model, transformers.images("vit"))
     assert not [group for group in groups if group.name.endswith("attn")]
     assert any("attn.norm is a LayerNorm across the heads" in one.reason for one in refused)
+
+
+def test_heads_that_cannot_be_fewer_are_refused_in_every_module_of_the_class_and_the_neurons_stay():
+    import timm
+
+    # One table of position biases for all blocks: no block can lose heads of its own.
+    model = timm.create_model("vit_srelpos_small_patch16_224", **transformers.PLAIN).eval()
+    _, groups, refused = discover(model, transformers.images("vit"))
+    reasons = {one.name: one.reason for one in refused}
+    assert all("fails the slicing law" in reasons[f"blocks.{block}.attn"] for block in (0, 1))
+    assert {f"blocks.{block}.mlp.fc1" for block in (0, 1)} <= {group.name for group in groups}
