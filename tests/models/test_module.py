@@ -224,8 +224,8 @@ def test_trained_networks_keep_their_accuracy_and_most_of_it_without_30_percent_
     settings = config.compose("prune", ["preset=best"])
     steps = ("scoring", "selection", "compensation", "allocation", "schedule")
     for event in prune_(
-        loaded.model, calibration=calibration, sparsity=0.3, target="flops", classifier="refit", batch_size=128,
-        **{key: config.build(settings[key]) for key in steps},
+        loaded.model, calibration=calibration, sparsity=0.3, target="flops", batchnorm=settings["batchnorm"],
+        classifier=settings["classifier"], batch_size=128, **{key: config.build(settings[key]) for key in steps},
     ):  # fmt: skip
         last = event
     assert last.achieved["flops"] == pytest.approx(0.3, abs=0.01)
