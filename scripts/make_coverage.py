@@ -12,6 +12,7 @@ from pathlib import Path
 
 from modhifi_cli import reports
 from modhifi_cli.cli import main as modhifi
+from modhifi_cli.models import catalogue
 
 PAGE = Path(__file__).resolve().parent.parent / "modhifi_cli" / "COVERAGE.md"
 RUNS = {"torchvision": ["library=torchvision"], "timm": ["library=timm", "one_per_file=true"]}
@@ -34,6 +35,15 @@ video networks are left out.
 """
 
 
+def not_examined(library: str, place: Path, known: set[str]) -> list[str]:
+    """Networks that belong on the page and are not in the results, such as those of a run that goes on."""
+    if library == "timm":
+        wanted = json.loads((place / "smallest.json").read_text(encoding="utf-8"))["smallest"].values()
+    else:
+        wanted = catalogue.kinds(library)
+    return sorted(set(wanted) - known)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--outputs", type=Path, default=Path("outputs"))
@@ -50,6 +60,8 @@ def main() -> int:
         content = json.loads((place / "results.json").read_text(encoding="utf-8"))
         environment = json.loads((place / "environment.json").read_text(encoding="utf-8"))
         parts.append(reports.coverage_markdown(content, environment, heading="##"))
+        if missing := not_examined(library, place, {row["name"] for row in content["networks"]}):
+            parts.append(f"Not examined yet, so neither counted nor refused ({len(missing)}): {', '.join(missing)}.\n")
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {PAGE}")
     return 0

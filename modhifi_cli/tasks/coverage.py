@@ -84,6 +84,7 @@ def cut_(
     carried = carried_share(model, passed)
     yield Progress("coverage", "cut", 1, stages)
     randomise_(model, seed=seed)
+    model.train().eval()  # some attention keeps what it computed from its weights until it is trained again
     generator = torch.Generator().manual_seed(seed)
     layout = Layout(model, passed)
     removed = [_drawn(group, share, generator) for group in passed]
