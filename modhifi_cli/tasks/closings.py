@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.graph.segments import Segments
+from modhifi_cli.graph.segments import Segments, inputs_seen
 from modhifi_cli.records import Progress
 from modhifi_cli.tasks.activations import Activations
 
@@ -25,12 +25,15 @@ class Closing:
         stream: Module whose output s is; None with `summed`: s is what the place holds beside o; None without: s = 0.
         summed: Whether the place's output is o + s itself, without an activation behind the sum.
         last: Whether only the classifier and what has no weights of its own to solve come behind it.
+        pooled: Whether the classifier sees the place's mean over positions, so that nothing has to be told apart from
+            position to position there.
     """
 
     place: str
     stream: str | None
     summed: bool
     last: bool = False
+    pooled: bool = False
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -53,7 +56,7 @@ class Closing:
 
 @torch.no_grad()
 def find_closings(
-    model: nn.Module, segments: Segments, example: Tensor, layers: Mapping[str, str | None]
+    model: nn.Module, segments: Segments, example: Tensor, layers: Mapping[str, str | None], classifier: str
 ) -> dict[str, Closing]:
     """The layers that end a block, in execution order.
 
@@ -62,6 +65,7 @@ def find_closings(
         segments: Its cuts.
         example: A batch of at least two images.
         layers: Convolutions and linear layers in front of the classifier, in execution order → BatchNorm behind or None.
+        classifier: The linear layer that gives the logits.
     """
     trace = segments.trace
     visits = trace.visits
@@ -88,13 +92,23 @@ def find_closings(
                 found[name] = closing
                 break
     ordered = [name for name in layers if name in found]
-    return {name: replace(found[name], last=name == ordered[-1]) for name in ordered}
+    if ordered:
+        end = found[ordered[-1]]
+        read: list[Tensor] = []
+        with inputs_seen(model, {classifier: read.append}):
+            model(example)
+        whole = seen[end.place]
+        pooled = whole.dim() == 4 and whole.shape[1] == read[0].shape[-1] and _is_close(whole.mean((2, 3)), read[0])
+        found[ordered[-1]] = replace(end, last=True, pooled=pooled)
+    return {name: found[name] for name in ordered}
 
 
 def class_means(
     activations: Activations, closings: Mapping[str, Closing], labels: Tensor, wanted: Tensor, classes: int
 ) -> Iterator[Progress | dict[str, Tensor]]:
     """Mean output of every class at the place of every closing; a mapping by layer comes last.
+
+    A place that the classifier sees pooled has the mean over positions at every position.
 
     Args:
         activations: Of the dense network, in front of all places.
@@ -118,6 +132,10 @@ def class_means(
     means = {
         place: (total / counts.to(total).view(-1, *[1] * (total.dim() - 1))).float() for place, total in sums.items()
     }
+    for closing in closings.values():
+        if closing.pooled:
+            mean = means[closing.place]
+            means[closing.place] = mean.mean((2, 3), keepdim=True).expand_as(mean)
     yield {name: means[closing.place] for name, closing in closings.items()}
 
 
@@ -175,15 +193,17 @@ def _closing(
     if _is_sum(whole, mine):
         return Closing(place, None, summed=False)
     halved = _outputs(model, example, {place}, halve=own)[place]
-    close = 1e-4 * float(whole.abs().max())
-    if torch.allclose(halved - 0.5 * mine, whole - mine, rtol=1e-3, atol=close):
+    if _is_close(halved - 0.5 * mine, whole - mine):
         return Closing(place, None, summed=True)
     return None
 
 
 def _is_sum(output: Tensor, whole: Tensor) -> bool:
-    close = 1e-4 * float(whole.abs().max())
-    return any(torch.allclose(output, one, rtol=1e-3, atol=close) for one in (whole, whole.relu()))
+    return any(_is_close(output, one) for one in (whole, whole.relu()))
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
 def _outputs(model: nn.Module, example: Tensor, names: Set[str], *, halve: str | None = None) -> dict[str, Tensor]:

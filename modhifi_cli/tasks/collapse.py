@@ -48,6 +48,8 @@ class CollapseU:
         depth: Blocks in front of the classifier whose last layer is edited.
         collapse: 0 … 1: how far retain samples are moved to their mixture as well, in the network's last block.
         earlier: The same in the blocks before it.
+        sharpness: Above 0: 1 mixes forget samples as the dense network would answer them without their class; the
+            larger, the more each goes to the one class that it resembles most.
         ridge: Towards the present weights, times the mean energy of a feature.
 
     Raises:
@@ -64,10 +66,11 @@ class CollapseU:
         self,
         *,
         beta: float | str = 0.5,
-        depth: int = 2,
+        depth: int = 3,
         ridge: float = 1e-3,
         collapse: float = 1.0,
         earlier: float = 0.0,
+        sharpness: float = 1.0,
     ) -> None:
         self.given = given_beta(beta)
         if not is_whole(depth) or depth < 1:
@@ -76,6 +79,9 @@ class CollapseU:
         for name, value in (("collapse", collapse), ("earlier", earlier)):
             if not is_number(value) or not 0 <= value <= 1:
                 raise ConfigError(f"method.{name} must be a number from 0 to 1; got {value!r}.")
+        if not is_number(sharpness) or not 0 < sharpness < 1e6:
+            raise ConfigError(f"method.sharpness must be a number above 0; got {sharpness!r}.")
+        self.sharpness = float(sharpness)
         self.collapse, self.earlier = float(collapse), float(earlier)
         self.depth, self.ridge = depth, float(ridge)
 
@@ -89,8 +95,8 @@ class CollapseU:
         means: Tensor | None = None,
     ) -> Accumulator:
         """As `Method.accumulator`."""
-        share = self.collapse if layer.classifier or layer.closing.last else self.earlier
-        return _Mixtures(layer, samples, model, seed, self.ridge, 1.0 if layer.classifier else share, means)
+        share = 1.0 if layer.classifier else self.collapse if layer.closing.last else self.earlier
+        return _Mixtures(layer, samples, model, seed, self.ridge, share, self.sharpness, means)
 
 
 class _Mixtures:
@@ -104,11 +110,12 @@ class _Mixtures:
         seed: int,
         ridge: float,
         share: float,
+        sharpness: float,
         means: Tensor | None,
     ) -> None:
         self._layer, self._samples, self._ridge, self._share = layer, samples, ridge, share
         self._norm = None if layer.norm is None else model.get_submodule(layer.norm)
-        self._posterior = samples.posterior
+        self._posterior = samples.posterior(sharpness)
         self._means = _class_logits(samples) if means is None else means
         self._axis = -1 if isinstance(layer.module, nn.Linear) else 1
         # All positions, always: the wanted outputs are known for each.

@@ -70,10 +70,14 @@ class Samples:
     classes: int
     logits: Tensor
 
-    @property
-    def posterior(self) -> Tensor:
-        """What the dense network would answer without the forget classes, ``[images, classes]``, each row sums to 1."""
-        others = self.logits.clone()
+    def posterior(self, sharpness: float = 1.0) -> Tensor:
+        """What the dense network would answer without the forget classes, ``[images, classes]``, each row sums to 1.
+
+        Args:
+            sharpness: Above 0: what the logits of forget samples are multiplied with first. 1 leaves them; the larger,
+                the more of a sample goes to the one class that it resembles most.
+        """
+        others = self.logits * torch.where(self.forget, sharpness, 1.0)[:, None]
         others[:, list(self.forget_classes)] = -torch.inf
         return others.softmax(1)
 

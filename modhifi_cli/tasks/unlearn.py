@@ -285,7 +285,7 @@ def choose_layers(
     known = _editable(model, segments, example, classifier)
     body = [layer for layer in known if not layer.classifier]
     if method.closings:
-        found = find_closings(model, segments, example, {layer.name: layer.norm for layer in body})
+        found = find_closings(model, segments, example, {layer.name: layer.norm for layer in body}, classifier)
         visits = segments.trace.visits
         ended = max((visits[closing.place].leave for closing in found.values()), default=0)
         open_ended = any(visits[layer.name].enter > ended for layer in body)
