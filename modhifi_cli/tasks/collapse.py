@@ -70,7 +70,7 @@ class CollapseU:
         ridge: float = 1e-3,
         collapse: float = 1.0,
         earlier: float = 0.0,
-        sharpness: float = 1.0,
+        sharpness: float = 4.0,
     ) -> None:
         self.given = given_beta(beta)
         if not is_whole(depth) or depth < 1:
