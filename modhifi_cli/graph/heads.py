@@ -21,7 +21,10 @@ from torch.nn import functional
 
 COUNTS = ("num_heads", "heads")  # attributes that hold the number of heads
 # Attributes that hold the number of heads times a number of features, where they are read.
-_WIDTHS = ("attn_dim", "all_head_dim", "kv_dim", "val_attn_dim", "key_attn_dim", "inner_dim", "o_proj_inpdim")
+_WIDTHS = (
+    "attn_dim", "all_head_dim", "kv_dim", "val_attn_dim", "key_attn_dim", "inner_dim", "o_proj_inpdim", "dim_out",
+    "out_dim",
+)  # fmt: skip
 _ALSO_COUNTS = ("num_kv_heads", "num_attention_heads")
 _SHAPE = "bias_shape"  # of a position bias that is made in a module of its own, heads first or last
 _TABLE = "relative_position_bias_table"
@@ -111,6 +114,7 @@ def slice_heads_(module: nn.Module, kept: Tensor) -> None:
     heads = head_count(module)
     assert heads is not None
     adopt_one_(module)
+    forget_tables_(module)
     for name, (dim, runs, entries) in per_head(module, heads).items():
         old = getattr(module, name)
         steps = torch.arange(runs)[:, None, None] * heads * entries + torch.arange(entries)
@@ -132,6 +136,13 @@ def slice_heads_(module: nn.Module, kept: Tensor) -> None:
         table = getattr(module, _TABLE, None)
         place = (-1 if table is None else _table_dim(table)) % len(shape)
         setattr(module, _SHAPE, (*shape[:place], kept.numel(), *shape[place + 1 :]))
+
+
+def forget_tables_(model: nn.Module) -> None:
+    """Drop tables of position biases that modules keep from one forward to the next, in place; they are made again."""
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_bias_cache", None), dict):
+            module.attention_bias_cache = {}
 
 
 def head_weights(module: nn.Module) -> Tensor | None:

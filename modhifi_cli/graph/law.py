@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.graph.components import ComponentGroup, Layout
-from modhifi_cli.graph.heads import head_count
+from modhifi_cli.graph.heads import forget_tables_, head_count
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.surgery import slice_module_
 from modhifi_cli.graph.trace import tensors_of
@@ -64,6 +64,7 @@ def randomise_(model: nn.Module, *, seed: int = SEED) -> None:
     def uniform_(tensor: Tensor, low: float, high: float) -> None:
         tensor.copy_(drawn(torch.rand, tensor.shape)).mul_(high - low).add_(low)
 
+    forget_tables_(model)
     with torch.no_grad():
         for module in model.modules():
             norm = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm)

@@ -29,6 +29,11 @@ FAMILIES = {
     "position_mlp": ("timm", "vit_relpos_small_patch16_224", PLAIN),
     "position_table": ("timm", "vit_relpos_small_patch16_224", {**PLAIN, "rel_pos_type": "bias"}),
     "positional_heads": ("timm", "convit_tiny", {**PLAIN, "embed_dim": 8, "local_up_to_layer": 1}),
+    "pooled_heads": (
+        "timm",
+        "hiera_tiny_224",
+        {"img_size": (32, 32), "embed_dim": 16, "num_heads": 2, "stages": (1, 1, 1, 1), "num_classes": 5},
+    ),
     "torchvision_vit": ("torchvision", "vit", {}),
     "torchvision_swin": ("torchvision", "swin", {}),
     "torchvision_swin_v2": ("torchvision", "swin_v2", {}),
