@@ -18,9 +18,13 @@ from torch.overrides import TorchFunctionMode
 from modhifi_cli.errors import UnsupportedModelError
 
 _TORCH = str(Path(torch.__file__).parent)
+# What forwards raise on images that they were not made for; timm asserts sizes.
+FORWARD_ERRORS = (
+    RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError,
+)  # fmt: skip
 # What torch says where maps have become smaller than a kernel, a window or one pixel.
 _TOO_SMALL = ("kernel size can't be greater", "output size is too small", "calculated padded input size")
-_MISFIT = ("to have", "shapes cannot be multiplied", "size mismatch", "must match", "is invalid for input of size")
+_MISFIT = ("doesn't match model", "to have", "shapes cannot be multiplied", "size mismatch", "must match", "is invalid for input of size")
 
 
 def check_images(model: nn.Module, example: Tensor) -> Tensor:
@@ -48,7 +52,7 @@ def check_images(model: nn.Module, example: Tensor) -> Tensor:
     for number, images in enumerate((example, -example, 3 * other, torch.zeros_like(example))):
         try:
             answer, path = _followed(model, images)
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        except FORWARD_ERRORS as error:
             raise not_taken(model, tuple(example.shape), error) from error
         if number == 0:
             logits, first = _logits_of(model, answer, example), path
@@ -72,7 +76,7 @@ def not_taken(model: nn.Module, shape: Sequence[int], error: Exception) -> Unsup
             f"{said}; images of {size} pixels are smaller than the network allows, set a larger "
             "model.preprocess.size."
         )
-    if isinstance(error, RuntimeError) and any(words in lower for words in _MISFIT):
+    if isinstance(error, RuntimeError | AssertionError) and any(words in lower for words in _MISFIT):
         return UnsupportedModelError(
             f"{said}; give the size and the channels that it was made for (model.preprocess.size, and one number of "
             "model.preprocess.mean for each channel)."

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.graph.inputs import not_taken
+from modhifi_cli.graph.inputs import FORWARD_ERRORS, not_taken
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         with torch.enable_grad():
             image = example.detach().clone().requires_grad_()
             output = model(image)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except FORWARD_ERRORS as error:
         raise not_taken(model, tuple(example.shape), error) from error
     finally:
         for handle in handles:

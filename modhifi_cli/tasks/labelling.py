@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
+from modhifi_cli.graph.inputs import FORWARD_ERRORS, not_taken
 from modhifi_cli.records import ImageSource, Progress
 
 MODES = ("auto", "given", "model")
@@ -130,7 +131,10 @@ def _checked(labels: Tensor | None, classes: int, place: str) -> Tensor:
 
 def _logits(model: nn.Module, images: Tensor, device: torch.device | str) -> Tensor:
     with torch.inference_mode():
-        output = model(images.to(device))
+        try:
+            output = model(images.to(device))
+        except FORWARD_ERRORS as error:
+            raise not_taken(model, tuple(images.shape), error) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UnsupportedModelError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modhifi_cli.data.inversion import distance, statistics_of
 from modhifi_cli.errors import NumericsError
 from modhifi_cli.evaluation.sample import SampleAnswers
+from modhifi_cli.graph.inputs import FORWARD_ERRORS, not_taken
 from modhifi_cli.numerics.compensation import Joint, kept_weight
 from modhifi_cli.numerics.fidelity import layer_fidelity
 from modhifi_cli.numerics.regression import regressions
@@ -156,7 +157,11 @@ def assess(
     logits, thumbnails, done, answers = [], [], 0, SampleAnswers()
     try:
         for images, _ in source.batches(batch_size):
-            logits.append(model(images.to(device)).flatten(1).float().cpu())
+            try:
+                answer = model(images.to(device))
+            except FORWARD_ERRORS as error:
+                raise not_taken(model, tuple(images.shape), error) from error
+            logits.append(answer.flatten(1).float().cpu())
             answers.see(images)
             answers.hear(logits[-1].double())
             if done < _MOST_COMPARED:

@@ -5,8 +5,10 @@ from torch import nn
 
 from modhifi_cli.data import procedural
 from modhifi_cli.data.sources import ArrayImages
+from modhifi_cli.errors import UnsupportedModelError
 from modhifi_cli.evaluation.sample import sample_quality
 from modhifi_cli.records import Preprocess
+from modhifi_cli.tasks.labelling import image_labels
 from modhifi_cli.tasks.quality import POOR_DISTANCE, Quality, assess
 
 PREPROCESS = Preprocess((8, 8), (0.45, 0.45, 0.45), (0.23, 0.23, 0.23))
@@ -108,3 +110,25 @@ def test_one_forward_tells_the_page_what_a_forward_of_its_own_would(trained):
     apart = sample_quality(trained, source(images()), device=torch.device("cpu"), batch_size=16)
     assert found.sample == apart and apart["images"] == 40 and 1 <= apart["effective_classes"] <= apart["classes"]
     assert "sample" not in found.to_json()
+
+
+class OneSizeOnly(nn.Module):
+    """As timm's transformers: asserts the size that it was built for."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 5)
+
+    def forward(self, pictures):
+        assert pictures.shape[-1] == 224, f"Input height ({pictures.shape[-1]}) doesn't match model (224)."
+        return self.layer(pictures.mean((2, 3)))
+
+
+@pytest.mark.parametrize("look", ["quality", "labels"])
+def test_images_of_another_size_than_the_network_was_built_for_are_one_sentence(look):
+    message = r"OneSizeOnly does not take an image batch .*doesn't match model \(224\); give the size .*preprocess.size"
+    with pytest.raises(UnsupportedModelError, match=message):
+        if look == "quality":
+            quality(OneSizeOnly(), images(4))
+        else:
+            list(image_labels(OneSizeOnly(), source(images(4)), batch_size=4))
