@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, is_number, is_whole
 from modhifi_cli.numerics.contrast import Aim, Group, aim_at, contrast
-from modhifi_cli.numerics.contributions import contribution_moments
+from modhifi_cli.numerics.contributions import ContributionMoments, contribution_moments
 from modhifi_cli.numerics.discriminability import BOUNDS, WITNESSES, class_moments, one_against_rest
 from modhifi_cli.numerics.fidelity import saliency, singleton_fidelity
 from modhifi_cli.numerics.rows import unfold_rows
@@ -22,6 +22,7 @@ from modhifi_cli.records import Consumer, ModuleEdit
 from modhifi_cli.tasks.closings import Closing
 from modhifi_cli.tasks.gathering import Gathering, LayerMoments
 
+_CARRIES_NOTHING = 1e-3  # fidelity that is as good as none, so that pairs of no use to anybody are no great finding
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BETAS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 
@@ -162,7 +163,8 @@ class ModHiFiU:
         fraction: Share of a layer's pairs that go, or ``"auto"``: the smallest that forgets.
         operation: ``"zero"`` (BatchNorm networks), ``"negate"`` (LayerNorm networks with residual paths), or
             ``"auto"``: by whether the network has a BatchNorm.
-        score: ``"singleton"`` (M4) or ``"saliency"`` (M6).
+        score: ``"singleton"`` (M4) or ``"saliency"`` (M6), both of forget samples alone as published; or
+            ``"contrastive"`` (ours), M4 of forget samples over M4 of retain samples: what carries both stays.
 
     Raises:
         ConfigError: If an argument is out of range.
@@ -178,8 +180,9 @@ class ModHiFiU:
     def __init__(self, *, fraction: float | str = "auto", operation: str = "auto", score: str = "singleton") -> None:
         if operation not in ("auto", "zero", "negate"):
             raise ConfigError(f"method.operation must be auto, zero or negate; got {operation!r}.")
-        if score not in ("singleton", "saliency"):
-            raise ConfigError(f"method.score must be singleton or saliency; got {score!r}.")
+        if score not in ("singleton", "saliency", "contrastive"):
+            raise ConfigError(f"method.score must be singleton, saliency or contrastive; got {score!r}.")
+        self.forget_only = score != "contrastive"  # what retain samples need has to be seen to be spared
         self.given = _share("fraction", fraction)
         self.operation = operation
         self.score = score
@@ -208,23 +211,32 @@ class _PairScores:
         self._layer, self._samples = layer, samples
         self._operation, self._score = operation, score
         self._moments = _moments(layer, gathering, seed)
+        self._retain = _moments(layer, gathering, seed) if score == "contrastive" else None
 
     def update(self, inputs: Tensor, numbers: Tensor, given: Mapping[str, Tensor]) -> None:
         _add(self._moments, inputs, numbers, self._samples.forget & self._samples.fitted)
+        if self._retain is not None:
+            _add(self._retain, inputs, numbers, ~self._samples.forget & self._samples.fitted)
+
+    def _contributions(self, moments: LayerMoments) -> ContributionMoments:
+        weight = self._layer.module.weight.detach()
+        components = weight.shape[1]
+        return contribution_moments(
+            Consumer(
+                name=self._layer.name,
+                weight=weight.double().flatten(1),
+                statistics=moments.result().statistics,
+                components=components,
+                in_group=components,
+                centred=self._layer.norm is not None,
+            )
+        )
 
     def solve(self, strength: float) -> LayerEdit:
         weight = self._layer.module.weight.detach()
-        components = weight.shape[1]
-        consumer = Consumer(
-            name=self._layer.name,
-            weight=weight.double().flatten(1),
-            statistics=self._moments.result().statistics,
-            components=components,
-            in_group=components,
-            centred=self._layer.norm is not None,
-        )
-        moments = contribution_moments(consumer)
-        scores = (singleton_fidelity if self._score == "singleton" else saliency)(moments)
+        scores = (saliency if self._score == "saliency" else singleton_fidelity)(self._contributions(self._moments))
+        if self._retain is not None:
+            scores = scores / (singleton_fidelity(self._contributions(self._retain)) + _CARRIES_NOTHING)
         count = max(1, round(strength * scores.numel()))
         chosen = scores.flatten().argsort(descending=True, stable=True)[:count]
         factor = torch.ones(scores.numel(), dtype=weight.dtype, device=weight.device)

@@ -78,6 +78,7 @@ def run(model, source, method, *, forget=(2,), **settings):
 
 METHODS = {
     "modhifi_u": lambda: ModHiFiU(fraction=0.2),
+    "modhifi_u contrastive": lambda: ModHiFiU(fraction=0.2, score="contrastive"),
     "discedit_u": lambda: DisCEditU(fraction=0.25),
     "contrast": lambda: ContrastU(beta=0.5, depth=3),
     "collapse": lambda: CollapseU(beta=0.5, depth=2),
@@ -120,13 +121,11 @@ def test_no_weight_on_the_forget_samples_leaves_the_network_alone(trained):
     assert weights_hash(dense) == weights_hash(trained)
 
 
-def test_pairs_are_those_of_largest_fidelity_on_the_forget_samples_alone(trained):
-    source = images()
-    name = "layer3.0.conv2"
-    conv = trained.get_submodule(name)
+def brute_fidelity(network, conv, pictures):
+    """What each pair's contribution rebuilds of its output over all rows of some images: ``[outputs, inputs]``."""
     seen = []
     handle = conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
-    trained(source.images[source.labels == 2])
+    network(pictures)
     handle.remove()
     rows = unfold_rows(seen[0], kernel_size=3, padding=1).double()
     rows = rows - rows.mean(0)
@@ -136,11 +135,22 @@ def test_pairs_are_those_of_largest_fidelity_on_the_forget_samples_alone(trained
     # Brute force: what is left of the output's energy after the best rescaling of one contribution.
     scale = (whole * parts).sum(2, keepdim=True) / parts.square().sum(2, keepdim=True)
     scale = scale.nan_to_num(0)  # a component that is always zero rebuilds nothing
-    fidelity = 1 - (whole - scale * parts).square().sum(2) / whole.square().sum(2)
+    return 1 - (whole - scale * parts).square().sum(2) / whole.square().sum(2)
+
+
+@pytest.mark.parametrize("score", ["singleton", "contrastive"])
+def test_pairs_are_those_of_largest_fidelity_on_the_forget_samples_alone_or_over_that_on_the_others(trained, score):
+    source = images()
+    name = "layer3.0.conv2"
+    conv = trained.get_submodule(name)
+    weight = conv.weight.detach().double()
+    fidelity = brute_fidelity(trained, conv, source.images[source.labels == 2])
+    if score == "contrastive":
+        fidelity = fidelity / (brute_fidelity(trained, conv, source.images[source.labels != 2]) + 1e-3)
     count = round(0.2 * fidelity.numel())
     expected = fidelity.flatten().argsort(descending=True)[:count].sort().values
     dense = weight.clone()
-    run(trained, source, ModHiFiU(fraction=0.2), layers=[name])
+    run(trained, source, ModHiFiU(fraction=0.2, score=score), layers=[name])
     changed = (conv.weight.double() != dense).flatten(2).any(2).flatten()
     assert torch.equal(changed.nonzero().flatten(), expected)
     assert not conv.weight.detach().flatten(2)[changed.view_as(fidelity)].any()
@@ -341,7 +351,7 @@ def test_edits_of_another_run(trained):
     [
         (lambda: ModHiFiU(fraction=0), "method.fraction must be a share with 0 < fraction <= 1, or auto; got 0"),
         (lambda: ModHiFiU(operation="halve"), "method.operation must be auto, zero or negate"),
-        (lambda: ModHiFiU(score="best"), "method.score must be singleton or saliency"),
+        (lambda: ModHiFiU(score="best"), "method.score must be singleton, saliency or contrastive"),
         (lambda: DisCEditU(bound="upper"), "method.bound must be one of"),
         (lambda: DisCEditU(witness="max"), "method.witness must be one of"),
         (lambda: DisCEditU(robust=-1), "method.robust must be a number from 0"),
