@@ -28,6 +28,14 @@ class NumericsError(ModHiFiError):
     """A number is not finite, or a system of equations cannot be solved as asked."""
 
 
+def package_missing(what: str, package: str) -> ConfigError:
+    """The error for a package that is installed on request only, with the words that install it."""
+    return ConfigError(
+        f"{what} needs the package {package}, which is not installed; in the project's folder: "
+        "pip install -e '.[language]'."
+    )
+
+
 def is_whole(value: object) -> bool:
     """Whether a setting is a whole number; true and false, which Python counts as numbers, are none."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modhifi_cli.data.sources import settings_group
-from modhifi_cli.errors import ConfigError, DataError, is_whole
+from modhifi_cli.errors import ConfigError, DataError, is_whole, package_missing
 from modhifi_cli.records import Preprocess, TextInput
 
 # Field names that hold a document's text, most specific first; several of a tuple are joined by a newline.
@@ -279,7 +279,9 @@ def _from_hub(place: str, hub: Mapping[str, str]) -> tuple[list[Any], str]:
     account = "/".join(str(part) for part in hub.values())
     try:
         import datasets
-
+    except ImportError as error:
+        raise package_missing(f"{place}: fetching {account} from the hub", "datasets") from error
+    try:
         return list(datasets.load_dataset(**hub)), account
     except Exception as error:  # connection errors of several libraries, unknown names, damaged caches
         first = (str(error).strip().splitlines() or ["no message"])[0][:200]

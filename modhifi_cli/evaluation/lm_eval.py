@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, nearest
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, nearest, package_missing
 from modhifi_cli.evaluation.forward import ready_to_measure
 from modhifi_cli.records import ImageSource, Measurement, Progress
 
@@ -71,8 +71,11 @@ def measure(
         raise UnsupportedModelError(
             "lm_eval needs the network's tokenizer, which comes with data=text or evaluation_data=text; give one."
         )
-    with _quiet():
+    try:
         import lm_eval
+    except ImportError as error:
+        raise package_missing("evaluation=[lm_eval]", "lm_eval") from error
+    with _quiet():
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 

@@ -196,7 +196,7 @@ def _reads(node: object, modules: dict) -> tuple[list[tuple[object, float]], str
     if kind.startswith(("MulBackward", "DivBackward")) and len(parents) == 1:
         saved = getattr(node, "_saved_other", None)
         if isinstance(saved, Tensor) or isinstance(saved, (int, float)):
-            largest = float(torch.as_tensor(saved).abs().max())
+            largest = float(torch.as_tensor(saved).detach().abs().max())
             constant = largest if kind.startswith("Mul") else 1 / float(torch.as_tensor(saved).abs().min())
     if constant is not None:
         return [(parent, constant) for parent in parents], ""

@@ -579,7 +579,7 @@ def finetune_(
                 logits = model(images[part].to(device))
                 loss = torch.nn.functional.cross_entropy(logits, labels[part].to(device))
                 if not bool(torch.isfinite(loss)):
-                    raise NumericsError(f"finetune: the loss is {float(loss)}; lower finetune.lr ({finetune.lr:g}).")
+                    raise NumericsError(f"finetune: the loss is {float(loss.detach())}; lower finetune.lr ({finetune.lr:g}).")
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()

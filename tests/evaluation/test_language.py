@@ -1,6 +1,7 @@
 """Perplexity against a slow reference, speed of generation, and lm-eval on local files, with tiny random decoders."""
 
 import json
+import sys
 import math
 
 import pytest
@@ -94,6 +95,17 @@ def test_a_local_task_is_scored_by_likelihood(words, tmp_path):
         right += losses.index(max(losses)) == row["gold"]
     accuracy = next(m for m in found if m.name == "lm_eval/piqa_local/acc")
     assert accuracy.value == pytest.approx(100 * right / 6) and accuracy.protocol["documents"] == 6
+
+
+def test_a_package_that_is_installed_on_request_only_is_named(words, tmp_path, monkeypatch):
+    (tmp_path / "c.txt").write_text(TEXT)
+    source = text.load(path=str(tmp_path / "c.txt"), length=20, sequences=4, preprocess=words, labelled=False)
+    for name in ("lm_eval", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match="needs the package lm_eval, which is not installed; .* pip install -e"):
+        lm_eval.measure(tasks=["piqa"], **given(words, calibration_data=source))
+    with pytest.raises(ConfigError, match="data: fetching some/text from the hub needs the package datasets"):
+        text._from_hub("data", {"path": "some", "name": "text"})
 
 
 def test_tasks_that_cannot_be_had_are_named(words, tmp_path):
