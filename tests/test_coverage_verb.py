@@ -7,6 +7,7 @@ import pytest
 
 from modhifi_cli.cli import main
 from modhifi_cli.models import catalogue
+from modhifi_cli.tasks import coverage as task
 from modhifi_cli.verbs import coverage as verb
 
 NAME = "squeezenet1_1"
@@ -71,6 +72,24 @@ def test_a_failing_network_gives_its_reason_and_no_traceback(here):
     verb.examine_into_file({"name": "none", "kind": "", "asked": ASKED, "memory": 6, "file": str(here / "none.json")})
     found = json.loads((here / "none.json").read_text())
     assert not found["counts"] and "torchvision has no image network 'none'" in found["why"]
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"finite": False}, "its answer is not finite"),
+        ({"difference": 0.25}, "sliced and zeroed logits differ by 2.5e-01 of their scale"),
+        ({"reload": None}, "the saved network does not answer as before"),
+        ({"reload": 0.25}, "the saved network does not answer as before"),
+        ({"carried": 0.5}, "its groups carry 50 % of the parameters, less than 80 %"),
+        ({"removed": 0.1}, "10 % of the parameters are gone, less than 20 %"),
+        ({"own_forward": False}, "the library's own forward fails after the cut"),
+        ({}, None),
+    ],
+)
+def test_why_a_network_does_not_count_is_said(found, words):
+    counts = {"finite": True, "difference": 0.0, "reload": 0.0, "carried": 1.0, "removed": 0.5}
+    assert verb._why_not(counts | found, task) == words
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest(capsys):

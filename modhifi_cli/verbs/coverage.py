@@ -305,7 +305,7 @@ def _why_not(found: Mapping[str, Any], task: Any) -> str | None:
     if not found["finite"]:
         return "its answer is not finite"
     if not found["difference"] <= task.TOLERANCE:
-        return f"sliced and zeroed logits differ by {found['law_float32']:.1e} of their scale"
+        return f"sliced and zeroed logits differ by {found['difference']:.1e} of their scale"
     if found["reload"] is None or not found["reload"] <= task.TOLERANCE:
         return "the saved network does not answer as before"
     if found["carried"] < task.CARRIED:
