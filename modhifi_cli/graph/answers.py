@@ -1,5 +1,8 @@
-"""What a network answers, whether it reads images or tokens: the one place that knows both ways of calling it."""
+"""What a network answers, whether it reads images or tokens, and whatever its answer is wrapped in."""
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor, nn
 
 
@@ -17,3 +20,20 @@ def respond(model: nn.Module, inputs: Tensor) -> Tensor:
     if inputs.is_floating_point():
         return model(inputs.to(next(model.parameters()).dtype))
     return model(input_ids=inputs, use_cache=False).logits
+
+
+def tensors_of(output: object) -> Iterator[Tensor]:
+    """The tensors of a module's output or of a call's arguments, whatever containers they come in."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from tensors_of(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from tensors_of(value)
+
+
+def flattened(output: object) -> Tensor:
+    """All floating-point numbers of an output behind each other, ``[numbers]``: to compare answers of any form."""
+    return torch.cat([tensor.flatten() for tensor in tensors_of(output) if tensor.is_floating_point()])

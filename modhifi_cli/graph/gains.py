@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modhifi_cli.graph.trace import tensors_of
+from modhifi_cli.graph.answers import tensors_of
 
 _ITERATIONS = 300
 _SETTLED = 1e-7  # relative change of a spectral norm from one step of the power iteration to the next

@@ -7,7 +7,7 @@ follows what was computed from the images and notes every Python value that is t
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from modhifi_cli.errors import UnsupportedModelError
+from modhifi_cli.graph.answers import tensors_of
 
 _TORCH = str(Path(torch.__file__).parent)
 # What forwards raise on images that they were not made for; timm asserts sizes.
@@ -150,23 +151,12 @@ class _Decisions(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if any(id(tensor) in self._from_images for tensor in _tensors((args, kwargs))):
+        if any(id(tensor) in self._from_images for tensor in tensors_of((args, kwargs))):
             if isinstance(result, bool | int | float):
                 self.taken.append((_caller(), result if result == result else "nan"))
-            for tensor in _tensors(result):
+            for tensor in tensors_of(result):
                 self._from_images[id(tensor)] = tensor
         return result
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _tensors(one)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)
 
 
 def _caller() -> str:

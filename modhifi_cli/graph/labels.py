@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modhifi_cli.graph.answers import tensors_of
 from modhifi_cli.graph.modules import ChannelPadShortcut
-from modhifi_cli.graph.trace import tensors_of
 
 # Label 0 means: an element that stays whatever is removed.
 _FIXED = 0

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.graph.answers import flattened
 from modhifi_cli.graph.components import ComponentGroup, Layout
 from modhifi_cli.graph.heads import forget_tables_, head_count
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.surgery import slice_module_
-from modhifi_cli.graph.trace import tensors_of
 
 TOLERANCE = 1e-8  # of the logits' scale; the check runs in float64
 TOLERANCE_FLOAT32 = 1e-4
@@ -212,4 +212,4 @@ def _kind(model: nn.Module, group: ComponentGroup) -> tuple | None:
 
 @torch.no_grad()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors_of(model(images)) if tensor.is_floating_point()])
+    return flattened(model(images))

@@ -6,12 +6,12 @@ node lies on all paths exactly when (paths above it) × (paths below it) = all p
 networks; `segments.py` uses the cuts and verifies each before relying on it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.graph.answers import tensors_of
 from modhifi_cli.graph.inputs import FORWARD_ERRORS, not_taken
 
 
@@ -50,18 +50,6 @@ class Trace:
         if module in self.upstream and source in self.upstream:
             return source in self.upstream[module]
         return self.visits[source].enter < self.visits[module].enter
-
-
-def tensors_of(output: object) -> Iterator[Tensor]:
-    """The tensors of a module's output, whatever containers it comes in."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from tensors_of(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from tensors_of(value)
 
 
 def trace(model: nn.Module, example: Tensor) -> Trace:

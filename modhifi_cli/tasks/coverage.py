@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import UnsupportedModelError
+from modhifi_cli.graph.answers import flattened
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal
 from modhifi_cli.graph.law import randomise_, zero_consumers_
 from modhifi_cli.graph.surgery import apply_edit_
-from modhifi_cli.graph.trace import tensors_of
 from modhifi_cli.records import Edit, ModuleEdit, Progress
 from modhifi_cli.tasks.prune import discover
 
@@ -176,4 +176,4 @@ def _drawn(group: ComponentGroup, share: float, generator: torch.Generator) -> T
 
 
 def _answer(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors_of(model(images)) if tensor.is_floating_point()])
+    return flattened(model(images))

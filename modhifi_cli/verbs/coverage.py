@@ -251,6 +251,7 @@ def examine(name: str, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
 
+    from modhifi_cli.graph.answers import flattened
     from modhifi_cli.models.weights import undrawn_weights
     from modhifi_cli.records import Edit
     from modhifi_cli.tasks import coverage as task
@@ -291,7 +292,7 @@ def examine(name: str, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         with undrawn_weights():
             again = artifacts.load_model(temporary)
         with torch.inference_mode():
-            logits = torch.cat([tensor.flatten() for tensor in _floats(again(example))])
+            logits = flattened(again(example))
     scale = float(cut.logits.abs().max().clamp(min=1e-30))
     found["reload"] = float((logits - cut.logits).abs().max()) / scale if logits.shape == cut.logits.shape else None
     found["finite"] = bool(torch.isfinite(cut.logits).all())
@@ -330,12 +331,6 @@ def _load(library: str, name: str) -> Any:
 def _fixed(model: Any) -> bool:
     """Whether a network takes images of its own size alone, as far as its library says."""
     return bool((getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size", False))
-
-
-def _floats(answer: object) -> Any:
-    from modhifi_cli.graph.trace import tensors_of
-
-    return (tensor for tensor in tensors_of(answer) if tensor.is_floating_point())
 
 
 def _own_forward(model: Any, example: Any) -> bool:
