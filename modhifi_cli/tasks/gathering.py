@@ -1,6 +1,7 @@
 """Moments of the inputs of consumer layers, gathered while activations flow by: from modules to `Statistics`."""
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,30 @@ class LayerMoments:
         moments.update(inputs.flatten(0, -2) if self._linear else inputs)
 
 
-class TargetMoments:
+_Moments = TypeVar("_Moments", CrossMoments, FilterMoments)
+
+
+class _HeldOutApart(Generic[_Moments]):
+    """Two accumulators of inputs with wanted outputs: of the images that are fitted, and of those held out."""
+
+    def __init__(self, fitted: _Moments, held_out: _Moments) -> None:
+        self._fitted, self._held_out = fitted, held_out
+        self._images = 0
+
+    def update(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add one batch of inputs and of wanted outputs at the same rows.
+
+        Raises:
+            NumericsError: If a value that is looked at is not finite.
+        """
+        held = held_out_images(torch.arange(self._images, self._images + len(inputs), device=inputs.device))
+        self._images += len(inputs)
+        for moments, use in ((self._fitted, ~held), (self._held_out, held)):
+            if bool(use.any()):
+                moments.update(inputs[use], targets[use])
+
+
+class TargetMoments(_HeldOutApart[CrossMoments]):
     """Accumulates the cross moments of one layer's input rows with wanted outputs, held-out images apart.
 
     Args:
@@ -126,20 +150,7 @@ class TargetMoments:
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self._fitted = CrossMoments(module, name=name)
-        self._held_out = CrossMoments(module, name=name)
-        self._images = 0
-
-    def update(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add one batch of inputs and of wanted outputs at the same rows.
-
-        Raises:
-            NumericsError: If a target is not finite.
-        """
-        held = held_out_images(torch.arange(self._images, self._images + len(inputs), device=inputs.device))
-        self._images += len(inputs)
-        self._fitted.update(inputs[~held], targets[~held])
-        self._held_out.update(inputs[held], targets[held])
+        super().__init__(CrossMoments(module, name=name), CrossMoments(module, name=name))
 
     def result(self) -> tuple[CrossStatistics, CrossStatistics | None]:
         """Over all images, and over the held-out ones alone (None where there are fewer than five).
@@ -154,7 +165,7 @@ class TargetMoments:
         return merge_cross(fitted, held_out), held_out
 
 
-class DepthwiseMoments:
+class DepthwiseMoments(_HeldOutApart[FilterMoments]):
     """Accumulates what a depthwise convolution's filters are fitted to, held-out images apart.
 
     Args:
@@ -163,21 +174,7 @@ class DepthwiseMoments:
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self._fitted = FilterMoments(module, name=name)
-        self._held_out = FilterMoments(module, name=name)
-        self._images = 0
-
-    def update(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add one batch of inputs and of wanted outputs at the same rows.
-
-        Raises:
-            NumericsError: If a value is not finite.
-        """
-        held = held_out_images(torch.arange(self._images, self._images + len(inputs), device=inputs.device))
-        self._images += len(inputs)
-        self._fitted.update(inputs[~held], targets[~held])
-        if bool(held.any()):
-            self._held_out.update(inputs[held], targets[held])
+        super().__init__(FilterMoments(module, name=name), FilterMoments(module, name=name))
 
     def result(self) -> tuple[FilterStatistics, FilterStatistics | None, FilterStatistics]:
         """Over all images, over the held-out ones alone (None where there are fewer than five), and over the others.
