@@ -10,6 +10,7 @@ from modhifi_cli.records import Statistics
 
 # Values that are converted to float64 at once: 2 MiB, so that they are squared while they are still in the cache.
 _VALUES_AT_ONCE = 2**18
+_LEAST_SCALE = 0.1  # of the mean |γ|: channels scaled by less pass on next to nothing
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,25 @@ class ChannelMoments:
     def unbiased(self) -> Tensor:
         """Variance over rows − 1, ``[channels]`` float64: what PyTorch stores in running_var. One row gives zero."""
         return self.variance * (self.rows / max(self.rows - 1, 1))
+
+
+def input_scale(variance: Tensor, eps: float, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What one unit behind a BatchNorm is worth in front of it, σ_c / γ_c (method.md M9).
+
+    Args:
+        variance: Its running variance, ``[channels]``, input units².
+        eps: What it adds to the variance.
+        gamma: Its scale γ, ``[channels]``, or None where it has none.
+
+    Returns:
+        The scale, ``[channels]``, 0 where γ is so small that inputs would have to be huge to make up for anything; and
+        whether it is not, ``[channels]`` bool.
+    """
+    deviation = (variance + eps).sqrt()
+    if gamma is None:
+        return deviation, torch.ones_like(deviation, dtype=torch.bool)
+    usable = gamma.abs() > _LEAST_SCALE * gamma.abs().mean()
+    return torch.where(usable, deviation / torch.where(usable, gamma, 1.0), 0.0), usable
 
 
 class BatchNormMoments:

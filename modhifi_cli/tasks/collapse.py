@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, is_number, is_whole
+from modhifi_cli.numerics.batchnorm import input_scale
 from modhifi_cli.numerics.contrast import Aim, contrast
 from modhifi_cli.numerics.cross import CrossMoments
 from modhifi_cli.numerics.moments import second_moment
@@ -29,14 +30,11 @@ from modhifi_cli.tasks.forgetting import (
     LayerEdit,
     Samples,
     check_ridge,
+    check_shares,
     given_beta,
     replaced,
 )
 from modhifi_cli.tasks.gathering import Gathering, LayerMoments
-
-# Outputs whose BatchNorm scales them by less than this share of the layer's mean |γ| stay as they are: they would have
-# to be huge to make up for the stream.
-_LEAST_SCALE = 0.1
 
 
 class CollapseU:
@@ -76,9 +74,7 @@ class CollapseU:
         if not is_whole(depth) or depth < 1:
             raise ConfigError(f"method.depth must be a whole number from 1; got {depth!r}.")
         check_ridge(ridge)
-        for name, value in (("collapse", collapse), ("earlier", earlier)):
-            if not is_number(value) or not 0 <= value <= 1:
-                raise ConfigError(f"method.{name} must be a number from 0 to 1; got {value!r}.")
+        check_shares(collapse=collapse, earlier=earlier)
         if not is_number(sharpness) or not 0 < sharpness < 1e6:
             raise ConfigError(f"method.sharpness must be a number above 0; got {sharpness!r}.")
         self.sharpness = float(sharpness)
@@ -186,13 +182,11 @@ class _Mixtures:
             return mixture - self._layer.closing.beside(own, given)
         norm = self._norm
         stream = self._layer.closing.beside(norm.forward(own), given)
-        deviation = (norm.running_var + norm.eps).sqrt()
-        gamma = torch.ones_like(deviation) if norm.weight is None else norm.weight.detach()
-        shift = torch.zeros_like(deviation) if norm.bias is None else norm.bias.detach()
-        usable = gamma.abs() > _LEAST_SCALE * gamma.abs().mean()
+        scale, usable = input_scale(norm.running_var, norm.eps, None if norm.weight is None else norm.weight.detach())
+        shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.detach()
         shape = [1, -1] + [1] * (own.dim() - 2)
-        scale = (deviation / torch.where(usable, gamma, 1.0)).view(shape)
-        solved = (mixture - stream - shift.view(shape)) * scale + norm.running_mean.view(shape)
+        solved = (mixture - stream - shift.view(shape)) * scale.view(shape) + norm.running_mean.view(shape)
+        # Outputs whose γ is next to nothing stay as they are.
         return torch.where(usable.view(shape), solved, own)
 
 

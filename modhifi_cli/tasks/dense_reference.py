@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError
 from modhifi_cli.graph.surgery import apply_edit_
-from modhifi_cli.numerics.batchnorm import ChannelMoments, output_moments
+from modhifi_cli.numerics.batchnorm import ChannelMoments, input_scale, output_moments
 from modhifi_cli.numerics.compensation import Joint
 from modhifi_cli.numerics.cross import dense_regression, squared_error
 from modhifi_cli.numerics.depthwise import fitted_filters
@@ -24,9 +24,6 @@ from modhifi_cli.tasks.group_edit import Run, forget_refreshed_, mark_stale_, no
 
 STEP = "dense_reference"  # how such edits are told from those of groups
 
-# Outputs whose BatchNorm scales them by less than this share of the layer's mean |γ| leave the residual part out of
-# their target: they would have to be huge to make up for the stream.
-_LEAST_SCALE = 0.1
 _LEAST_RIDGE = 1e-6  # of a depthwise filter, where no ridge is asked for: a channel may always be 0
 
 
@@ -168,16 +165,15 @@ def _stand_before(run: Run, dense: DenseNetwork, name: str) -> Iterator[Progress
 
 
 def _stream_scale(dense: DenseNetwork, norm: str | None, alive: Tensor | None) -> Tensor | float:
-    """What one unit of the residual stream is worth in the layer's output units: σ_c / γ_c, or 1 without BatchNorm."""
+    """What one unit of the residual stream is worth in the layer's output units: σ_c / γ_c, or 1 without BatchNorm.
+
+    Outputs whose γ is next to nothing leave the residual part out of their target.
+    """
     if norm is None:
         return torch.ones(())[None]
     behind = dense.model.get_submodule(norm)
-    deviation = (behind.running_var + behind.eps).sqrt()
-    if behind.weight is not None:
-        gamma = behind.weight.detach()
-        usable = gamma.abs() > _LEAST_SCALE * gamma.abs().mean()
-        deviation = torch.where(usable, deviation / torch.where(usable, gamma, 1.0), 0.0)
-    return deviation if alive is None else deviation[alive.to(deviation.device)]
+    scale, _ = input_scale(behind.running_var, behind.eps, None if behind.weight is None else behind.weight.detach())
+    return scale if alive is None else scale[alive.to(scale.device)]
 
 
 def _is_depthwise(module: nn.Module) -> bool:

@@ -174,7 +174,6 @@ class ModHiFiU:
     strengths = SHARES
     edits_classifier = False
     depth = None
-    forget_only = True
     closings = False
 
     def __init__(self, *, fraction: float | str = "auto", operation: str = "auto", score: str = "singleton") -> None:
@@ -374,9 +373,7 @@ class ContrastU:
         if not is_whole(depth) or depth < 0:
             raise ConfigError(f"method.depth must be a whole number from 0 (the classifier alone); got {depth!r}.")
         check_ridge(ridge)
-        for name, value in (("nearest", nearest), ("spread", spread)):
-            if not is_number(value) or not 0 <= value <= 1:
-                raise ConfigError(f"method.{name} must be a number from 0 to 1; got {value!r}.")
+        check_shares(nearest=nearest, spread=spread)
         self.depth, self.ridge = depth, float(ridge)
         self.nearest, self.spread = float(nearest), float(spread)
 
@@ -422,11 +419,7 @@ class _ContrastMoments:
         module, method = self._layer.module, self._method
         weight = module.weight.detach().double().flatten(1)
         own = getattr(module, "bias", None)
-        bias = (
-            torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-            if own is None
-            else own.detach().double()
-        )
+        bias = weight.new_zeros(len(weight)) if own is None else own.detach().double()
         retain, forget = self._retain.result().statistics, self._forget.result().statistics
         found = contrast(
             weight,
@@ -489,6 +482,13 @@ def check_ridge(ridge: float) -> None:
     """Raise ConfigError if a ridge is no number from 0."""
     if not is_number(ridge) or not 0 <= ridge < 1e12:
         raise ConfigError(f"method.ridge must be a number from 0; got {ridge!r}.")
+
+
+def check_shares(**values: float) -> None:
+    """Raise ConfigError if one of a method's arguments is no number from 0 to 1."""
+    for name, value in values.items():
+        if not is_number(value) or not 0 <= value <= 1:
+            raise ConfigError(f"method.{name} must be a number from 0 to 1; got {value!r}.")
 
 
 def replaced(layer: Layer, norm: nn.Module | None, weight: Tensor, constant: Tensor) -> tuple[ModuleEdit, ...]:

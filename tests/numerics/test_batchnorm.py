@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modhifi_cli.errors import NumericsError
-from modhifi_cli.numerics.batchnorm import BatchNormMoments, output_moments
+from modhifi_cli.numerics.batchnorm import BatchNormMoments, input_scale, output_moments
 from tests.numerics import helpers
 
 
@@ -23,6 +23,19 @@ def test_moments_are_those_of_all_rows_for_any_batch_split(shape, offset):
         # (offset / deviation)² × 1e-16 is what plain float64 sums may lose.
         torch.testing.assert_close(result.variance, rows.var(1, correction=0), rtol=1e-9, atol=0)
         torch.testing.assert_close(result.unbiased, rows.var(1), rtol=1e-9, atol=0)
+
+
+def test_input_scale_undoes_the_batchnorm_but_for_channels_it_all_but_silences():
+    norm = torch.nn.BatchNorm1d(4).eval()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, -2.0, 0.05, 0.5]))
+        norm.running_var.copy_(torch.tensor([4.0, 1.0, 9.0, 0.25]))
+    scale, usable = input_scale(norm.running_var, norm.eps, norm.weight.detach())
+    assert usable.tolist() == [True, True, False, True]
+    moved = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)) * usable
+    torch.testing.assert_close(norm(moved * scale) - norm(torch.zeros(1, 4)), moved)
+    plain, every = input_scale(norm.running_var, norm.eps, None)
+    assert every.all() and torch.equal(plain, (norm.running_var + norm.eps).sqrt())
 
 
 @pytest.mark.parametrize("rows", [80, 5], ids=["second_moment", "samples"])
