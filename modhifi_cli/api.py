@@ -22,6 +22,7 @@ from modhifi_cli.records import Edit, Progress
 
 Batches = Iterable[Any] | Tensor
 Listener = Callable[[Progress], None]
+_STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
 _MOST = 2000  # images, as in the paper; a loader of a whole training set must not fill the memory
 
 
@@ -129,9 +130,7 @@ def prune(
     chosen = config.steps("prune", [f"preset={preset}", *settings])
     if chosen.get("outside"):
         raise ConfigError(f"preset={preset} is another library's method; compare with it on the command line.")
-    edited, place = _ready(model, device, in_place=in_place)
-    calibration = from_batches(batches, most=most_images)
-    _check(edited, calibration, place)
+    edited, calibration, place = _ready(model, batches, device, most=most_images, in_place=in_place)
     example = next(iter(calibration.batches(1)))[0].to(place)
     before = count(edited, example)
     listen = progress or _nobody
@@ -178,9 +177,6 @@ def prune(
     )
 
 
-_STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
-
-
 def unlearn(
     model: nn.Module,
     batches: Batches,
@@ -205,7 +201,8 @@ def unlearn(
         model: A trained classifier that ends in a linear layer.
         batches: Images of the classes to forget and of others, with labels (pairs) or without.
         forget: Classes to forget: numbers, or names where `classes` are given.
-        method: ``"contrast"``, ``"contrast_deep"``, ``"modhifi_u"`` or ``"discedit_u"``.
+        method: ``"contrast"``, ``"contrast_deep"``, ``"contrast_few"``, ``"collapse"``, ``"modhifi_u"`` or
+            ``"discedit_u"``.
         layers: ``"auto"``, ``"last N"``, or names (or their beginnings).
         classes: Names of the classes in the order of the logits.
         labels: ``"auto"`` takes those of `batches`, else the network's own predictions; ``"given"``; ``"model"``.
@@ -231,9 +228,7 @@ def unlearn(
     from modhifi_cli.tasks.unlearn import UnlearnSummary, forget_classes, trials_as_rows, unlearn_
 
     chosen = config.steps("unlearn", ["forget_class=0", f"method={method}", *settings])
-    edited, place = _ready(model, device, in_place=in_place)
-    calibration = from_batches(batches)
-    _check(edited, calibration, place)
+    edited, calibration, place = _ready(model, batches, device, in_place=in_place)
     listen = progress or _nobody
     found: Labels | None = None
     for event in image_labels(
@@ -296,9 +291,7 @@ def groups(
     """
     from modhifi_cli.tasks.prune import discover, example_of
 
-    seen, place = _ready(model, None, in_place=False)
-    calibration = from_batches(batches, most=2)
-    _check(seen, calibration, place)
+    seen, calibration, place = _ready(model, batches, None, most=2)
     _, found, refused = discover(seen, example_of(calibration, place), exclude=exclude)
     return found, refused
 
@@ -340,9 +333,7 @@ def score(
     from modhifi_cli.tasks.scores import component_scores
 
     chosen = config.steps("prune", [f"scoring={scoring}", *settings])
-    seen, place = _ready(model, device, in_place=False)
-    calibration = from_batches(batches, most=most_images)
-    _check(seen, calibration, place)
+    seen, calibration, place = _ready(model, batches, device, most=most_images)
     scores: dict[str, Tensor] = {}
     for event in component_scores(
         seen,
@@ -417,17 +408,26 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def _ready(model: nn.Module, device: torch.device | str | None, *, in_place: bool) -> tuple[nn.Module, torch.device]:
+def _ready(
+    model: nn.Module,
+    batches: Batches,
+    device: torch.device | str | None,
+    *,
+    most: int | None = None,
+    in_place: bool = False,
+) -> tuple[nn.Module, TensorImages, torch.device]:
+    """The network (a copy, unless in place) on its device in evaluation mode, the images, and the device.
+
+    A network that does not take these images is refused in one sentence, before any work.
+    """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: expected a torch.nn.Module, got a {type(model).__name__}.")
     place = torch.device(device) if device is not None else _home(model)
-    return (model if in_place else copy.deepcopy(model)).to(place).eval(), place
-
-
-def _check(model: nn.Module, images: TensorImages, device: torch.device) -> None:
-    """Refuse in one sentence a network that does not take these images, before any work."""
-    example = next(iter(images.batches(2)))[0].to(device)
-    check_images(model, example if len(example) > 1 else torch.cat([example, example.flip(-1)]))
+    ready = (model if in_place else copy.deepcopy(model)).to(place).eval()
+    images = from_batches(batches, most=most)
+    example = next(iter(images.batches(2)))[0].to(place)
+    check_images(ready, example if len(example) > 1 else torch.cat([example, example.flip(-1)]))
+    return ready, images, place
 
 
 def _batchnorm(
