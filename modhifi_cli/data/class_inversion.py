@@ -6,7 +6,6 @@ the network is sure, seen at changing shifts and mirrored so that the class is n
 weak pull towards smoothness. All classes come equally often, so that every output's features are exercised.
 """
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,61 +16,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modhifi_cli.data.inversion import (
+from modhifi_cli.data.making import Making, kept_or_made
+from modhifi_cli.data.pixels import (
+    Moving,
+    as_bytes,
+    begin,
     count_classes,
+    count_of,
     drawn_shift,
+    falling_adam,
+    frozen_copy,
+    generator_of,
+    identity_of,
     images_at_once,
+    protocol_of,
+    refuse_what_is_not_made,
     roughness,
     shifted,
+    together_or,
     wanted_classes,
     warn_of_waiting,
 )
-from modhifi_cli.data.making import Making, kept_or_made
-from modhifi_cli.data.procedural import KINDS, draw, made_samples, refuse_given_labels
-from modhifi_cli.data.sources import ArrayImages, normalise, sha256_of_samples
-from modhifi_cli.errors import ConfigError, NumericsError, is_number, is_whole, nearest
-from modhifi_cli.graph.surgery import weights_hash
-from modhifi_cli.records import Preprocess, Progress, TextInput
+from modhifi_cli.data.sources import ArrayImages, normalise
+from modhifi_cli.errors import NumericsError
+from modhifi_cli.records import Preprocess, Progress
 
 VERSION = 1  # of the procedure: another one makes other images from the same settings
-_SMALL = 96  # px: larger images take seconds each
-_SAMPLES, _TOGETHER = (512, 128), (64, 16)
+# Images of a part where "auto" is said, up to 96 px and above; nothing else depends on it.
+_TOGETHER = (64, 16)
 
 
-@dataclass(frozen=True)
-class ClassInversion:
-    """Settings of one part of a set.
+@dataclass(frozen=True, kw_only=True)
+class ClassInversion(Moving):
+    """Settings of one part of a set, each image of which is moved by itself: those of `Moving`, and
 
     Attributes:
-        steps: Gradient steps.
-        lr: Adam's first step width on the 0..1 scale of pixels; it falls along half a cosine.
-        together: Images of one part, which is kept as soon as it is whole; nothing else depends on it.
         nats: Cross-entropy below which an image is not pulled further: 1 nat is a probability of 37 %.
-        smoothness: Of the mean squared difference of neighbouring pixels, on the 0..1 scale, against nats.
-        starts: Kind of procedural images to begin with.
-        gigabytes: Activations that a forward with gradients may keep, 10⁹ bytes.
     """
 
-    steps: int
-    lr: float
-    together: int
     nats: float
-    smoothness: float
-    starts: str
-    gigabytes: float
-
-    def __post_init__(self) -> None:
-        for key in ("steps", "together"):
-            value = getattr(self, key)
-            if not is_whole(value) or value < 1:
-                raise ConfigError(f"data.{key}: expected a whole number from 1, got {value!r}.")
-        for key in ("lr", "nats", "smoothness", "gigabytes"):
-            value = getattr(self, key)
-            above = key in ("lr", "gigabytes")
-            if not (is_number(value) and 0 <= value < float("inf")) or above and value == 0:
-                raise ConfigError(f"data.{key}: expected a number {'above' if above else 'from'} 0, got {value!r}.")
-        if self.starts not in KINDS:
-            raise ConfigError(f"data.starts: unknown kind '{self.starts}', {nearest(str(self.starts), KINDS)}")
 
 
 def load(
@@ -112,27 +95,16 @@ def load(
         NumericsError: If the optimisation diverges.
         UnsupportedModelError: If the network is no classifier of one image tensor.
     """
-    refuse_given_labels(labelled=labelled, labels=labels, source="class_inversion")
-    if isinstance(preprocess, TextInput):
-        raise ConfigError("data=class_inversion makes images, and this network reads text; choose data=generated.")
-    large = max(preprocess.size) > _SMALL
-    together = _TOGETHER[large] if together == "auto" else together
-    how = ClassInversion(steps, lr, together, nats, smoothness, starts, gigabytes)
-    count = made_samples(_SAMPLES[large] if num_samples in ("auto", None) else num_samples)
-    model = copy.deepcopy(making.model).to(device=making.device, dtype=torch.float32).eval().requires_grad_(False)
+    refuse_what_is_not_made(preprocess, labelled=labelled, labels=labels, source="class_inversion")
+    together = together_or(together, preprocess, _TOGETHER)
+    how = ClassInversion(
+        steps=steps, lr=lr, together=together, nats=nats, smoothness=smoothness, starts=starts, gigabytes=gigabytes
+    )
+    count = count_of(num_samples, preprocess)
+    model = frozen_copy(making)
     known = count_classes(model, preprocess, making.device, source="class_inversion")
     wanted = wanted_classes(classes, known, together=together, seed=seed)
-    identity = {
-        "method": "class_inversion",
-        "version": VERSION,
-        "weights_sha256": weights_hash(making.model),
-        "size": list(preprocess.size),
-        "mean": list(preprocess.mean),
-        "std": list(preprocess.std),
-        "seed": seed,
-        "classes": wanted,
-        **{key: getattr(how, key) for key in ClassInversion.__dataclass_fields__},
-    }
+    identity = identity_of("class_inversion", VERSION, making, preprocess, how, wanted=wanted, seed=seed)
     store = making.store(cache, making.name, identity)
     parts = -(-count // together)
     found, anew = [], 0
@@ -149,17 +121,9 @@ def load(
     images = np.concatenate([part["images"].numpy() for part in found])[:count]
     sure = torch.cat([part["confidence"] for part in found])[:count]
     right = torch.cat([part["predicted"] == part["wanted"] for part in found])[:count]
-    protocol = {
-        "source": "class_inversion",
-        "path": "made from the network's own answers",
-        "num_samples": count,
-        "available": count,
-        "seed": seed,
-        "sha256": sha256_of_samples(image.tobytes() for image in images),
-        "settings": {key: identity[key] for key in ClassInversion.__dataclass_fields__} | {"classes": classes},
+    protocol = protocol_of(images, identity, how, path="made from the network's own answers", classes=classes) | {
         "predicted_as_wanted": round(float(right.float().mean()), 4),
         "mean_confidence": round(float(sure.mean()), 4),
-        "weights_sha256": identity["weights_sha256"],
     }
     return ArrayImages(images, None, preprocess, protocol, prepared=True)
 
@@ -195,27 +159,22 @@ def invert_classes(
         NumericsError: If the cost is no longer finite, or did not fall at all.
     """
     count, device = how.together, making.device
-    starts = draw(count, preprocess, kind=how.starts, seed=seed, first=number * count)
-    at = torch.arange(number * count, (number + 1) * count)
-    aims = torch.tensor(wanted)[at % len(wanted)]
-    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (preprocess.mean, preprocess.std))
-    pixels = torch.from_numpy(starts).permute(0, 3, 1, 2).to(device=device, dtype=torch.float32).div(255)
-    size = images_at_once(model, (pixels[:1] - mean) / std, how.gigabytes)
-    chunks = list(zip(pixels.split(size), aims.split(size), strict=True))
+    part = begin(preprocess, how, wanted=wanted, number=number, seed=seed, device=device)
+    size = images_at_once(model, part.normalised(part.pixels[:1]), how.gigabytes)
+    chunks = list(zip(part.pixels.split(size), part.aims.split(size), strict=True))
     images, found, before = [], [], 0.0
     began = time.perf_counter()
     for place, (start, aim) in enumerate(chunks):
         # A generator of its own: what one image becomes must not depend on how many fit into memory together.
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        generator = generator_of(seed, number)
         chunk, aim = start.contiguous().requires_grad_(True), aim.to(device)
-        optimiser = torch.optim.Adam([chunk], lr=how.lr, betas=(0.9, 0.99))
-        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, how.steps, eta_min=how.lr / 20)
+        optimiser, falling = falling_adam([chunk], how)
         for step in range(how.steps):
             if step == 1 and place == number == 0:
                 waiting = (time.perf_counter() - began) * how.steps * parts * len(chunks)
                 warn_of_waiting(making, waiting, how.together)
             seen = shifted(chunk, drawn_shift(preprocess.size, generator), mirrored=step % 2 == 1)
-            costs = F.cross_entropy(model((seen - mean) / std), aim, reduction="none")
+            costs = F.cross_entropy(model(part.normalised(seen)), aim, reduction="none")
             loss = (costs - how.nats).relu().sum()
             if how.smoothness:
                 loss = loss + how.smoothness * len(chunk) * (roughness(seen, 2) + roughness(seen, 3))
@@ -230,16 +189,16 @@ def invert_classes(
             whole = how.steps * len(chunks)
             done = number * whole + place * how.steps + step + 1
             making.progress(Progress("class inversion", f"part {number + 1} of {parts}", done, parts * whole))
-        made = chunk.detach().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
+        made = as_bytes(chunk)
         with torch.no_grad():
             found.append(model(normalise(made.numpy(), preprocess).to(device)).cpu())
         images.append(made)
     logits = torch.cat(found)
-    after = float(F.cross_entropy(logits, aims))
+    after = float(F.cross_entropy(logits, part.aims))
     if not after <= before:
         raise _diverged(number, how.steps, how, f"the cost of the wanted classes rose from {before:.3g} to {after:.3g}")
     sure, predicted = logits.softmax(1).max(1)
-    return {"images": torch.cat(images), "wanted": aims, "predicted": predicted, "confidence": sure}
+    return {"images": torch.cat(images), "wanted": part.aims, "predicted": predicted, "confidence": sure}
 
 
 def _diverged(number: int, step: int, how: ClassInversion, what: str) -> NumericsError:

@@ -7,12 +7,11 @@ distill", arXiv:1912.08795, without its adversary). Distances are taken over a w
 images fit into one forward: the sums of the others stand in for them.
 """
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,68 +19,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modhifi_cli.data.making import Making, kept_or_made
-from modhifi_cli.data.procedural import KINDS, draw, made_samples, refuse_given_labels
-from modhifi_cli.data.sources import ArrayImages, normalise, sha256_of_samples
-from modhifi_cli.errors import (
-    ConfigError,
-    DataError,
-    NumericsError,
-    UnsupportedModelError,
-    is_number,
-    is_whole,
-    nearest,
+from modhifi_cli.data.pixels import (
+    SUITS,
+    Moving,
+    as_bytes,
+    begin,
+    count_classes,
+    count_of,
+    drawn_shift,
+    falling_adam,
+    frozen_copy,
+    generator_of,
+    identity_of,
+    images_at_once,
+    protocol_of,
+    refuse_what_is_not_made,
+    roughness,
+    shifted,
+    together_or,
+    wanted_classes,
+    warn_of_waiting,
 )
-from modhifi_cli.graph.surgery import weights_hash
-from modhifi_cli.records import Preprocess, Progress, TextInput
+from modhifi_cli.data.sources import ArrayImages, normalise
+from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
+from modhifi_cli.records import Preprocess, Progress
 
 VERSION = 1  # of the procedure: another one makes other images from the same settings
-# What "auto" means for the number of images and for those matched together, up to 96 px and above: large images take
-# minutes each, and a part is what an interruption can cost.
-_SMALL = 96
-_SAMPLES, _TOGETHER = (512, 128), (256, 64)
-_LONG = 120  # seconds that are worth a word beforehand
+# Images matched together where "auto" is said, up to 96 px and above: a part is what an interruption can cost.
+_TOGETHER = (256, 64)
 _CONFIDENT = 0.1  # nats: an image that its class costs less is not pulled further
-_SHIFT = 16  # images are seen shifted by up to 1/16 of their side
 _DIVERGED = 2.0  # times the distance it began with
 _MOST_PARTS = 4  # times the parts that would do if every image passed the filter
-_SUITS = "data=procedural needs no statistics and suits every network that reads images"
 
 
-@dataclass(frozen=True)
-class Inversion:
-    """Settings of one part of a set.
+@dataclass(frozen=True, kw_only=True)
+class Inversion(Moving):
+    """Settings of one part of a set, whose joint statistics are matched: those of `Moving`, and
 
     Attributes:
-        steps: Gradient steps.
-        lr: Adam's first step width on the 0..1 scale of pixels; it falls along half a cosine.
-        together: Images whose joint statistics are matched: one part.
         class_weight: Of the pull towards the wanted class, in nats against the distance of the statistics.
-        smoothness: Of the mean squared difference of neighbouring pixels, on the 0..1 scale.
-        starts: Kind of procedural images to begin with.
-        gigabytes: Activations that a forward with gradients may keep, 10⁹ bytes.
     """
 
-    steps: int
-    lr: float
-    together: int
     class_weight: float
-    smoothness: float
-    starts: str
-    gigabytes: float
 
-    def __post_init__(self) -> None:
-        for key, low in (("steps", 1), ("together", 2)):
-            value = getattr(self, key)
-            if not is_whole(value) or value < low:
-                raise ConfigError(f"data.{key}: expected a whole number from {low}, got {value!r}.")
-        for key in ("lr", "class_weight", "smoothness", "gigabytes"):
-            value = getattr(self, key)
-            above = key in ("lr", "gigabytes")
-            fits = is_number(value) and 0 <= value < float("inf")
-            if not fits or above and value == 0:
-                raise ConfigError(f"data.{key}: expected a number {'above' if above else 'from'} 0, got {value!r}.")
-        if self.starts not in KINDS:
-            raise ConfigError(f"data.starts: unknown kind '{self.starts}', {nearest(str(self.starts), KINDS)}")
+    least_together: ClassVar[int] = 2
 
 
 def load(
@@ -124,30 +105,24 @@ def load(
         NumericsError: If the optimisation diverges.
         UnsupportedModelError: If the network has no BatchNorm statistics, or takes anything but one image tensor.
     """
-    refuse_given_labels(labelled=labelled, labels=labels, source="inversion")
-    if isinstance(preprocess, TextInput):
-        raise ConfigError("data=inversion makes images, and this network reads text; choose data=generated.")
-    large = max(preprocess.size) > _SMALL
-    together = _TOGETHER[large] if together == "auto" else together
-    inversion = Inversion(steps, lr, together, class_weight, smoothness, starts, gigabytes)
-    count = made_samples(_SAMPLES[large] if num_samples in ("auto", None) else num_samples)
+    refuse_what_is_not_made(preprocess, labelled=labelled, labels=labels, source="inversion")
+    inversion = Inversion(
+        steps=steps,
+        lr=lr,
+        together=together_or(together, preprocess, _TOGETHER),
+        class_weight=class_weight,
+        smoothness=smoothness,
+        starts=starts,
+        gigabytes=gigabytes,
+    )
+    count = count_of(num_samples, preprocess)
     if not isinstance(confidence, (int, float)) or isinstance(confidence, bool) or not 0 <= confidence < 1:
         raise ConfigError(f"data.confidence: expected a probability with 0 <= confidence < 1, got {confidence!r}.")
     require_statistics(making.model)
-    model = copy.deepcopy(making.model).to(device=making.device, dtype=torch.float32).eval().requires_grad_(False)
-    model = model.to(memory_format=torch.channels_last)  # a quarter faster on processors
-    wanted = wanted_classes(classes, count_classes(model, preprocess, making.device), together=together, seed=seed)
-    identity = {
-        "method": "inversion",
-        "version": VERSION,
-        "weights_sha256": weights_hash(making.model),
-        "size": list(preprocess.size),
-        "mean": list(preprocess.mean),
-        "std": list(preprocess.std),
-        "seed": seed,
-        "classes": wanted,
-        **{key: getattr(inversion, key) for key in Inversion.__dataclass_fields__},
-    }
+    model = frozen_copy(making).to(memory_format=torch.channels_last)  # a quarter faster on processors
+    known = count_classes(model, preprocess, making.device, source="inversion")
+    wanted = wanted_classes(classes, known, together=inversion.together, seed=seed)
+    identity = identity_of("inversion", VERSION, making, preprocess, inversion, wanted=wanted, seed=seed)
     store = making.store(cache, making.name, identity)
     found: list[np.ndarray] = []
     facts: list[dict[str, float]] = []
@@ -177,20 +152,14 @@ def load(
         how = "taken from" if not made else "made and kept in"
         making.note(f"{count} images inverted from BatchNorm statistics, {how} {store.place}")
     images = np.concatenate(found)[:count]
-    protocol = {
-        "source": "inversion",
-        "path": "made from the network's BatchNorm statistics",
-        "num_samples": count,
-        "available": count,
-        "seed": seed,
-        "sha256": sha256_of_samples(image.tobytes() for image in images),
-        "settings": {key: identity[key] for key in (*Inversion.__dataclass_fields__, "classes")}
-        | {"confidence": confidence},
+    protocol = protocol_of(
+        images, identity, inversion, path="made from the network's BatchNorm statistics",
+        classes=wanted, confidence=confidence,
+    ) | {
         "distance_before": round(float(np.mean([fact["before"] for fact in facts])), 5),
         "distance_after": round(float(np.mean([fact["after"] for fact in facts])), 5),
         "predicted_as_wanted": round(float(np.mean([fact["as_wanted"] for fact in facts])), 4),
-        "weights_sha256": identity["weights_sha256"],
-    }
+    }  # fmt: skip
     return ArrayImages(images, None, preprocess, protocol, prepared=True)
 
 
@@ -219,11 +188,11 @@ def require_statistics(model: nn.Module) -> None:
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         raise UnsupportedModelError(
-            f"data=inversion matches the statistics of BatchNorm layers, and this network has none; {_SUITS}."
+            f"data=inversion matches the statistics of BatchNorm layers, and this network has none; {SUITS}."
         )
     raise UnsupportedModelError(
         f"data=inversion matches stored BatchNorm statistics, and those of this network say nothing (mean 0 and one "
-        f"variance everywhere: folded or untrained); {_SUITS}."
+        f"variance everywhere: folded or untrained); {SUITS}."
     )
 
 
@@ -260,25 +229,20 @@ def invert(
         NumericsError: If the optimisation diverges.
     """
     count, device = inversion.together, making.device
-    starts = draw(count, preprocess, kind=inversion.starts, seed=seed, first=number * count)
-    at = torch.arange(number * count, (number + 1) * count)
-    classes = torch.tensor(wanted)[at % len(wanted)]
-    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (preprocess.mean, preprocess.std))
-    pixels = torch.from_numpy(starts).permute(0, 3, 1, 2).to(device=device, dtype=torch.float32).div(255)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    part = begin(preprocess, inversion, wanted=wanted, number=number, seed=seed, device=device)
+    generator = generator_of(seed, number)
     with _Listening(model) as heard:
-        size = images_at_once(model, (pixels[:1] - mean) / std, inversion.gigabytes)
+        size = images_at_once(model, part.normalised(part.pixels[:1]), inversion.gigabytes)
         heard.take()
-        chunks = [chunk.contiguous().requires_grad_(True) for chunk in pixels.split(size)]
-        aims = [aim.to(device) for aim in classes.split(size)]
+        chunks = [chunk.contiguous().requires_grad_(True) for chunk in part.pixels.split(size)]
+        aims = [aim.to(device) for aim in part.aims.split(size)]
         sums: list[list[_Sums]] = []
         for chunk in chunks:
             with torch.no_grad():
-                model((chunk - mean) / std)
+                model(part.normalised(chunk))
             sums.append(heard.take())
         before = float(heard.distance(_total(sums)))
-        optimiser = torch.optim.Adam(chunks, lr=inversion.lr, betas=(0.9, 0.99))
-        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, inversion.steps, eta_min=inversion.lr / 20)
+        optimiser, falling = falling_adam(chunks, inversion)
         began = time.perf_counter()
         for step in range(inversion.steps):
             if step == 1 and number == 0:
@@ -286,7 +250,7 @@ def invert(
             shift = drawn_shift(preprocess.size, generator)
             for place, (chunk, aim) in enumerate(zip(chunks, aims, strict=True)):
                 seen = shifted(chunk, shift, mirrored=step % 2 == 1)
-                logits = model((seen - mean) / std)
+                logits = model(part.normalised(seen))
                 own = heard.take()
                 others = _total(sums[:place] + sums[place + 1 :])
                 distance = heard.distance(
@@ -314,19 +278,11 @@ def invert(
                     parts * inversion.steps,
                 )
             )
-        images = (
-            torch.cat([chunk.detach() for chunk in chunks])
-            .mul(255)
-            .round()
-            .to(torch.uint8)
-            .permute(0, 2, 3, 1)
-            .cpu()
-            .contiguous()
-        )
+        images = as_bytes(torch.cat(chunks))
         probabilities, sums = [], []
         with torch.no_grad():
-            for part in images.split(size):
-                probabilities.append(model(normalise(part.numpy(), preprocess).to(device)).softmax(1).cpu())
+            for made in images.split(size):
+                probabilities.append(model(normalise(made.numpy(), preprocess).to(device)).softmax(1).cpu())
                 sums.append(heard.take())
         after = float(heard.distance(_total(sums)))
     if not after <= _DIVERGED * before:
@@ -336,20 +292,11 @@ def invert(
     sure, predicted = torch.cat(probabilities).max(1)
     return {
         "images": images,
-        "wanted": classes,
+        "wanted": part.aims,
         "predicted": predicted,
         "confidence": sure,
         "distance": torch.tensor([before, after], dtype=torch.float64),
     }
-
-
-def warn_of_waiting(making: Making, seconds: float, together: int) -> None:
-    """Say beforehand what takes minutes, and what would not."""
-    if seconds > _LONG:
-        making.note(
-            f"inverting will take about {seconds / 60:.0f} minutes here; it can be interrupted, parts of {together} images "
-            "are kept once they are whole; data=procedural takes seconds"
-        )
 
 
 def _diverged(number: int, step: int, inversion: Inversion, how: str) -> NumericsError:
@@ -357,72 +304,6 @@ def _diverged(number: int, step: int, inversion: Inversion, how: str) -> Numeric
         f"data=inversion: the optimisation diverged in part {number + 1} at step {step} ({how}); lower data.lr (now "
         f"{inversion.lr:g}) or data.class_weight (now {inversion.class_weight:g})."
     )
-
-
-def drawn_shift(size: Sequence[int], generator: torch.Generator) -> list[int]:
-    """Pixels down and right that images shall be seen shifted by, up to 1/16 of their sides."""
-    return [int(torch.randint(-(side // _SHIFT), side // _SHIFT + 1, (1,), generator=generator)) for side in size]
-
-
-def shifted(images: Tensor, shift: Sequence[int], *, mirrored: bool) -> Tensor:
-    """Images as a network shall see them in one step, ``[batch, channels, height, width]``, what leaves comes back."""
-    seen = torch.roll(images, tuple(shift), (2, 3))
-    return seen.flip(3) if mirrored else seen
-
-
-def roughness(images: Tensor, axis: int) -> Tensor:
-    """Mean squared difference of neighbouring pixels along an axis; a scalar."""
-    return images.diff(dim=axis).square().mean()
-
-
-def count_classes(
-    model: nn.Module, preprocess: Preprocess, device: torch.device, *, source: str = "inversion"
-) -> int:
-    """Number of logits of a network that takes one image tensor.
-
-    Raises:
-        UnsupportedModelError: If it takes anything else or returns anything but ``[images, classes]``.
-    """
-    example = torch.zeros((2, len(preprocess.mean), *preprocess.size), device=device)
-    try:
-        with torch.no_grad():
-            logits = model(example)
-    except Exception as error:  # networks fail in their own ways on inputs they were not made for
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-        raise UnsupportedModelError(
-            f"data={source} makes one image tensor of {tuple(example.shape[1:])} for a forward, and this network does "
-            f"not take that ({detail}); give a network with a single image input, or set model.preprocess.size."
-        ) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UnsupportedModelError(
-            f"data={source} balances classes, which needs logits of shape [images, classes], got {got}; {_SUITS}."
-        )
-    return logits.shape[1]
-
-
-def wanted_classes(classes: Sequence[int] | None, known: int, *, together: int, seed: int) -> list[int]:
-    """The classes that images shall show, in turn.
-
-    Neighbouring classes of large sets are alike (the first 400 of ImageNet are animals), so a part that cannot hold them
-    all draws its own.
-
-    Raises:
-        ConfigError: If `classes` is no list of class numbers below `known`.
-    """
-    if classes is None:
-        if known <= together:
-            return list(range(known))
-        return torch.randperm(known, generator=torch.Generator().manual_seed(seed)).tolist()
-    fits = isinstance(classes, Sequence) and not isinstance(classes, str) and len(classes) > 0
-    if not fits or any(not is_whole(one) for one in classes):
-        raise ConfigError(f"data.classes: expected a list of class numbers such as [3,5], got {classes!r}.")
-    wrong = [one for one in classes if not 0 <= one < known]
-    if wrong:
-        raise ConfigError(
-            f"data.classes: the network has {known} logits, so classes are 0 to {known - 1}; got {wrong[0]}."
-        )
-    return list(dict.fromkeys(classes))
 
 
 @dataclass(frozen=True)
@@ -502,22 +383,3 @@ def distance(norm: nn.Module, rows: int, first: Tensor, second: Tensor) -> Tenso
     variance = (second / rows - off.square()).clamp_min(0)
     stored = norm.running_var + norm.eps
     return (off.square() / stored).mean() + 0.25 * ((variance + norm.eps) / stored).log().square().mean()
-
-
-def images_at_once(model: nn.Module, image: Tensor, gigabytes: float) -> int:
-    """How many images a forward with gradients may hold: what its modules put out, twice, is what autograd keeps."""
-    values = 0
-
-    def count(module: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal values
-        values += output.numel() if isinstance(output, Tensor) else 0
-
-    leaves = [module for module in model.modules() if not list(module.children())]
-    handles = [leaf.register_forward_hook(count) for leaf in leaves]
-    try:
-        with torch.no_grad():
-            model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return max(1, int(gigabytes * 1e9 / max(8 * values, 1)))

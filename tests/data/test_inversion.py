@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from modhifi_cli import cache
-from modhifi_cli.data import inversion, procedural
+from modhifi_cli.data import inversion, pixels, procedural
 from modhifi_cli.data.making import Making
 from modhifi_cli.data.sources import normalise
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
@@ -210,7 +210,7 @@ def test_networks_that_are_not_square_can_be_inverted(trained):
 
 
 def test_a_long_wait_is_told_beforehand(trained, monkeypatch):
-    monkeypatch.setattr(inversion, "_LONG", 0)
+    monkeypatch.setattr(pixels, "_LONG", 0)
     told = []
     inversion.load(making=making(trained, note=told.append), num_samples=12, cache=None, **QUICK)
     assert len(told) == 1 and "parts of 12 images are kept once they are whole; data=procedural takes seconds" in told[0]

@@ -1,0 +1,274 @@
+"""Pixels that follow a gradient: what every source shares that makes its images by moving pixels, and nothing else.
+
+The sources differ in what they make the network see or say (`inversion`, `class_inversion`). Settings and their checks,
+what a set is kept under, starts, how images are seen in a step and what becomes of them are the same.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.data.making import Making
+from modhifi_cli.data.procedural import KINDS, draw, made_samples, refuse_given_labels
+from modhifi_cli.data.sources import sha256_of_samples
+from modhifi_cli.errors import ConfigError, UnsupportedModelError, is_number, is_whole, nearest
+from modhifi_cli.graph.surgery import weights_hash
+from modhifi_cli.records import Preprocess, TextInput
+
+SUITS = "data=procedural needs no statistics and suits every network that reads images"
+_SMALL = 96  # px: larger images take seconds or minutes each, so fewer are made, in smaller parts
+_SAMPLES = (512, 128)  # what "auto" makes up to 96 px, and above
+_LONG = 120  # seconds that are worth a word beforehand
+_SHIFT = 16  # images are seen shifted by up to 1/16 of their side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moving:
+    """Settings that every source has whose pixels follow a gradient.
+
+    Attributes:
+        steps: Gradient steps.
+        lr: Adam's first step width on the 0..1 scale of pixels; it falls along half a cosine.
+        together: Images of one part, which is kept as soon as it is whole.
+        smoothness: Of the mean squared difference of neighbouring pixels, on the 0..1 scale.
+        starts: Kind of procedural images to begin with.
+        gigabytes: Activations that a forward with gradients may keep, 10⁹ bytes.
+    """
+
+    steps: int
+    lr: float
+    together: int
+    smoothness: float
+    starts: str
+    gigabytes: float
+
+    least_together: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        for key, low in (("steps", 1), ("together", self.least_together)):
+            value = getattr(self, key)
+            if not is_whole(value) or value < low:
+                raise ConfigError(f"data.{key}: expected a whole number from {low}, got {value!r}.")
+        if self.starts not in KINDS:
+            raise ConfigError(f"data.starts: unknown kind '{self.starts}', {nearest(str(self.starts), KINDS)}")
+        for key, value in asdict(self).items():
+            if key in ("steps", "together", "starts"):
+                continue
+            above = key in ("lr", "gigabytes")
+            fits = is_number(value) and 0 <= value < float("inf")
+            if not fits or above and value == 0:
+                raise ConfigError(f"data.{key}: expected a number {'above' if above else 'from'} 0, got {value!r}.")
+
+
+def together_or(together: int | str, preprocess: Preprocess, auto: tuple[int, int]) -> int:
+    """Images of a part; ``"auto"`` is one of `auto`, up to 96 px and above."""
+    return auto[_is_large(preprocess)] if together == "auto" else together
+
+
+def count_of(num_samples: int | str | None, preprocess: Preprocess) -> int:
+    """How many images to make; ``"auto"`` and None are 512, or 128 above 96 px.
+
+    Raises:
+        ConfigError: If it is no whole number above 0.
+    """
+    return made_samples(_SAMPLES[_is_large(preprocess)] if num_samples in ("auto", None) else num_samples)
+
+
+def _is_large(preprocess: Preprocess) -> bool:
+    return max(preprocess.size) > _SMALL
+
+
+def refuse_what_is_not_made(preprocess: Any, *, labelled: bool, labels: str | None, source: str) -> None:
+    """Refuse text, and labels of the images' own.
+
+    Raises:
+        ConfigError: If the network reads text, or `labels` is unknown.
+        DataError: If labels of the source's own are asked for.
+    """
+    refuse_given_labels(labelled=labelled, labels=labels, source=source)
+    if isinstance(preprocess, TextInput):
+        raise ConfigError(f"data={source} makes images, and this network reads text; choose data=generated.")
+
+
+def frozen_copy(making: Making) -> nn.Module:
+    """The network on its device, float32, evaluation mode, without gradients for its parameters."""
+    model = copy.deepcopy(making.model).to(device=making.device, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def identity_of(
+    method: str, version: int, making: Making, preprocess: Preprocess, how: Moving, *, wanted: Sequence[int], seed: int
+) -> dict[str, Any]:
+    """Everything that decides what a set's parts look like: what the cache keeps them under."""
+    return {
+        "method": method,
+        "version": version,
+        "weights_sha256": weights_hash(making.model),
+        "size": list(preprocess.size),
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "seed": seed,
+        "classes": list(wanted),
+        **asdict(how),
+    }
+
+
+def protocol_of(images: np.ndarray, identity: Mapping[str, Any], how: Moving, *, path: str, **settings: Any) -> dict:
+    """What a source of made images says of itself."""
+    return {
+        "source": identity["method"],
+        "path": path,
+        "num_samples": len(images),
+        "available": len(images),
+        "seed": identity["seed"],
+        "sha256": sha256_of_samples(image.tobytes() for image in images),
+        "settings": asdict(how) | settings,
+        "weights_sha256": identity["weights_sha256"],
+    }
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of a set begins with.
+
+    Attributes:
+        pixels: ``[images, channels, height, width]`` float32 in 0 … 1, on the device.
+        aims: Wanted class of every image, ``[images]`` int64, on the CPU.
+        mean, std: Of the network's preprocessing, ``[1, channels, 1, 1]``, on the device.
+    """
+
+    pixels: Tensor
+    aims: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels as the network takes them."""
+        return (pixels - self.mean) / self.std
+
+
+def begin(
+    preprocess: Preprocess, how: Moving, *, wanted: Sequence[int], number: int, seed: int, device: torch.device
+) -> Part:
+    """Procedural starts and wanted classes of part `number`, which depend on nothing but it and the seed."""
+    count = how.together
+    starts = draw(count, preprocess, kind=how.starts, seed=seed, first=number * count)
+    at = torch.arange(number * count, (number + 1) * count)
+    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (preprocess.mean, preprocess.std))
+    pixels = torch.from_numpy(starts).permute(0, 3, 1, 2).to(device=device, dtype=torch.float32).div(255)
+    return Part(pixels, torch.tensor(wanted)[at % len(wanted)], mean, std)
+
+
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """Of the shifts of a part."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
+def falling_adam(
+    pixels: Sequence[Tensor], how: Moving
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam over pixels, and the schedule of its step width."""
+    optimiser = torch.optim.Adam(pixels, lr=how.lr, betas=(0.9, 0.99))
+    return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, how.steps, eta_min=how.lr / 20)
+
+
+def as_bytes(pixels: Tensor) -> Tensor:
+    """Pixels ``[images, channels, height, width]`` in 0 … 1 as ``[images, height, width, channels]`` uint8."""
+    return pixels.detach().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
+
+
+def warn_of_waiting(making: Making, seconds: float, together: int) -> None:
+    """Say beforehand what takes minutes, and what would not."""
+    if seconds > _LONG:
+        making.note(
+            f"inverting will take about {seconds / 60:.0f} minutes here; it can be interrupted, parts of {together} images "
+            "are kept once they are whole; data=procedural takes seconds"
+        )
+
+
+def drawn_shift(size: Sequence[int], generator: torch.Generator) -> list[int]:
+    """Pixels down and right that images shall be seen shifted by, up to 1/16 of their sides."""
+    return [int(torch.randint(-(side // _SHIFT), side // _SHIFT + 1, (1,), generator=generator)) for side in size]
+
+
+def shifted(images: Tensor, shift: Sequence[int], *, mirrored: bool) -> Tensor:
+    """Images as a network shall see them in one step, ``[batch, channels, height, width]``, what leaves comes back."""
+    seen = torch.roll(images, tuple(shift), (2, 3))
+    return seen.flip(3) if mirrored else seen
+
+
+def roughness(images: Tensor, axis: int) -> Tensor:
+    """Mean squared difference of neighbouring pixels along an axis; a scalar."""
+    return images.diff(dim=axis).square().mean()
+
+
+def count_classes(model: nn.Module, preprocess: Preprocess, device: torch.device, *, source: str) -> int:
+    """Number of logits of a network that takes one image tensor.
+
+    Raises:
+        UnsupportedModelError: If it takes anything else or returns anything but ``[images, classes]``.
+    """
+    example = torch.zeros((2, len(preprocess.mean), *preprocess.size), device=device)
+    try:
+        with torch.no_grad():
+            logits = model(example)
+    except Exception as error:  # networks fail in their own ways on inputs they were not made for
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        raise UnsupportedModelError(
+            f"data={source} makes one image tensor of {tuple(example.shape[1:])} for a forward, and this network does "
+            f"not take that ({detail}); give a network with a single image input, or set model.preprocess.size."
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UnsupportedModelError(
+            f"data={source} balances classes, which needs logits of shape [images, classes], got {got}; {SUITS}."
+        )
+    return logits.shape[1]
+
+
+def wanted_classes(classes: Sequence[int] | None, known: int, *, together: int, seed: int) -> list[int]:
+    """The classes that images shall show, in turn.
+
+    Neighbouring classes of large sets are alike (the first 400 of ImageNet are animals), so a part that cannot hold them
+    all draws its own.
+
+    Raises:
+        ConfigError: If `classes` is no list of class numbers below `known`.
+    """
+    if classes is None:
+        if known <= together:
+            return list(range(known))
+        return torch.randperm(known, generator=torch.Generator().manual_seed(seed)).tolist()
+    fits = isinstance(classes, Sequence) and not isinstance(classes, str) and len(classes) > 0
+    if not fits or any(not is_whole(one) for one in classes):
+        raise ConfigError(f"data.classes: expected a list of class numbers such as [3,5], got {classes!r}.")
+    wrong = [one for one in classes if not 0 <= one < known]
+    if wrong:
+        raise ConfigError(
+            f"data.classes: the network has {known} logits, so classes are 0 to {known - 1}; got {wrong[0]}."
+        )
+    return list(dict.fromkeys(classes))
+
+
+def images_at_once(model: nn.Module, image: Tensor, gigabytes: float) -> int:
+    """How many images a forward with gradients may hold: what its modules put out, twice, is what autograd keeps."""
+    values = 0
+
+    def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal values
+        values += output.numel() if isinstance(output, Tensor) else 0
+
+    leaves = [module for module in model.modules() if not list(module.children())]
+    handles = [leaf.register_forward_hook(count) for leaf in leaves]
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(1, int(gigabytes * 1e9 / max(8 * values, 1)))
