@@ -69,10 +69,13 @@ def smollm2(tmp_path_factory) -> Path:
     named = os.environ.get("MODHIFI_SMOLLM2")
     if named:
         return Path(named)
-    script = Path(__file__).resolve().parent.parent / "scripts" / "fetch_smollm2.sh"
+    script = Path(__file__).resolve().parent.parent / "scripts" / "fetch.sh"
     folder = tmp_path_factory.mktemp("smollm2")
     fetched = subprocess.run(
-        ["bash", str(script), str(folder)], capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable}
+        ["bash", str(script), "smollm2", str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
     )
     if fetched.returncode != 0:
         pytest.skip(f"SmolLM2 could not be fetched by {script.name}: {fetched.stderr.strip().splitlines()[-1:]}")
