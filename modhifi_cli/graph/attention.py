@@ -7,14 +7,15 @@ candidate, and the slicing law decides. A gated MLP whose gate and values come f
 halves of a tensor are nothing that a graph of channels sees.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot, input_size, output_size
-from modhifi_cli.graph.heads import READERS, head_count, head_weights, mixes_heads
+from modhifi_cli.graph.heads import READERS, head_count, head_weights, mixes_heads, takes_queries
 from modhifi_cli.graph.trace import Trace
 
 # Who writes queries, keys and values: one name for each layer. Tried in this order.
@@ -66,11 +67,11 @@ def find_heads(model: nn.Module, trace: Trace, *, excluded: Iterable[str] = ()) 
         if mixes_heads(module):
             made = _talking_parts(module, name)
         elif head_weights(module) is not None or (writers and head_count(module) is not None):
-            made = _heads_of(module, name, writers)
+            made = _heads_of(module, name, writers, trace)
         if made is not None:
             own = f"{name}." if name else ""
-            claimed[0].update(own + writer for writer in writers)
-            claimed[1].update(own + reader for reader in READERS if hasattr(module, reader))
+            claimed[0].update(own + writer for writer in writers.values())
+            claimed[1].update(own + (_layer_of(module, reader) or reader) for reader in READERS)
         else:
             made = _packed_gate(module, name)
         if isinstance(made, str):
@@ -100,30 +101,41 @@ def _untouchable(group: ComponentGroup, trace: Trace, banned: Collection[str]) -
     return None
 
 
-def _writers_of(module: nn.Module) -> tuple[str, ...]:
-    """Names of the layers that write queries, keys and values, or nothing."""
-    for names in _WRITERS:
-        if all(isinstance(getattr(module, name, None), _LAYER) for name in names):
-            return names
-    return ()
+def _writers_of(module: nn.Module) -> dict[str, str]:
+    """Role → name of the layers that write queries, keys and values, or nothing."""
+    for roles in _WRITERS:
+        layers = {role: _layer_of(module, role) for role in roles}
+        if all(layers.values()):
+            return {role: layer for role, layer in layers.items() if layer is not None}
+    return {}
+
+
+def _layer_of(module: nn.Module, role: str) -> str | None:
+    """Name of the layer that plays a role: the child of that name, or the only thing in it that has parameters."""
+    child = getattr(module, role, None)
+    if isinstance(child, _LAYER):
+        return role
+    if not isinstance(child, nn.Module):
+        return None
+    inside = [(name, one) for name, one in child.named_modules() if [*one.parameters(recurse=False)]]
+    return f"{role}.{inside[0][0]}" if len(inside) == 1 and inside[0][0] and isinstance(inside[0][1], _LAYER) else None
 
 
 def _heads_of(
-    module: nn.Module, name: str, writers: Sequence[str]
+    module: nn.Module, name: str, writers: Mapping[str, str], trace: Trace
 ) -> list[tuple[ComponentGroup, ...]] | str:
     heads = head_count(module)
-    reader_name = next((n for n in READERS if isinstance(getattr(module, n, None), _LAYER)), None)
+    reader_name = next(filter(None, (_layer_of(module, role) for role in READERS)), None)
     if reader_name is None:
         return "this attention has no projection that reads its heads"
-    reader = getattr(module, reader_name)
-    width = input_size(reader)
+    width = input_size(module.get_submodule(reader_name))
     if heads is None or width % heads:
         return f"the {width} features that {reader_name} reads are not shared evenly by {heads} heads"
     if heads < 2:
         return "it has one head, which is all there is"
     own = f"{name}." if name else ""
     for norm, layer in module.named_children():
-        if _across_heads(layer, width, width // heads):
+        if _as_wide(layer, width, width // heads) and _between(trace, own, norm, writers.values(), reader_name):
             return f"{own}{norm} is a {type(layer).__name__} across the heads"
     layouts = _layouts(module, writers, heads, width)
     if isinstance(layouts, str):
@@ -131,7 +143,7 @@ def _heads_of(
     extra = []
     followers = [Slot(name, torch.arange(heads)[:, None])]
     for child, layer in module.named_modules():
-        if not child or child in (*writers, reader_name):
+        if not child or child in (*writers.values(), reader_name):
             continue
         last = child.rpartition(".")[2]
         reads_heads = isinstance(layer, _LAYER) and "." not in child and layer.weight.shape[1] == heads
@@ -143,10 +155,12 @@ def _heads_of(
             extra.append(Slot(own + child, torch.arange(heads)[:, None]))
         elif not isinstance(layer, _LAYER) and head_count(layer) == heads:
             followers.append(Slot(own + child, torch.arange(heads)[:, None]))
-    read = Slot(own + reader_name, torch.arange(width).view(heads, -1))
+    # Nearly always the features of a head lie side by side where they are read; some lie as many heads apart.
+    orders = [torch.arange(width).view(heads, -1), torch.arange(width).view(-1, heads).T.contiguous()]
     candidates = []
-    for layout in layouts:
-        slots = [Slot(own + writer, index) for writer, index in zip(writers, layout, strict=True)]
+    for order, layout in itertools.product(orders, layouts):
+        read = Slot(own + reader_name, order)
+        slots = [Slot(own + writer, index) for writer, index in zip(writers.values(), layout, strict=True)]
         producers, rest = (*slots, *extra), followers
         if not slots:  # the module itself projects
             producers, rest = (followers[0], *extra), followers[1:]
@@ -161,21 +175,31 @@ def _ends(module: nn.Module, child: str) -> bool:
     return not parent or layers[-1:] == [last]
 
 
-def _across_heads(layer: nn.Module, width: int, each: int) -> bool:
+def _between(trace: Trace, own: str, norm: str, writers: Collection[str], reader: str) -> bool:
+    """Whether a norm lies between what writes the heads and what reads them; those of the input lie in front."""
+    names = [own + one for one in (norm, *writers, reader)]
+    if not writers or any(one not in trace.visits for one in names):
+        return True  # nothing can be said, so the worst
+    behind = any(trace.depends(names[0], writer) for writer in names[1:-1])
+    return behind and not trace.depends(names[0], names[-1])
+
+
+def _as_wide(layer: nn.Module, width: int, each: int) -> bool:
+    """Whether a layer normalises as many features as all heads have together, not those of each."""
     shape = getattr(layer, "normalized_shape", None)
     size = shape[-1] if shape else getattr(layer, "num_features", getattr(layer, "num_channels", None))
     return size == width != each
 
 
-def _layouts(module: nn.Module, writers: Sequence[str], heads: int, width: int) -> list[list[Tensor]] | str:
+def _layouts(module: nn.Module, writers: Mapping[str, str], heads: int, width: int) -> list[list[Tensor]] | str:
     """For each way in which the projections may lie, the positions of every writer: ``[heads, entries]`` each."""
     if not writers:
         return [[]]
-    sizes = [output_size(getattr(module, name)) for name in writers]
+    sizes = [output_size(module.get_submodule(layer)) for layer in writers.values()]
     uneven = [name for name, size in zip(writers, sizes, strict=True) if size % heads]
     if uneven:
         return f"{uneven[0]} does not write the same for each of its {heads} heads"
-    runs = {"qkv": 3, "kv": 2, "qk": 2}
+    runs = {"qkv": 2 if takes_queries(module) and sizes == [2 * width] else 3, "kv": 2, "qk": 2}
     apart = [_runs(size, heads, runs.get(name, 1), width) for name, size in zip(writers, sizes, strict=True)]
     together = [torch.arange(size).view(heads, -1) for size in sizes]
     if any(one is None for one in apart):
@@ -232,7 +256,7 @@ def _packed_gate(module: nn.Module, name: str) -> list[tuple[ComponentGroup, ...
         if output_size(writer) != 2 * hidden:
             continue
         for norm, layer in module.named_children():
-            if _across_heads(layer, hidden, 1):
+            if _as_wide(layer, hidden, 1):
                 return f"{norm} is a {type(layer).__name__} across the hidden neurons"
         own = f"{name}." if name else ""
         neurons = torch.arange(hidden)[:, None]

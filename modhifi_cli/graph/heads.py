@@ -42,6 +42,12 @@ _PER_HEAD = {
     "in_proj_bias": 0,
 }
 _THRICE = ("in_proj_weight", "in_proj_bias")  # queries, keys and values one behind the other
+# Arguments of an attention's forward that hold something for each head and come from outside, where others use them,
+# too: queries (heads and their features in the last dimension) and what is added to scores (heads third from behind).
+_QUERIES = ("q_global",)
+_SCORES = ("shared_rel_pos", "shared_rel_pos_bias")
+_DENSE = "heads_when_dense"  # number of heads of an attention before it lost any
+_TAKEN = "taken_heads"  # buffer of an attention that has lost heads: which of those from outside are its own
 
 
 def head_count(module: nn.Module) -> int | None:
@@ -131,6 +137,10 @@ def slice_heads_(module: nn.Module, kept: Tensor) -> None:
         width = getattr(module, name, None)
         if isinstance(width, int) and width % heads == 0:
             setattr(module, name, width // heads * kept.numel())
+    if isinstance(module, _OwnHeads):
+        taken = module._buffers.get(_TAKEN)
+        where = next(module.parameters()).device
+        module.register_buffer(_TAKEN, kept.to(where) if taken is None else taken[kept.to(taken.device)])
     shape = getattr(module, _SHAPE, None)
     if isinstance(shape, tuple):
         table = getattr(module, _TABLE, None)
@@ -191,8 +201,10 @@ def adopt_one_(module: nn.Module) -> None:
         if not isinstance(module, _TalkingHeads):
             module.dim_of_head = module.proj.in_features // module.num_heads
             module.__class__ = _talking(kind)
-    elif head_count(module) is not None:
-        module.__class__ = _inferring(kind)
+    elif (heads := head_count(module)) is not None:
+        if not hasattr(module, _DENSE):
+            setattr(module, _DENSE, heads)
+        module.__class__ = _choosing(_inferring(kind))
 
 
 def _hides_projections(module: nn.Module) -> bool:
@@ -390,6 +402,56 @@ def _windowed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (_ShiftedWindows, kind), {"__module__": kind.__module__})
 
 
+# ----------------------------------------------------------------------------------------- heads that others hold, too
+
+
+def takes_queries(module: nn.Module) -> bool:
+    """Whether an attention may be handed its queries, so that it writes keys and values alone."""
+    kind = type(module)
+    handed = kind._handed if isinstance(module, _OwnHeads) else _handed(kind)
+    return any(name in _QUERIES for _, name in handed)
+
+
+class _OwnHeads:
+    """Attention that picks its own heads of what it is handed: queries or position biases that others use, too."""
+
+    _handed: tuple[tuple[int, str], ...]
+
+    def forward(self, *inputs: Tensor, **named: object) -> Tensor:
+        taken = getattr(self, _TAKEN, None)
+        if taken is None:
+            return super().forward(*inputs, **named)
+        own = list(inputs)
+        for place, name in self._handed:
+            if place < len(own):
+                own[place] = self._chosen(own[place], name, taken)
+            elif name in named:
+                named[name] = self._chosen(named[name], name, taken)
+        return super().forward(*own, **named)
+
+    def _chosen(self, handed: Tensor | None, name: str, taken: Tensor) -> Tensor | None:
+        if handed is None:
+            return None
+        if name in _SCORES:
+            return handed.index_select(-3, taken)
+        return handed.unflatten(-1, (getattr(self, _DENSE), -1)).index_select(-2, taken).flatten(-2)
+
+
+@functools.cache
+def _choosing(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass that picks its heads of what it is handed; `kind` itself where its forward takes no such thing."""
+    handed = _handed(kind)
+    if not handed or issubclass(kind, _OwnHeads):
+        return kind
+    return type(kind.__name__, (_OwnHeads, kind), {"__module__": kind.__module__, "_handed": handed})
+
+
+def _handed(kind: type[nn.Module]) -> tuple[tuple[int, str], ...]:
+    """Place and name of the arguments of a class's forward that hold something for each head."""
+    names = tuple(inspect.signature(kind.forward).parameters)[1:]
+    return tuple((place, name) for place, name in enumerate(names) if name in (*_QUERIES, *_SCORES))
+
+
 # ------------------------------------------------------------------------------------ sizes that follow the heads
 
 
@@ -399,15 +461,18 @@ def _inferring(kind: type[nn.Module]) -> type[nn.Module]:
 
     In every reshape with a size that is the input's last one (or that over the number of heads) and with no −1 yet,
     this size becomes −1. That is the same number on the dense network, whatever the class computes; on one with fewer
-    heads it is the width of what is reshaped. `kind` itself where there is no such reshape.
+    heads it is the width of what is reshaped. Where there is a −1 already, the input's last size is divided by the
+    dense number of heads. Assertions about sizes go. `kind` itself where there is no such reshape.
     """
     if "_infers" in kind.__dict__:
         return kind
     methods: dict[str, types.FunctionType] = {}
+    seen: set[str] = set()
     for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for name, method in vars(owner).items():
-            if name in methods or name.startswith("__") or not isinstance(method, types.FunctionType):
+            if name in seen or name.startswith("__") or not isinstance(method, types.FunctionType):
                 continue
+            seen.add(name)  # what a class overrides, rewritten or not, stays overridden
             if (rewritten := _inferred(method)) is not None:
                 methods[name] = rewritten
     if not methods:
@@ -427,7 +492,13 @@ def _inferred(method: types.FunctionType) -> types.FunctionType | None:
     for call in ast.walk(tree):
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
             continue
-        if call.func.attr not in ("reshape", "view") or any(_is_minus_one(argument) for argument in call.args):
+        if call.func.attr not in ("reshape", "view"):
+            continue
+        if any(_is_minus_one(argument) for argument in call.args):
+            for argument in call.args:
+                if isinstance(argument, ast.BinOp) and _is_width(argument, widths) and _is_count(argument.right):
+                    argument.right.attr = _DENSE
+                    changed = True
             continue
         places = [place for place, argument in enumerate(call.args) if _is_width(argument, widths)]
         if len(places) == 1:
@@ -436,6 +507,10 @@ def _inferred(method: types.FunctionType) -> types.FunctionType | None:
     if not changed:
         return None
     function = tree.body[0]
+    function.body = [statement for statement in function.body if not _asserts_size(statement)]
+    for node in ast.walk(function):
+        if isinstance(node, ast.If):  # an emptied branch would be no Python
+            node.body = [one for one in node.body if not _asserts_size(one)] or [ast.Pass()]
     function.decorator_list = []
     function.returns = None
     for argument in (*function.args.args, *function.args.kwonlyargs):
@@ -462,6 +537,18 @@ def _is_width(node: ast.AST, widths: set[str]) -> bool:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv):
         return _is_width(node.left, widths)
     return isinstance(node, ast.Name) and node.id in widths
+
+
+def _is_count(node: ast.AST) -> bool:
+    """``self.num_heads`` or its like."""
+    return isinstance(node, ast.Attribute) and node.attr in COUNTS
+
+
+def _asserts_size(node: ast.AST) -> bool:
+    call = node.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
+    called = getattr(call, "func", None)
+    asserts = isinstance(node, ast.Assert) or (isinstance(called, ast.Name) and "assert" in called.id)
+    return asserts and any(isinstance(one, ast.Attribute) and one.attr == "shape" for one in ast.walk(node))
 
 
 def _is_minus_one(node: ast.AST) -> bool:

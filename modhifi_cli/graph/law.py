@@ -165,12 +165,18 @@ def lawful(
 
     Args:
         model: Dense network; left as found.
-        candidates: For each group the ways in which it may lie, the most usual first. The first that obeys is taken.
+        candidates: For each group the ways in which it may lie, the most usual first. The first that obeys is taken;
+            where a group of heads obeys in another, those in attention modules of its class are tried in that first.
         example: A batch, ``[batch, channels, height, width]``.
         dtype: As in `check`.
     """
     failed: dict[str, Verdict] = {}
     raised: dict[tuple, Verdict] = {}
+    usual: dict[tuple | None, int] = {}  # the way in which another group of the same kind lies
+
+    def ordered(ways: Sequence[ComponentGroup]) -> list[ComponentGroup]:
+        likely = usual.get(_kind(model, ways[0]), 0)
+        return sorted(ways, key=lambda way: way is not ways[likely % len(ways)])
 
     def grown(
         passed: tuple[ComponentGroup, ...], more: Sequence[Sequence[ComponentGroup]]
@@ -179,15 +185,17 @@ def lawful(
         more = [ways for ways in more if ways[0].name not in failed]
         if not more:
             return passed
-        first = (*passed, *(ways[0] for ways in more))
+        first = (*passed, *(ordered(ways)[0] for ways in more))
         verdict = check(model, first, example, dtype=dtype)
         if verdict.holds:
             return first
         if len(more) == 1:
             cannot_run = verdict.failure is not None
-            for other in more[0][1:]:
+            for other in ordered(more[0])[1:]:
                 next_verdict = check(model, (*passed, other), example, dtype=dtype)
                 if next_verdict.holds:
+                    if (kind := _kind(model, more[0][0])) is not None:
+                        usual[kind] = next(place for place, way in enumerate(more[0]) if way is other)
                     return (*passed, other)
                 cannot_run = cannot_run and next_verdict.failure is not None
             failed[more[0][0].name] = verdict

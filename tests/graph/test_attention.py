@@ -9,10 +9,10 @@ from torch import nn
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.heads import HeadwiseAttention, adopt_, head_count
-from modhifi_cli.graph.law import check, slice_groups_
+from modhifi_cli.graph.law import check, slice_groups_, zero_consumers_
 from modhifi_cli.graph.surgery import describe_widths, restore_widths_
 from modhifi_cli.tasks.prune import discover
-from tests.graph import transformers
+from tests.graph import attentions, transformers
 
 
 def found(name, **settings):
@@ -159,12 +159,61 @@ def test_a_norm_across_the_heads_is_named():
     assert any("attn.norm is a LayerNorm across the heads" in one.reason for one in refused)
 
 
-def test_heads_that_cannot_be_fewer_are_refused_in_every_module_of_the_class_and_the_neurons_stay():
-    import timm
+HARD = (
+    attentions.Attention,
+    attentions.Interleaved,
+    attentions.Reduced,
+    attentions.Wrapped,
+    attentions.Biased,
+    attentions.Asked,
+)
 
-    # One table of position biases for all blocks: no block can lose heads of its own.
-    model = timm.create_model("vit_srelpos_small_patch16_224", **transformers.PLAIN).eval()
-    _, groups, refused = discover(model, transformers.images("vit"))
+
+@pytest.mark.parametrize("attention", HARD)
+def test_heads_that_are_hard_to_see_are_cut_counted_and_built_again(attention):
+    model, example = attentions.build(attention), attentions.images()
+    _, groups, refused = discover(model, example)
+    assert {"attns.0", "attns.1"} <= {group.name for group in groups}
+    assert not [one for one in refused if "law" in one.reason]
+    assert check(model, groups, example).holds
+    keep, gone = halves(groups)
+    narrow = copy.deepcopy(model)
+    slice_groups_(narrow, groups, gone)
+    assert count(narrow, example[:1]) == CostModel(model, example[:1], groups).counts(keep)
+    again = attentions.build(attention, seed=7)
+    restore_widths_(again, describe_widths(narrow))
+    again.load_state_dict(narrow.state_dict())
+    assert torch.equal(again(example), narrow(example))
+
+
+def test_the_order_in_which_heads_are_read_is_found():
+    model = attentions.build(attentions.Interleaved)
+    _, groups, _ = discover(model, attentions.images())
+    reads = next(group for group in groups if group.name == "attns.0").consumers[0]
+    assert torch.equal(reads.index, torch.arange(12).view(3, 4).T)
+
+
+def test_what_heads_share_with_other_blocks_is_left_to_them():
+    model, example = attentions.build(attentions.Biased), attentions.images().double()
+    _, groups, _ = discover(model, attentions.images())
+    whole = copy.deepcopy(model.double())
+    first = [group for group in groups if group.name == "attns.0"]
+    gone = torch.tensor([0, 2])
+    zero_consumers_(whole, first[0], gone)
+    slice_groups_(model, first, [gone])
+    assert model.attns[0].taken_heads.tolist() == [1, 3] and model.shared.shape[1] == 4
+    assert not hasattr(model.attns[1], "taken_heads")
+    torch.testing.assert_close(model(example), whole(example), rtol=1e-10, atol=1e-12)
+
+
+def test_a_norm_across_the_queries_heads_is_named_though_keys_are_written_behind_it():
+    _, groups, refused = discover(attentions.build(attentions.Normed), attentions.images())
+    assert not [group for group in groups if group.name.startswith("attns")]
+    assert any("attns.0.q_norm is a LayerNorm across the heads" in one.reason for one in refused)
+
+
+def test_heads_that_cannot_be_fewer_are_refused_in_every_module_of_the_class_and_the_neurons_stay():
+    _, groups, refused = discover(attentions.build(attentions.Fixed), attentions.images())
     reasons = {one.name: one.reason for one in refused}
-    assert all("fails the slicing law" in reasons[f"blocks.{block}.attn"] for block in (0, 1))
-    assert {f"blocks.{block}.mlp.fc1" for block in (0, 1)} <= {group.name for group in groups}
+    assert all("fails the slicing law" in reasons[f"attns.{block}"] for block in (0, 1))
+    assert "mlp.0" in {group.name for group in groups}
