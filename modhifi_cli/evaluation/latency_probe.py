@@ -25,6 +25,7 @@ from modhifi_cli.evaluation.latency_table import LatencyTable, LayerTimes
 from modhifi_cli.graph.components import ComponentGroup, Layout
 from modhifi_cli.graph.counting import LayerWidths, output_positions
 from modhifi_cli.graph.heads import head_count
+from modhifi_cli.graph.parts import is_part, part_of
 from modhifi_cli.graph.surgery import slice_module_
 from modhifi_cli.records import Progress
 
@@ -122,7 +123,8 @@ def layer_names(model: nn.Module, groups: Sequence[ComponentGroup]) -> list[str]
     Attention modules are none of them: they hold the layers that project, and what they spend between those goes with
     the layers' outputs, so that it is in what is fitted to whole networks.
     """
-    return [name for name in LayerWidths(model, groups).modules if head_count(model.get_submodule(name)) is None]
+    parts = {name: part_of(model, name) for name in LayerWidths(model, groups).modules}
+    return [name for name, part in parts.items() if not is_part(part) and head_count(part) is None]
 
 
 def network_identity(model: nn.Module, example: Tensor, groups: Sequence[ComponentGroup]) -> str:
@@ -148,7 +150,7 @@ def narrowed(model: nn.Module, groups: Sequence[ComponentGroup], keep: Sequence[
     for group, kept in zip(groups, keep, strict=True):
         outputs, inputs = layout.keep_(group, torch.arange(kept))
         for name in dict.fromkeys((*outputs, *inputs)):
-            slice_module_(model.get_submodule(name), outputs=outputs.get(name), inputs=inputs.get(name))
+            slice_module_(part_of(model, name), outputs=outputs.get(name), inputs=inputs.get(name))
     return model
 
 

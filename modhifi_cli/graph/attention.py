@@ -38,8 +38,8 @@ class Found:
 
     Attributes:
         groups: In order of execution, each in every way in which its fused projections may lie, the most usual first.
-        refused: What was left out, and why.
-        writers: Layers whose outputs belong to what was found or refused, and to nothing else.
+        refused: What was left out, and why; following the forward may still part it (`labels.py`).
+        writers: Layers whose outputs belong to what was found, and to nothing else.
         readers: Layers whose inputs do.
     """
 
@@ -68,11 +68,11 @@ def find_heads(model: nn.Module, trace: Trace, *, excluded: Iterable[str] = ()) 
             made = _talking_parts(module, name)
         elif head_weights(module) is not None or (writers and head_count(module) is not None):
             made = _heads_of(module, name, writers, trace)
-        if made is not None:
+        if made is not None and not isinstance(made, str):
             own = f"{name}." if name else ""
             claimed[0].update(own + writer for writer in writers.values())
             claimed[1].update(own + (_layer_of(module, reader) or reader) for reader in READERS)
-        else:
+        elif made is None:
             made = _packed_gate(module, name)
         if isinstance(made, str):
             refused.append(Refusal(name, made))

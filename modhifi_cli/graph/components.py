@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.graph.heads import head_count, head_weights
 from modhifi_cli.graph.modules import ChannelPadShortcut
+from modhifi_cli.graph.parts import Part, is_part, part_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Slot:
     """Where the components of a group lie along one dimension of one module.
 
     Attributes:
-        module: Module name.
+        module: Module name, or the name of a tensor or number that a module holds (`parts.part_of`).
         index: Dense positions, ``[components, entries]`` int64: row i holds the channels (or features) of component i.
     """
 
@@ -43,7 +44,8 @@ class ComponentGroup:
         producers: Slots along the output dimension of conv, linear or shortcut modules, or along the heads of an
             attention that holds its own projections.
         followers: Slots along the only channel dimension of BatchNorm, GroupNorm and depthwise or grouped convolutions
-            (components of the last two are whole groups), and along the heads of attention modules and their parts.
+            (components of the last two are whole groups), along the heads of attention modules and their parts, and
+            what modules hold for these channels besides: bare parameters and numbers.
         consumers: Slots along the input dimension of conv, linear or shortcut modules.
     """
 
@@ -76,6 +78,10 @@ def shared_tensors(model: nn.Module) -> dict[str, str]:
             other = holders.setdefault(id(parameter), name)
             if other != name:
                 shared |= {name: other, other: shared.get(other, name)}
+    for name, module in model.named_modules():  # a bare tensor is named by itself
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if name in shared and holders[id(parameter)] in shared:
+                shared[f"{name}.{leaf}" if name else leaf] = shared[name]
     return shared
 
 
@@ -91,8 +97,10 @@ def is_linear(module: object) -> bool:
     return type(module) is nn.Linear or is_transposed(module)
 
 
-def output_size(module: nn.Module) -> int:
-    """Length of the output (or only) channel dimension of a module that a group may touch."""
+def output_size(module: nn.Module | Part) -> int:
+    """Length of the output (or only) channel dimension of a module or part that a group may touch."""
+    if is_part(module):
+        return module.size
     if is_transposed(module):
         return module.nf
     if isinstance(module, nn.Linear):
@@ -105,8 +113,10 @@ def output_size(module: nn.Module) -> int:
     return module.out_channels if heads is None else heads
 
 
-def input_size(module: nn.Module) -> int:
-    """Length of the input channel dimension of a module that a group may touch."""
+def input_size(module: nn.Module | Part) -> int:
+    """Length of the input channel dimension of a module or part that a group may touch."""
+    if is_part(module):
+        return module.size
     if is_transposed(module):
         return module.weight.shape[0]
     if isinstance(module, nn.Linear):
@@ -142,8 +152,8 @@ class Layout:
     def __init__(self, model: nn.Module, groups: Iterable[ComponentGroup]) -> None:
         groups = tuple(groups)
         self._components = {group.name: torch.arange(group.components) for group in groups}
-        self._outputs = {n: torch.arange(output_size(model.get_submodule(n))) for g in groups for n in g.modules}
-        self._inputs = {n: torch.arange(input_size(model.get_submodule(n))) for g in groups for n in g.modules}
+        self._outputs = {n: torch.arange(output_size(part_of(model, n))) for g in groups for n in g.modules}
+        self._inputs = {n: torch.arange(input_size(part_of(model, n))) for g in groups for n in g.modules}
 
     def alive(self, group: ComponentGroup) -> Tensor:
         """Dense numbers of the group's living components, ``[alive]`` int64 sorted."""

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modhifi_cli.graph.components import ComponentGroup, input_size, output_size
 from modhifi_cli.graph.heads import head_count, mixes_heads, per_head
+from modhifi_cli.graph.parts import Part, is_part, part_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class LayerWidths:
                 self._removed_out[row[slot.module], column] += slot.entries
             for slot in group.consumers:
                 self._removed_in[row[slot.module], column] += slot.entries
-        modules = [model.get_submodule(name) for name in self.modules]
+        modules = [part_of(model, name) for name in self.modules]
         self._out = np.array([output_size(module) for module in modules], dtype=np.int64)
         self._in = np.array([independent_inputs(module) for module in modules], dtype=np.int64)
 
@@ -109,7 +110,7 @@ class CostModel:
         self._sizes = self.widths.sizes
         touched = self.widths.modules
         positions = output_positions(model, example, touched)
-        modules = [model.get_submodule(name) for name in touched]
+        modules = [part_of(model, name) for name in touched]
         self._params_pair = np.array([_pair_parameters(module) for module in modules])
         self._params_out = np.array([_output_parameters(module) for module in modules])
         self._macs_pair = self._params_pair * np.array([positions[name] for name in touched])
@@ -141,9 +142,9 @@ class CostModel:
         return Counts(int(round(parameters)), int(round(macs)))
 
 
-def independent_inputs(module: nn.Module) -> int:
+def independent_inputs(module: nn.Module | Part) -> int:
     """Input width that shrinks on its own: 1 where the inputs go with the outputs (norms, grouped conv, heads)."""
-    if _is_norm(module) or is_grouped(module) or head_count(module) is not None:
+    if is_part(module) or _is_norm(module) or is_grouped(module) or head_count(module) is not None:
         return 1
     return input_size(module)
 
@@ -188,16 +189,18 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)
 
 
-def _pair_parameters(module: nn.Module) -> float:
+def _pair_parameters(module: nn.Module | Part) -> float:
     """Weights per (output, independent input) pair."""
-    if _is_norm(module) or head_count(module) is not None:
+    if is_part(module) or _is_norm(module) or head_count(module) is not None:
         return 0.0
     weight = getattr(module, "weight", None)
     return 0.0 if weight is None else weight.numel() / (output_size(module) * independent_inputs(module))
 
 
-def _output_parameters(module: nn.Module) -> float:
+def _output_parameters(module: nn.Module | Part) -> float:
     """Parameters per output that do not depend on the inputs (biases, BatchNorm scales)."""
+    if is_part(module):
+        return float(module.parameters) / module.size
     if _is_norm(module):
         return float(sum(parameter.numel() for parameter in module.parameters())) / output_size(module)
     heads = head_count(module)
@@ -218,7 +221,8 @@ def output_positions(model: nn.Module, example: Tensor, names: Sequence[str]) ->
 
         return seen
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    layers = [(name, part_of(model, name)) for name in names]
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers if not is_part(layer)]
     try:
         with torch.no_grad():
             model(example)

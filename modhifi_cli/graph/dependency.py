@@ -137,10 +137,12 @@ def _groups_of(
     if bundle.labels & labelling.answers:
         yield Refusal(name, "the network gives these channels out as its answer")
         return
-    for each in sorted(bundle.labels):
-        if each in labelling.spoilt:
-            yield Refusal(name, labelling.spoilt[each])
+    spoilt = next((labelling.spoilt[each] for each in sorted(bundle.labels) if each in labelling.spoilt), None)
+    if spoilt is not None:  # what is spoilt stays; other channels of the same layers may go
+        yield Refusal(name, spoilt)
+        if bundle.labels <= labelling.spoilt.keys():
             return
+        bundle = _without(bundle, labelling.spoilt)
     for link in bundle.links:
         if reason := _unfit(model, link, trace):
             yield Refusal(name, f"{link.module} {reason}")
@@ -158,8 +160,8 @@ def _groups_of(
 
 def _unfit(model: nn.Module, link: Link, trace: Trace) -> str | None:
     """Why the module of a link cannot be cut, or None."""
-    if link.dim == "tensor":
-        return "is a bare parameter across these channels"
+    if link.dim in _HELD:
+        return None
     if link.module in trace.reused:
         return "runs more than once in one forward, so its channels are shared"
     if link.module not in trace.visits:
@@ -167,7 +169,19 @@ def _unfit(model: nn.Module, link: Link, trace: Trace) -> str | None:
     return _unreadable(model.get_submodule(link.module)) if link.dim == "in" else None
 
 
-_KINDS = {"out": "producers", "both": "followers", "in": "consumers"}
+_KINDS = {
+    "out": "producers", "both": "followers", "tensor": "followers", "size": "followers", "heads": "followers",
+    "in": "consumers",
+}  # fmt: skip
+_HELD = ("tensor", "size", "heads")  # what a module holds, whether or not it runs as a module
+
+
+def _without(bundle: _Bundle, spoilt: Mapping[int, str]) -> _Bundle:
+    """The same without the components that stay."""
+    labels = bundle.labels - spoilt.keys()
+    known = torch.tensor(sorted(labels))
+    links = [link for link in bundle.links if bool(torch.isin(link.labels, known).any())]
+    return _Bundle(labels, links)
 
 
 def _places(model: nn.Module, bundle: _Bundle) -> dict[int, dict[tuple[str, str], list[int]]]:
@@ -189,12 +203,12 @@ def _as_group(
     places: Mapping[int, Mapping[tuple[str, str], Sequence[int]]],
     trace: Trace,
 ) -> ComponentGroup | Refusal:
-    slots: dict[str, list[Slot]] = {kind: [] for kind in _KINDS.values()}
+    slots: dict[str, list[Slot]] = {kind: [] for kind in dict.fromkeys(_KINDS.values())}
     for kind, module in places[components[0]]:
         index = torch.tensor([sorted(places[each][kind, module]) for each in components])
         slots[kind].append(Slot(module, index))
     for found in slots.values():
-        found.sort(key=lambda slot: trace.visits[slot.module].enter)
+        found.sort(key=lambda slot: trace.visits[slot.module].enter if slot.module in trace.visits else 0)
     if not slots["consumers"]:
         return Refusal(name, "no layer reads these channels alone")
     for slot in slots["consumers"]:

@@ -23,7 +23,7 @@ COUNTS = ("num_heads", "heads")  # attributes that hold the number of heads
 # Attributes that hold the number of heads times a number of features, where they are read.
 _WIDTHS = (
     "attn_dim", "all_head_dim", "kv_dim", "val_attn_dim", "key_attn_dim", "inner_dim", "o_proj_inpdim", "dim_out",
-    "out_dim",
+    "out_dim", "dh",
 )  # fmt: skip
 _ALSO_COUNTS = ("num_kv_heads", "num_attention_heads")
 _SHAPE = "bias_shape"  # of a position bias that is made in a module of its own, heads first or last

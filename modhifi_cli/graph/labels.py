@@ -4,9 +4,13 @@ One forward of one image runs beside a *shadow* for each tensor: an integer tens
 every element, which channel it would disappear with. Operations that only move elements (reshape, transpose,
 concatenate, roll, split, …) are run on the shadow as they are, so any way of shuffling channels is followed exactly.
 A sum joins the labels that meet in it, a layer with weights reads labels and writes new ones, and whatever mixes
-channels otherwise (a normalisation across them, an attention product, a fixed slice) spoils the labels it meets, with
-the reason. A spoilt label costs its own group and no other. Nothing here is trusted blindly: `law.py` checks every
-group that comes of it.
+channels otherwise (a normalisation, a softmax, an attention product) makes one label of those it mixes: whole heads
+remain where it works within each head, and where nothing is left to part, the label is spoilt, with the reason. A
+spoilt label costs its own components and no other. Nothing here is trusted blindly: `law.py` checks every group that
+comes of it.
+
+How rows of channels part (a view as heads and their features, a shuffle) is decided last. Where the forward has made
+one label of each row by then, rows go as wholes; otherwise the same place of each row goes.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +22,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modhifi_cli.graph.answers import tensors_of
+from modhifi_cli.graph.heads import COUNTS, forget_tables_, head_count, per_head
 from modhifi_cli.graph.modules import ChannelPadShortcut
+from modhifi_cli.graph.parts import integers, size_names
 
 # Label 0 means: an element that stays whatever is removed.
 _FIXED = 0
@@ -70,9 +76,10 @@ class Link:
     """Labels along one dimension of one module.
 
     Attributes:
-        module: Module name, or the full name of a tensor where `dim` is ``"tensor"``.
+        module: Module name, or the full name of a tensor or number where `dim` is ``"tensor"`` or ``"size"``.
         dim: ``"out"`` and ``"in"`` of a layer with weights, ``"both"`` where inputs go with outputs (BatchNorm,
-            GroupNorm, grouped convolution), ``"tensor"`` for a parameter or buffer that is used by itself.
+            GroupNorm, grouped convolution), ``"tensor"`` for a parameter or buffer that is used by itself, ``"size"``
+            for a number that the code holds, ``"heads"`` for what an attention module holds for each head.
         labels: One label per position, ``[positions]`` int64; 0 where the position stays whatever is removed.
     """
 
@@ -108,6 +115,7 @@ def label(model: nn.Module, example: Tensor) -> Labelling:
     """
     flow = _Flow(model)
     handles = []
+    forget_tables_(model)
     try:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(flow.entering(name)))
@@ -119,6 +127,7 @@ def label(model: nn.Module, example: Tensor) -> Labelling:
     finally:
         for handle in handles:
             handle.remove()
+        forget_tables_(model)
     return flow.result(tensors_of(output))
 
 
@@ -132,8 +141,10 @@ class _Labels:
 
     def new(self, count: int) -> Tensor:
         """Fresh labels, ``[count]``; a lone one is `_FIXED`, since a layer's only channel can never go."""
-        if count < 2:
-            return torch.zeros(count, dtype=torch.int64)
+        return self.fresh(count) if count > 1 else torch.zeros(count, dtype=torch.int64)
+
+    def fresh(self, count: int) -> Tensor:
+        """Fresh labels, ``[count]``."""
         first = len(self._parent)
         self._parent.extend(range(first, first + count))
         self._roots = None
@@ -187,6 +198,23 @@ class _Labels:
         return reasons
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """An arrangement of channels into rows: a view with more dimensions along which labels vary.
+
+    Attributes:
+        shadow: What it gave, ``[…]`` labels.
+        last: The last of the dimensions along which the labels varied.
+        free: Those whose length follows: it was left to be counted, or it is a number of heads that a module holds.
+        modules: Names of the modules it happened in, the innermost last.
+    """
+
+    shadow: Tensor
+    last: int
+    free: tuple[int, ...]
+    modules: tuple[str, ...]
+
+
 def _small(shadow: Tensor) -> Tensor:
     """The shadow with one element along every dimension in which it is the same by construction (stride 0)."""
     for dim in range(shadow.dim()):
@@ -214,6 +242,9 @@ class _Flow(TorchDispatchMode):
         self._suspended = 0
         self._operation: Any = None
         self._tensor_labels: dict[int, Tensor] = {}
+        self._part_labels: dict[str, Tensor] = {}
+        self._rows: list[_Rows] = []
+        self._cuts: list[tuple[Tensor, int, str]] = []
         self._owner: dict[int, tuple[str, str]] = {}
         for name, module in model.named_modules():
             for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -242,6 +273,10 @@ class _Flow(TorchDispatchMode):
         return hook
 
     def result(self, outputs: Iterable[Tensor]) -> Labelling:
+        self._settle_rows()
+        for shadow, dim, why in self._cuts:
+            if self._varies(shadow, dim):
+                self._labels.spoil(shadow, why)
         answers = set()
         for output in outputs:
             if (shadow := self._shadow(output)) is not None:
@@ -288,6 +323,85 @@ class _Flow(TorchDispatchMode):
                 return rule
         return self._pointwise if torch.Tag.pointwise in func.tags and not func._can_decompose() else None
 
+    # Rows of channels.
+
+    def _settle_rows(self) -> None:
+        """Decide for every arrangement into rows whether whole rows go or the same place of each, and join for it."""
+        waiting = list(self._rows)
+        while waiting:
+            first: int | None = None
+            for number, rows in enumerate(waiting):
+                dim, forced = self._choice(rows)
+                if forced or first is None:
+                    first, along = number, dim
+                if forced:
+                    break
+            assert first is not None
+            rows = waiting.pop(first)
+            start = rows.shadow
+            for other in self._varying(rows.shadow):
+                start = start if other == along else start.narrow(other, 0, 1)
+            why = f"{rows.modules[-1]} arranges them beside what stays"
+            self._labels.join(start.expand(rows.shadow.shape), rows.shadow, why)
+            if along in rows.free and self._varying(rows.shadow) == [along]:
+                self._link_rows(rows, along)
+
+    def _choice(self, rows: "_Rows") -> tuple[int, bool]:
+        """Along which dimension the components of rows lie, and whether what was joined before leaves no other."""
+        counts = {dim: self._apart(rows.shadow, dim) for dim in {*rows.free, rows.last}}
+        if counts[rows.last] > 1:
+            return rows.last, False
+        best = max(counts, key=lambda dim: counts[dim])
+        return best, counts[best] > 1
+
+    def _apart(self, shadow: Tensor, dim: int) -> int:
+        """How many components would be left if all but one dimension of an arrangement were joined."""
+        rows = _small(self._labels.roots(shadow)).movedim(dim, 0).flatten(1)
+        parent = list(range(rows.shape[0]))
+
+        def root(number: int) -> int:
+            while parent[number] != number:
+                parent[number] = parent[parent[number]]
+                number = parent[number]
+            return number
+
+        holder: dict[int, int] = {}
+        for number, row in enumerate(rows.tolist()):
+            for each in set(row):
+                a, b = root(holder.setdefault(each, number)), root(number)
+                parent[max(a, b)] = min(a, b)
+        return sum(parent[number] == number for number in range(len(parent)))
+
+    def _link_rows(self, rows: "_Rows", dim: int) -> None:
+        """What a module says of its number of heads goes with the rows that are its heads."""
+        labels = _small(self._labels.roots(rows.shadow)).movedim(dim, 0).flatten(1)[:, 0]
+        for where in reversed(rows.modules):
+            module = self._names[where]
+            if head_count(module) == labels.numel():
+                self._labels.join(self._heads(where, labels.numel()), labels, f"{where} has a head for what stays")
+                return
+            for leaf in COUNTS:
+                if integers(module).get(leaf) == labels.numel():
+                    self._size(where, leaf, labels)
+                    return
+
+    def _heads(self, owner: str, count: int) -> Tensor:
+        """Labels of the heads of an attention module, ``[heads]``."""
+        key = f"{owner}:"
+        if key not in self._part_labels:
+            self._part_labels[key] = self._labels.fresh(count)
+            self._link(owner, "heads", self._part_labels[key])
+        return self._part_labels[key]
+
+    def _size(self, owner: str, leaf: str, labels: Tensor) -> None:
+        """A number that a module holds is that of the given channels, ``[channels]``."""
+        name = f"{owner}.{leaf}" if owner else leaf
+        if name in self._part_labels:
+            self._labels.join(self._part_labels[name], labels, f"{name} counts them with what always stays")
+            return
+        self._part_labels[name] = labels
+        self._link(name, "size", labels)
+
     # Shadows.
 
     def _shadow(self, tensor: object) -> Tensor | None:
@@ -301,10 +415,16 @@ class _Flow(TorchDispatchMode):
         """Labels of a parameter or buffer that is used by itself and is as long as some channels, or None."""
         if id(tensor) not in self._owner or not tensor.is_floating_point():
             return None
+        owner, leaf = self._owner[id(tensor)]
+        if id(tensor) not in self._tensor_labels and (heads := head_count(self._names[owner])) is not None:
+            if leaf in (held := per_head(self._names[owner], heads)):
+                dim, runs, entries = held[leaf]
+                labels = self._heads(owner, heads).repeat_interleave(entries).repeat(runs)
+                self._tensor_labels[id(tensor)] = _along(labels, dim, tensor.shape)
         wide = [dim for dim, size in enumerate(tensor.shape) if size > 1]
-        if len(wide) != 1:
-            return None
         if id(tensor) not in self._tensor_labels:
+            if len(wide) != 1:
+                return None
             labels = self._labels.new(tensor.shape[wide[0]])
             self._tensor_labels[id(tensor)] = _along(labels, wide[0], tensor.shape)
             self._links.append(Link(".".join(part for part in self._owner[id(tensor)] if part), "tensor", labels))
@@ -340,6 +460,16 @@ class _Flow(TorchDispatchMode):
 
     def _varying(self, shadow: Tensor) -> list[int]:
         return [dim for dim in range(shadow.dim()) if self._varies(shadow, dim)]
+
+    def _together(self, shadow: Tensor, dims: Iterable[int], what: str) -> Tensor:
+        """Labels along some dimensions become one, since they are mixed; if that leaves one, it is spoilt."""
+        first = shadow
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        joined = self._labels.join(first.expand(shadow.shape), shadow, f"{self._here()} mixes them with what stays")
+        if _small(self._labels.roots(joined)).unique().numel() < 2:
+            self._spoil(joined, what)
+        return joined
 
     def _here(self) -> str:
         return self._modules[-1][0] or "the network itself" if self._modules else "the network"
@@ -445,8 +575,10 @@ class _Flow(TorchDispatchMode):
         if shadow is None:
             return
         dims = range(shadow.dim() - len(args[1]), shadow.dim())
-        if any(self._varies(shadow, dim) for dim in dims):
-            self._across(shadow)
+        mixed = [dim for dim in dims if self._varies(shadow, dim)]
+        if mixed:
+            kind = type(self._modules[-1][1]).__name__ if self._modules else "normalisation"
+            shadow = self._together(shadow, mixed, f"is a {kind} across these channels")
         self._give(result, shadow)
 
     def _instance_norm(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
@@ -478,7 +610,7 @@ class _Flow(TorchDispatchMode):
         others = []
         for value, shadow in activations:
             shadow = self._read(value) if shadow is None else shadow
-            if shadow is None or not _touched(shadow):
+            if shadow is None or not _touched(shadow) or self._stays_beside(shadow, result):
                 others.append(value)
                 continue
             shadow = shadow.expand(result.shape)
@@ -487,6 +619,13 @@ class _Flow(TorchDispatchMode):
         for value in others:
             self._beside(joined, value)
         self._give(result, joined)
+
+    def _stays_beside(self, shadow: Tensor, result: Tensor) -> bool:
+        """Whether an operand is broadcast and none of its components can go: it keeps nothing it is broadcast along."""
+        if shadow.shape == result.shape:
+            return False
+        labels = _small(self._labels.roots(shadow)).unique().tolist()
+        return set(labels) - {_FIXED} <= self._labels.settled().keys()
 
     def _beside(self, shadow: Tensor, value: Tensor) -> None:
         """Labels meet a tensor that always stays: harmless where that is broadcast along them."""
@@ -534,6 +673,7 @@ class _Flow(TorchDispatchMode):
             shadow if shadow is not None else torch.zeros((), dtype=torch.int64).expand(value.shape)
             for value, shadow in zip(inputs, shadows, strict=True)
         ]
+        before_name = name
         if name in ("view_as", "reshape_as", "view", "_unsafe_view", "_reshape_alias"):
             moved = whole[0].reshape(result.shape)  # a shadow lies otherwise in memory than its tensor
             name = "reshape"
@@ -544,21 +684,31 @@ class _Flow(TorchDispatchMode):
         if not several:
             place = {"split": 2, "split_with_sizes": 2, "chunk": 2, "unsafe_chunk": 2, "tensor_split": 2}.get(name, 1)
             dim = kwargs.get("dim", args[place] if len(args) > place else 0)
-            self._after_move(name, whole[0], parts, dim % max(whole[0].dim(), 1) if isinstance(dim, int) else 0)
+            if name == "index":
+                dim = [d for d, index in enumerate(args[1]) if index is not None]
+            start = args[2] if name in ("slice", "narrow") and len(args) > 2 else 0
+            dim = dim if isinstance(dim, list) else dim % max(whole[0].dim(), 1) if isinstance(dim, int) else 0
+            size = whole[0].shape[dim] if isinstance(dim, int) and whole[0].dim() else 1
+            start = min(start % max(size, 1) if start else 0, size)
+            sizes = args[1] if before_name in ("view", "_unsafe_view", "reshape") else ()
+            if name == "unflatten":
+                sizes = [*whole[0].shape[:dim], *args[2]]
+            self._after_move(name, whole[0], parts, dim, start, sizes)
         for output, shadow in zip(outputs, parts, strict=True):
             self._give(output, shadow)
 
-    def _after_move(self, name: str, before: Tensor, parts: list[Tensor], dim: int) -> None:
+    def _after_move(
+        self, name: str, before: Tensor, parts: list[Tensor], dim: Any, start: int, sizes: Sequence[int]
+    ) -> None:
         """Join or spoil labels that a reshape, a split or a selection along `dim` ties to each other by counting."""
         if not _touched(before):
             return
         if name in ("index", "index_select"):
-            varying = self._varying(before)
-            if any(parts[0].dim() != before.dim() or parts[0].shape[d] != before.shape[d] for d in varying):
+            if any(self._varies(before, d) for d in (dim if isinstance(dim, list) else [dim])):
                 self._spoil(before, "takes some of these channels by their place")
         elif name in _SELECTIONS:
             if any(part.numel() != before.numel() for part in parts) and self._varies(before, dim):
-                self._spoil(before, "takes some of these channels by their place")
+                self._select(name, before, parts, dim, start)
         elif name in ("chunk", "unsafe_chunk") and len(parts) > 1 and self._varies(before, dim):
             if any(part.shape != parts[0].shape for part in parts):
                 self._spoil(before, "splits these channels into unequal parts")
@@ -568,10 +718,57 @@ class _Flow(TorchDispatchMode):
         elif name in ("reshape", "unflatten"):
             after = parts[0]
             split = self._varying(after)
+            # Rows of equal length stay equal when the same place of each goes, or whole rows.
             if len(split) > 1 and len(split) > len(self._varying(before)):
-                # Rows of equal length stay equal when the same place of each goes.
-                first = after.narrow(split[0], 0, 1)
-                self._labels.join(first.expand(after.shape), after, f"{self._here()} arranges them beside what stays")
+                self._rows.append(self._arranged(after, split, sizes))
+            elif len(split) == 1 and self._modules and head_count(self._modules[-1][1]) == after.shape[split[0]]:
+                self._rows.append(self._arranged(after, split, sizes))  # the view spells out the number of heads
+
+    def _arranged(self, after: Tensor, split: Sequence[int], sizes: Sequence[int]) -> "_Rows":
+        modules = tuple(name for name, _ in self._modules[-2:]) or ("",)
+        known = {integers(self._names[where]).get(leaf) for where in modules for leaf in COUNTS}
+        free = [dim for dim in split if dim < len(sizes) and sizes[dim] == -1 or after.shape[dim] in known]
+        return _Rows(_small(after), split[-1], tuple(free), modules)
+
+    def _select(self, name: str, before: Tensor, parts: list[Tensor], dim: int, start: int) -> None:
+        """Some of the channels along `dim` are taken, or all of them in parts, by numbers that the code holds."""
+        why = "takes some of these channels by their place"
+        if len(self._varying(before)) > 1:
+            if name in ("select", "unbind"):  # one row of several: all rows lose the same places
+                self._labels.join(before.narrow(dim, 0, 1).expand(before.shape), before, f"{self._here()} {why}")
+            else:
+                self._cuts.append((_small(before), dim, f"{self._here()} {why}"))
+            return
+        if name in ("select", "unbind"):
+            self._spoil(before, why)
+            return
+        labels = self._channels(before, dim)
+        sizes = [part.shape[dim] for part in parts]
+        where, module = self._modules[-1] if self._modules else ("", None)
+        if len(parts) > 1:
+            leaves = None if module is None else size_names(module, tuple(sizes))
+            taken = dict(zip((n[0] for n in leaves or () if len(n) == 1), labels.split(sizes), strict=False))
+            if leaves is not None:
+                for names, mine in zip(leaves, labels.split(sizes), strict=True):
+                    if len(names) == 1:
+                        self._size(where, names[0], mine)
+                    elif names[1] in taken:
+                        self._size(where, names[0], torch.cat([taken[names[1]], mine]))
+                    else:
+                        self._spoil(before, why)
+                return
+        else:
+            end = start + sizes[0]
+            for leaf, value in ({} if module is None else integers(module)).items():
+                if value == (end if start == 0 else start) and (start == 0 or end == labels.numel()):
+                    self._size(where, leaf, labels[:value])
+                    return
+        if len(parts) == 1 or any(size != sizes[0] for size in sizes):
+            self._spoil(before, why)
+            return
+        # A split into equal parts may count the channels itself; whether it does, the law says.
+        rows = labels.view(-1, sizes[0])
+        self._labels.join(rows[:1].expand(rows.shape), rows, f"{self._here()} splits them from what always stays")
 
     def _window(self, name: str, args: tuple, kwargs: dict, result: object) -> None:
         shadow = self._read(args[0])
@@ -587,9 +784,11 @@ class _Flow(TorchDispatchMode):
         if any(self._varies(shadow, d) for d in range(dim + 1, shadow.dim())):
             self._spoil(shadow, f"pools or resizes across these channels ({name})")
             return
-        labels = self._channels(shadow, dim)
+        still = self._labels.roots(shadow)
+        for d in range(dim + 1, shadow.dim()):
+            still = still.narrow(d, 0, 1)
         for output in outputs:
-            self._give(output, _along(labels, dim, output.shape))
+            self._give(output, still.expand(output.shape))
 
     def _im2col(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
         shadow = self._read(args[0])
@@ -608,7 +807,15 @@ class _Flow(TorchDispatchMode):
             dim = moved.dim() - 1 - number
             if before == behind == 0:
                 continue
-            if min(before, behind) < 0 or self._varies(moved, dim):
+            varying = self._varying(moved)
+            if min(before, behind) >= 0 and dim in varying and len(varying) > 1:
+                # What is put beside the features of each row goes with its row, if rows go.
+                rows = _small(self._labels.roots(moved.narrow(dim, 0, 1)))
+                beside = self._labels.fresh(rows.numel()).view(rows.shape)
+                shapes = [(*moved.shape[:dim], count, *moved.shape[dim + 1 :]) for count in (before, behind)]
+                moved = torch.cat([beside.expand(shapes[0]), moved, beside.expand(shapes[1])], dim)
+                continue
+            if min(before, behind) < 0 or dim in varying:
                 self._spoil(moved, "pads or crops these channels")
                 self._give(result, torch.zeros((), dtype=torch.int64).expand(result.shape))
                 return
@@ -630,15 +837,11 @@ class _Flow(TorchDispatchMode):
         dims = [d % shadow.dim() for d in dims if isinstance(d, int)] or list(range(shadow.dim()))
         mixed = [d for d in dims if self._varies(shadow, d)]
         if mixed:
-            if name in ("sum", "mean"):
-                self._spoil(shadow, f"takes the {name} over these channels")
-            else:
-                self._spoil(shadow, f"reduces these channels to one ({name})")
+            plain = name in ("sum", "mean")
+            what = f"takes the {name} over these channels" if plain else f"reduces these channels to one ({name})"
+            shadow = self._together(shadow, mixed, what)
         for output in result if isinstance(result, tuple) else (result,):
             if not isinstance(output, Tensor):
-                continue
-            if mixed:
-                self._give(output, torch.zeros((), dtype=torch.int64).expand(output.shape))
                 continue
             small = self._labels.roots(shadow)
             for d in sorted(dims, reverse=True):
@@ -651,7 +854,8 @@ class _Flow(TorchDispatchMode):
             return
         dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
         if isinstance(dim, int) and self._varies(shadow, dim % shadow.dim()):
-            self._spoil(shadow, f"sets these channels in relation to each other ({name})")
+            what = f"sets these channels in relation to each other ({name})"
+            shadow = self._together(shadow, [dim % shadow.dim()], what)
         for output in result if isinstance(result, tuple) else (result,):
             self._give(output, shadow)
 
@@ -661,11 +865,22 @@ class _Flow(TorchDispatchMode):
         if all(shadow is None for shadow in shadows):
             return
         nothing = torch.zeros((), dtype=torch.int64).expand(result.shape)
-        if all(shadow is not None for shadow in shadows):
-            for shadow in shadows:
-                self._spoil(shadow, "multiplies these channels with other activations, as attention does")
+        shadows = [None if shadow is None or not _touched(shadow) else shadow for shadow in shadows]
+        if all(shadow is None for shadow in shadows):
             self._give(result, nothing)
             return
+        if all(shadow is not None for shadow in shadows):
+            left, right = shadows
+            several = any(self._varies(s, d) for s in shadows for d in range(s.dim() - 2))
+            inner = self._varies(left, left.dim() - 1) or right.dim() < 2 or self._varies(right, right.dim() - 2)
+            if several or inner:
+                self._give(result, self._mixed_in_heads(shadows, result))
+                return
+            # Each row of one meets each column of the other: one of the two can stay as it is.
+            counts = [_small(self._labels.roots(shadow)).unique().numel() for shadow in shadows]
+            stays = 0 if counts[0] < counts[1] else 1
+            self._spoil(shadows[stays], "multiplies these channels with other activations, as attention does")
+            shadows[stays] = None
         left, right = shadows
         labels, contracted = (left, -1) if left is not None else (right, -2)
         if not _touched(labels) or labels.dim() < 2:
@@ -679,7 +894,35 @@ class _Flow(TorchDispatchMode):
         kept = labels.narrow(labels.dim() + contracted, 0, 1)
         self._give(result, kept.expand(result.shape) if kept.dim() <= result.dim() else nothing)
 
+    def _mixed_in_heads(self, shadows: Sequence[Tensor], result: Tensor) -> Tensor:
+        """Matrices are multiplied for each of several heads: all that meets in one head goes together."""
+        nothing = torch.zeros((), dtype=torch.int64).expand(result.shape)
+        heads: Tensor | None = None
+        if any(shadow.dim() != result.dim() or result.dim() < 3 for shadow in shadows):
+            heads = nothing[..., :1, :1]
+        for shadow in shadows if heads is None else ():
+            first = shadow[..., :1, :1]
+            self._labels.join(first.expand(shadow.shape), shadow, f"{self._here()} mixes them with what always stays")
+            heads = first if heads is None else self._labels.join(heads, first, f"{self._here()} adds what stays")
+        heads = self._labels.roots(heads)
+        if _small(heads).unique().numel() < 2:
+            for shadow in shadows:
+                self._spoil(shadow, "multiplies these channels with other activations, as attention does")
+            return nothing
+        return heads.expand(result.shape)
+
     def _attention(self, name: str, args: tuple, kwargs: dict, result: object) -> None:
+        shadows = [self._shadow(value) for value in args[:3]]
+        outputs = list(tensors_of(result))
+        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+        plain = name.startswith(("scaled_dot", "_scaled_dot")) and all(shadow is not None for shadow in shadows)
+        if plain and all(_touched(shadow) for shadow in shadows):
+            if isinstance(mask, Tensor) and (added := self._read(mask)) is not None and _touched(added):
+                shadows.append(added)
+            elif isinstance(mask, Tensor):
+                self._beside(shadows[0][..., :1, :1], mask)
+            self._give(outputs[0], self._mixed_in_heads(shadows, outputs[0]))
+            return
         for value in args:
             self._spoil(self._shadow(value), "multiplies these channels with other activations, as attention does")
         for output in tensors_of(result):

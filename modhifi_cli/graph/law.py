@@ -9,14 +9,17 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from modhifi_cli.graph.answers import flattened
 from modhifi_cli.graph.components import ComponentGroup, Layout
 from modhifi_cli.graph.heads import forget_tables_, head_count
 from modhifi_cli.graph.modules import ChannelPadShortcut
+from modhifi_cli.graph.parts import is_part, part_of
 from modhifi_cli.graph.surgery import slice_module_
 
 TOLERANCE = 1e-8  # of the logits' scale; the check runs in float64
@@ -102,7 +105,7 @@ def slice_groups_(model: nn.Module, groups: Sequence[ComponentGroup], removed: S
         kept[gone] = False
         outputs, inputs = layout.keep_(group, kept.nonzero().flatten())
         for name in dict.fromkeys((*outputs, *inputs)):
-            slice_module_(model.get_submodule(name), outputs=outputs.get(name), inputs=inputs.get(name))
+            slice_module_(part_of(model, name), outputs=outputs.get(name), inputs=inputs.get(name))
 
 
 def check(
@@ -210,7 +213,7 @@ def lawful(
 
 def _kind(model: nn.Module, group: ComponentGroup) -> tuple | None:
     """What groups of heads have in common that stand in attention modules of one class; None for other groups."""
-    owners = [slot.module for slot in (*group.followers, *group.producers)]
+    owners = [slot.module for slot in (*group.followers, *group.producers) if not is_part(part_of(model, slot.module))]
     attention = next((name for name in owners if head_count(model.get_submodule(name)) is not None), None)
     if attention is None:
         return None
@@ -220,4 +223,23 @@ def _kind(model: nn.Module, group: ComponentGroup) -> tuple | None:
 
 @torch.no_grad()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return flattened(model(images))
+    with _KeepsDouble():
+        return flattened(model(images))
+
+
+class _KeepsDouble(TorchFunctionMode):
+    """Leaves float64 tensors as they are where a forward asks for float32, as attention does that guards its sums.
+
+    Rounding to float32 in the middle would hide whether slicing is exact.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            if func in (Tensor.to, Tensor.type):
+                args = (args[0], *(torch.float64 if value is torch.float32 else value for value in args[1:]))
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)

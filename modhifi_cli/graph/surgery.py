@@ -15,6 +15,7 @@ from modhifi_cli.errors import DataError, UnsupportedModelError
 from modhifi_cli.graph.components import is_transposed
 from modhifi_cli.graph.heads import adopt_, head_count, slice_heads_
 from modhifi_cli.graph.modules import ChannelPadShortcut
+from modhifi_cli.graph.parts import Part, cut_parts, is_part, part_of
 from modhifi_cli.records import Edit, ModuleEdit
 
 _ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -27,15 +28,16 @@ _ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 _TRANSPOSED_ATTRIBUTES = ("nx", "nf")
 _OUTPUTS = ("out_channels", "out_features", "num_features", "num_channels", "nf")
 _INPUTS = ("in_channels", "in_features", "nx")
+SIZE = "size"  # what it calls the length of a bare tensor or a number that was cut
 HEADS = "heads"  # what the description of widths calls the number of heads, whatever the module does
 
 
-def slice_module_(module: nn.Module, *, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
+def slice_module_(module: nn.Module | Part, *, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
     """Keep only the given channels or features of one module, in place.
 
     Args:
-        module: Convolution, linear layer, BatchNorm, GroupNorm, option-A shortcut, or attention (its heads are its
-            outputs).
+        module: Convolution, linear layer, BatchNorm, GroupNorm, option-A shortcut, attention (its heads are its
+            outputs), or a bare tensor or number that follows channels.
         outputs: Kept output positions, ``[kept]`` int64 sorted, or None for all. For a grouped convolution or a
             GroupNorm they must be whole groups; the inputs of a removed convolution group go with it.
         inputs: Kept input positions, ``[kept]`` int64 sorted, or None for all. Not for grouped convolutions.
@@ -43,7 +45,10 @@ def slice_module_(module: nn.Module, *, outputs: Tensor | None = None, inputs: T
     Raises:
         UnsupportedModelError: If the module is of another kind, or the outputs split a convolution group.
     """
-    if isinstance(module, ChannelPadShortcut):
+    if is_part(module):
+        if outputs is not None:
+            module.keep_(outputs)
+    elif isinstance(module, ChannelPadShortcut):
         device = module.source.device
         module.slice_(outputs=_on(outputs, device), inputs=_on(inputs, device))
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -147,7 +152,7 @@ def apply_module_edit_(model: nn.Module, edit: ModuleEdit) -> None:
         DataError: If the network has no such module, or the saved tensors do not fit it.
     """
     try:
-        module = model.get_submodule(edit.module)
+        module = part_of(model, edit.module)
     except AttributeError as error:
         raise DataError(
             f"the saved edit changes a module '{edit.module}', which this network does not have; "
@@ -176,7 +181,9 @@ def apply_module_edit_(model: nn.Module, edit: ModuleEdit) -> None:
         _replace_(module, name, tensor.clone())  # the edit's own tensor must not change with the network
 
 
-def _size(module: nn.Module, dim: int) -> int:
+def _size(module: nn.Module | Part, dim: int) -> int:
+    if is_part(module):
+        return module.size
     names = _OUTPUTS if dim == 0 else _INPUTS
     return next((getattr(module, name) for name in names if hasattr(module, name)), head_count(module) or 0)
 
@@ -203,7 +210,7 @@ def describe_widths(model: nn.Module) -> dict[str, dict[str, int]]:
             widths[name] = {attribute: getattr(module, attribute) for attribute in _TRANSPOSED_ATTRIBUTES}
         if name not in widths and (heads := head_count(module)) is not None:
             widths[name] = {HEADS: heads}
-    return widths
+    return widths | {name: {SIZE: part.size} for name, part in cut_parts(model)}
 
 
 def restore_widths_(model: nn.Module, widths: Mapping[str, Mapping[str, int]]) -> None:
@@ -220,7 +227,7 @@ def restore_widths_(model: nn.Module, widths: Mapping[str, Mapping[str, int]]) -
         adopt_(model)
     for name, attributes in widths.items():
         try:
-            module = model.get_submodule(name)
+            module = part_of(model, name)
             now = {attribute: _width(module, attribute) for attribute in attributes}
         except AttributeError as error:
             raise DataError(f"the saved network has a module '{name}' that its architecture does not build.") from error
@@ -237,14 +244,16 @@ def restore_widths_(model: nn.Module, widths: Mapping[str, Mapping[str, int]]) -
         slice_module_(module, outputs=torch.arange(outputs), inputs=None if grouped else _range(inputs))
 
 
-def _width(module: nn.Module, attribute: str) -> int:
+def _width(module: nn.Module | Part, attribute: str) -> int:
+    if is_part(module):
+        return module.size
     if attribute != HEADS:
         return getattr(module, attribute)
     return head_count(module) or 0
 
 
 def _counts(attributes: Mapping[str, int]) -> tuple[int, int | None]:
-    outputs = next(attributes[n] for n in (*_OUTPUTS, HEADS) if n in attributes)
+    outputs = next(attributes[n] for n in (*_OUTPUTS, HEADS, SIZE) if n in attributes)
     inputs = next((attributes[n] for n in _INPUTS if n in attributes), None)
     return outputs, inputs
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, has_weight, output_weights
+from modhifi_cli.graph.parts import part_of
 from modhifi_cli.graph.segments import Look, Segments
 from modhifi_cli.graph.surgery import slice_module_
 from modhifi_cli.numerics.batchnorm import output_moments
@@ -71,7 +72,7 @@ def edit_group_(
     kept_outputs, kept_inputs = run.layout.keep_(group, kept)
     for name in dict.fromkeys((*kept_outputs, *kept_inputs)):
         slice_module_(
-            run.model.get_submodule(name), outputs=kept_outputs.get(name), inputs=kept_inputs.get(name)
+            part_of(run.model, name), outputs=kept_outputs.get(name), inputs=kept_inputs.get(name)
         )
     changed: list[str] = []
     for slot, consumer, repair, order in zip(weighted, consumers, repairs, orders, strict=True):

@@ -109,7 +109,6 @@ def discover(
     found = find_heads(model, segments.trace, excluded=excluded_modules(model, exclude))
     claimed = (found.writers, found.readers)
     groups, refused = find_groups(model, segments.trace, example, exclude=exclude, claimed=claimed)
-    refused = (*refused, *found.refused)
     candidates = [*found.groups, *((group,) for group in groups)]
     shared = shared_tensors(model)
     modules = {group.name: group.modules for group, *_ in candidates}
@@ -119,6 +118,17 @@ def discover(
             refused = (*refused, Refusal(name, f"{module} and {shared[module]} share a tensor, so neither can be cut"))
     untied = [ways for ways in candidates if tied[ways[0].name] is None]
     passed, failed = lawful(model, untied, example.cpu(), dtype=dtype)
+    lost = [ways[0] for ways in found.groups if ways[0].name in failed]
+    if lost:  # heads that do not lie as the roles of the modules say: what does the forward say?
+        outputs, inputs = ({slot.module for group in lost for slot in getattr(group, kind)} for kind in _ENDS)
+        claimed = (found.writers - outputs, found.readers - inputs)
+        more, _ = find_groups(model, segments.trace, example, exclude=exclude, claimed=claimed)
+        more = [group for group in more if outputs & {slot.module for slot in group.producers}]
+        more = [group for group in more if not any(module in shared for module in group.modules)]
+        if more:
+            passed, _ = lawful(model, [(group,) for group in (*passed, *more)], example.cpu(), dtype=dtype)
+            failed = {name: verdict for name, verdict in failed.items() if not _parted(name, passed)}
+    refused = (*refused, *(refusal for refusal in found.refused if not _parted(refusal.name, passed)))
     visits = segments.trace.visits
     passed = tuple(sorted(passed, key=lambda group: min(visits[slot.module].enter for slot in group.consumers)))
     for name, verdict in failed.items():
@@ -126,6 +136,17 @@ def discover(
         among = ", ".join(modules[name][:4]) + (f" and {len(modules[name]) - 4} more" if len(modules[name]) > 4 else "")
         refused = (*refused, Refusal(name, f"it fails the slicing law: {reason} (modules {among})"))
     return segments, passed, refused
+
+
+_ENDS = ("producers", "consumers")
+
+
+def _parted(attention: str, groups: Sequence[ComponentGroup]) -> bool:
+    """Whether one of the groups lies between two layers of an attention module."""
+    inside = f"{attention}."
+    return any(
+        all(any(slot.module.startswith(inside) for slot in getattr(group, kind)) for kind in _ENDS) for group in groups
+    )
 
 
 def prune_(

@@ -198,3 +198,93 @@ def named(name: str) -> tuple[nn.Module, Tensor]:
         model.avgpool = nn.AdaptiveAvgPool2d(2)
         model.classifier = nn.Sequential(nn.Linear(512 * 4, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
     return model, torch.randn(2, 3, 32, 32)
+
+
+class Between(nn.Module):
+    """A convolution, `inner` on its output, and a classifier behind another convolution, ``[2, 3, 6, 6]`` images."""
+
+    def __init__(self, inner: nn.Module, width: int = 8, reads: int = 8) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(3, width, 1), inner
+        self.second, self.head = nn.Conv2d(reads, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.second(self.inner(self.first(images))).mean((2, 3)))
+
+
+class ConvHeads(nn.Module):
+    """Attention written with convolutions: heads of four features, mixed by a map between them, with biases."""
+
+    def __init__(self, heads: int = 4, between: bool = True) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.q, self.k, self.v = (nn.Conv2d(8, 4 * heads, 1) for _ in range(3))
+        self.norm = nn.BatchNorm2d(4 * heads)
+        self.local = nn.Conv2d(4 * heads, 4 * heads, 3, padding=1, groups=4 * heads)
+        self.between = nn.Conv2d(heads, heads, 1) if between else nn.Identity()
+        self.temperature = nn.Parameter(torch.rand(heads, 1, 1))
+        self.biases = nn.Parameter(torch.rand(heads, 36))
+        self.proj = nn.Sequential(nn.ReLU(), nn.Conv2d(4 * heads, 8, 1))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        batch, _, height, width = maps.shape
+        query, key = (layer(maps).reshape(batch, self.num_heads, -1, height * width) for layer in (self.q, self.k))
+        value = self.norm(self.v(maps))
+        scores = nn.functional.normalize(query, dim=2).transpose(2, 3) @ key * self.temperature
+        scores = self.between(scores + self.biases[:, torch.arange(36)][:, None]).softmax(-1)
+        mixed = scores @ value.reshape(batch, self.num_heads, -1, height * width).transpose(2, 3)
+        mixed = mixed.transpose(2, 3).reshape(batch, -1, height, width) + self.local(value)
+        return self.proj(mixed)
+
+
+class LinearHeads(nn.Module):
+    """Linear attention whose number of heads follows, with a column of ones beside the values, in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Conv2d(8, 3 * 16, 1), nn.Conv2d(16, 8, 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        batch, _, height, width = maps.shape
+        rows = self.qkv(maps).reshape(batch, -1, 12, height * width).transpose(2, 3)
+        query, key, value = (part.float() for part in rows.chunk(3, dim=-1))
+        value = nn.functional.pad(value, (0, 1), value=1.0)
+        mixed = query.relu() @ (key.relu().transpose(2, 3) @ value)
+        mixed = (mixed[..., :-1] / (mixed[..., -1:] + 1e-3)).to(maps.dtype)
+        return self.out(mixed.transpose(2, 3).reshape(batch, -1, height, width))
+
+
+class Portioned(nn.Module):
+    """Splits channels into sizes that it holds: a tuple of them, and integers one of which is a difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes, self.dim, self.part = (10, 4, 3), 17, 6
+        self.wide, self.mixed = nn.Conv2d(8, 17, 1), nn.Conv2d(17, 8, 1)
+        self.deep = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        same, deep, few = torch.split(self.wide(maps), self.sizes, dim=1)
+        joined = torch.cat([same, self.deep(deep), few], 1)
+        left, right = joined.split([self.part, self.dim - self.part], dim=1)
+        return self.mixed(torch.cat([right, left.relu()], 1)[:, : self.dim])
+
+
+class Scaled(nn.Module):
+    """A layer scale and a bias that are bare tensors across the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma, self.layer = nn.Parameter(torch.rand(8)), nn.Conv2d(8, 8, 1)
+        self.register_buffer("offset", torch.rand(8, 1, 1))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps + self.gamma.view(1, -1, 1, 1) * self.layer(maps) - self.offset
+
+
+class Recounted(nn.Module):
+    """Sums two halves of its channels, which a view parts, as split attention does."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        halves = maps.reshape(maps.shape[0], 2, -1, *maps.shape[2:])
+        return (halves * halves.mean((3, 4), keepdim=True).softmax(1)).sum(1)
