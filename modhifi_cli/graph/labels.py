@@ -138,6 +138,7 @@ class _Labels:
         self._parent = [0]
         self._roots: Tensor | None = None
         self.spoilt: dict[int, str] = {}
+        self.mixed: dict[int, str] = {}  # what made one of several labels, which explains a later end better
 
     def new(self, count: int) -> Tensor:
         """Fresh labels, ``[count]``; a lone one is `_FIXED`, since a layer's only channel can never go."""
@@ -193,8 +194,11 @@ class _Labels:
     def settled(self) -> dict[int, str]:
         """Root → why it is spoilt."""
         reasons: dict[int, str] = {}
+        mixed: dict[int, str] = {}
+        for number, why in self.mixed.items():
+            mixed.setdefault(self.root(number), why)
         for number, why in self.spoilt.items():
-            reasons.setdefault(self.root(number), why)
+            reasons.setdefault(self.root(number), mixed.get(self.root(number), why))
         return reasons
 
 
@@ -467,6 +471,8 @@ class _Flow(TorchDispatchMode):
         for dim in dims:
             first = first.narrow(dim, 0, 1)
         joined = self._labels.join(first.expand(shadow.shape), shadow, f"{self._here()} mixes them with what stays")
+        for number in _small(self._labels.roots(joined)).unique().tolist():
+            self._labels.mixed.setdefault(number, f"{self._here()} {what}")
         if _small(self._labels.roots(joined)).unique().numel() < 2:
             self._spoil(joined, what)
         return joined
