@@ -1,6 +1,6 @@
 """Several methods on one protocol: a grid of ordinary prune runs, one table, and frontiers as figures.
 
-A cell of the grid is (method, budget, seed): the run that `modhifi prune preset=METHOD` would make with the user's
+A cell of the grid is (method, source of data, budget, seed): the run that `modhifi prune preset=METHOD` would make with the user's
 other settings. What makes the comparison fair (network, images, target, evaluation) is copied from the comparison into
 every cell, whatever a preset says. A cell's folder is named after its settings, so finished cells are found again and a
 changed preset is a new cell.
@@ -9,6 +9,7 @@ changed preset is a new cell.
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import traceback
@@ -32,7 +33,9 @@ _SET_HERE = {
     "measure_dense": None,
 }  # fmt: skip
 _NOT_IN_NAMES = ("console", "output_dir", "resume")  # settings that change no result
-_NOT_IN_FOLDER = ("methods=", "budgets=", "seeds=", "console", "output_dir=", "hydra")
+_GRID = ("methods=", "budgets=", "seeds=", "sources=")
+_NOT_IN_FOLDER = (*_GRID, "console", "output_dir=", "hydra")
+_DISTANCE = "distance_of_batchnorm_statistics_from_the_stored"
 _ALONE = ("top1", "size")  # measurements of one network at a time: the dense one's are taken once for all cells
 
 
@@ -41,7 +44,8 @@ class Cell:
     """One run of the grid.
 
     Attributes:
-        method: Name of the preset.
+        method: Name of the preset; of a comparison of sources of calibration data the source's title, and the preset
+            where there are several.
         budget: Share that is removed.
         seed: Of the draw of calibration images.
         settings: Plain settings of the prune run.
@@ -238,27 +242,38 @@ def _cells(
         if key in _SET_HERE:
             instead = f"give {_SET_HERE[key]}=[…] instead" if _SET_HERE[key] else "leave it out"
             raise ConfigError(f"modhifi compare sets {key} itself for every cell; {instead}.")
-    mine = [word for word in overrides if not word.startswith(("methods=", "budgets=", "seeds=", "hydra"))]
+    listed = settings.get("sources")
+    taken = next((key for key in (word.partition("=")[0] for word in overrides) if key.split(".")[0] == "data"), None)
+    if listed and taken:
+        raise ConfigError(f"sources=[…] says what every row is calibrated on; leave {taken} out, or give it there.")
+    mine = [word for word in overrides if not word.startswith((*_GRID, "hydra"))]
     given = {word.partition("=")[0] for word in mine}
     same = {
         "target": settings["target"]["name"],
         "evaluation": f"[{','.join(settings['evaluation'])}]",
     }
-    if "num_samples" in settings["data"]:  # a preset's own number would be another sample; text has none
+    if "num_samples" in settings["data"] and not listed:  # a preset's own number would be another sample; text has none
         same["data.num_samples"] = settings["data"]["num_samples"]
     mine += [f"{key}={'null' if value is None else value}" for key, value in same.items() if key not in given]
+    composed = {method: config.compose("prune", [*mine, f"preset={method}"]) for method in settings["methods"]}
+    several = len(composed) > 1
     cells = []
-    for method in dict.fromkeys(settings["methods"]):
-        composed = config.compose("prune", [*mine, f"preset={method}"])
-        for budget in dict.fromkeys(settings["budgets"]):
-            for seed in dict.fromkeys(settings["seeds"]):
-                own = copy.deepcopy(composed | {key: settings[key] for key in _SHARED})
-                own |= {"sparsity": budget, "measure_dense": True, "resume": None}
-                own["data"]["seed"] = seed
-                kept = {key: value for key, value in portable(own).items() if key not in _NOT_IN_NAMES}
-                name = f"{method}_{own['target']['name']}-{budget:g}_seed-{seed}_{_digest(kept)[:8]}"
-                words = (*mine, f"preset={method}", f"sparsity={budget:g}", f"data.seed={seed}")
-                cells.append(Cell(method, budget, seed, own, words, folder / "cells" / name))
+    for source, method, budget, seed in itertools.product(
+        listed or [{"title": None, "source": settings["data"], "words": ()}],
+        composed,
+        dict.fromkeys(settings["budgets"]),
+        dict.fromkeys(settings["seeds"]),
+    ):
+        own = copy.deepcopy(composed[method] | {key: settings[key] for key in _SHARED} | {"data": source["source"]})
+        own |= {"sparsity": budget, "measure_dense": True, "resume": None}
+        own["data"]["seed"] = seed
+        kept = {key: value for key, value in portable(own).items() if key not in _NOT_IN_NAMES}
+        title = source["title"]
+        label = method if title is None else f"{title}, {method}" if several else title
+        start = method if title is None else f"{method}_{config.slug([title])}"
+        name = f"{start}_{own['target']['name']}-{budget:g}_seed-{seed}_{_digest(kept)[:8]}"
+        words = (*mine, *source["words"], f"preset={method}", f"sparsity={budget:g}", f"data.seed={seed}")
+        cells.append(Cell(label, budget, seed, own, words, folder / "cells" / name))
     return cells
 
 
@@ -324,6 +339,8 @@ def _write(
             results = artifacts.read_results(record["path"])
             values = {f"removed_{name}": 100 * share for name, share in results["achieved"].items()}
             values |= {m["name"]: m["value"] for m in results["measurements"] if m["model"] == "pruned"}
+            if settings.get("sources"):
+                values |= _of_calibration(results)
             beside = beside or {m["name"]: m["value"] for m in results["measurements"] if m["model"] == "dense"}
             if "speedup" in values:
                 values["time_saved"] = 100 * (1 - 1 / values["speedup"])
@@ -337,10 +354,12 @@ def _write(
     artifacts.write_text(folder / "comparison.csv", reports.csv_text([*first, *rows]))
     artifacts.write_text(folder / "config.yaml", config.to_yaml(settings))
     figures = _figures(folder, settings, rows, own)
+    what = "sources" if settings.get("sources") else "methods"
     artifacts.write_text(
         folder / "comparison.md",
         reports.comparison_page(
-            title=f"{_model_name(settings)}: {len(dict.fromkeys(row['method'] for row in rows))} methods compared",
+            title=f"{_model_name(settings)}: {len(dict.fromkeys(row['method'] for row in rows))} {what} compared",
+            head=what.removesuffix("s"),
             rows=rows,
             dense=own,
             failed=[f"{record['title']}: {record['message']}" for record in records if record["status"] == "failed"],
@@ -350,12 +369,21 @@ def _write(
         ),
     )
     other = [f"removed_{name}" for name in ("params", "flops", "components") if name != settings["target"]["name"]]
-    shown = reports.comparison_table(rows, own, leave_out=other)
+    shown = reports.comparison_table(rows, own, leave_out=other, head=what.removesuffix("s"))
     console.table(f"{_model_name(settings)}, mean ± standard deviation over seeds", shown)
     console.note(f"the table is in {folder / 'comparison.md'} and comparison.csv, the cells in cells.csv")
     if figures:
         console.note("figures: " + ", ".join(f"{Path(file).stem} (png, svg)" for file in figures.values()))
     console.result({"folder": str(folder), "dense": own, "rows": rows, "cells": cells})
+
+
+def _of_calibration(results: Mapping[str, Any]) -> dict[str, float]:
+    """What tells sources of calibration data apart: number of images, distance of their BatchNorm statistics."""
+    found = {
+        "calibration_images": results["calibration"].get("num_samples"),
+        "batchnorm_distance": results.get("calibration_quality", {}).get(_DISTANCE),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _dense_cell(values: Mapping[str, float]) -> dict[str, Any]:
@@ -409,6 +437,8 @@ def _protocol(settings: Mapping[str, Any], dense: Sequence[Measurement]) -> dict
         return found
     samples = settings["data"].get("num_samples")
     found["calibration images"] = "all" if samples is None else samples
+    if settings.get("sources"):
+        found["calibration images"] = "; ".join(f"{one['title']}: {' '.join(one['words'])}" for one in settings["sources"])
     measured = next((measurement for measurement in dense if measurement.name == "top1"), None)
     if measured is not None:
         found["evaluation images"] = measured.protocol.get("samples")

@@ -6,9 +6,11 @@ misspelt argument would otherwise fail only after the statistics were gathered).
 that help answers at once.
 """
 
+import copy
 import functools
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ PACKAGE = "modhifi_cli."
 _GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
     "data": ("preprocess", "labelled"),
     "evaluation_data": ("preprocess", "labelled"),
+    "sources": ("preprocess", "labelled"),
     "evaluation": (
         "models", "evaluation_data", "calibration_data", "example", "device", "batch_size", "progress",
     ),
@@ -34,8 +37,9 @@ _GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 # Arguments that the run gives to those that take them, and that no YAML may set.
-_GIVEN_IF_TAKEN: Mapping[str, tuple[str, ...]] = {"data": ("making",)}
+_GIVEN_IF_TAKEN: Mapping[str, tuple[str, ...]] = {"data": ("making",), "sources": ("making",)}
 
+_OF_A_ROW = ("name", "title")  # keys of a compared source that are no setting of it
 _SEARCHED = None  # in place of a share that the run shall find
 # Verbs that make calibration data where none are given.
 _MAKES_DATA = ("prune", "unlearn", "compare", "study", "synthesize")
@@ -407,6 +411,7 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
         plain["audit"] = plain.get("audit") or None  # audit=none leaves an empty mapping
     _resolve_auto_data(plain, makes_data=verb in _MAKES_DATA)
     _resolve_mixed_data(plain)
+    _resolve_compared_sources(plain)
     _resolve_sparsity(plain)
     for key, (expected, fits) in _NUMBERS.items():
         value = _select(plain, key)
@@ -470,6 +475,21 @@ def from_yaml(text: str) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise ConfigError("not a YAML mapping.")
     return plain
+
+
+def spell(key: str, value: Any) -> str:
+    """A setting as a word of the command line, ``data.path="my images"``, in Hydra's grammar."""
+
+    def told(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{name}: {told(one)}" for name, one in value.items()) + "}"
+        if isinstance(value, (list, tuple)):
+            return "[" + ", ".join(told(one) for one in value) + "]"
+        if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_./:-]+", value):
+            return json.dumps(value, ensure_ascii=False)
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+    return f"{key}={told(value)}"
 
 
 def slug(overrides: Iterable[str], *, leading: Collection[str] = (), limit: int = 80) -> str:
@@ -709,16 +729,57 @@ def _resolve_mixed_data(plain: dict[str, Any]) -> None:
         raise ConfigError(f"data.sources must be a list such as [{{name: procedural, weight: 1}}]; got {sources!r}.")
     choices = [choice for choice in groups()["data"] if choice not in ("auto", "mixed")]
     for number, entry in enumerate(sources):
-        name = entry.get("name") if isinstance(entry, Mapping) else None
-        if name not in choices:
-            raise ConfigError(f"data.sources[{number}].name: there is no such choice; {nearest(str(name), choices)}")
-        file = config_directory() / "data" / f"{name}.yaml"
-        own = {key: value for key, value in entry.items() if key not in ("name", "weight")}
-        whole = from_yaml(file.read_text(encoding="utf-8")) | own
-        missing = next((key for key, value in whole.items() if value == "???"), None)
-        if missing is not None:
-            raise ConfigError(f"data.sources[{number}].{missing} must be given: {name} needs it.")
+        name, whole = _listed_source(entry, f"data.sources[{number}]", choices, beside=("weight",))
         sources[number] = {"name": name, "weight": entry.get("weight", 1.0), "source": whole}
+
+
+def _listed_source(
+    entry: Any, path: str, choices: Sequence[str], *, beside: Sequence[str]
+) -> tuple[str, dict[str, Any]]:
+    """Name and settings of the choice of data that an entry ``{name: CHOICE, key: value …}`` of a list names.
+
+    Args:
+        entry: The entry.
+        path: Where it stands, for messages.
+        choices: Names that are allowed.
+        beside: Keys of the entry that are not the source's.
+    """
+    name = entry.get("name") if isinstance(entry, Mapping) else None
+    if name not in choices:
+        raise ConfigError(f"{path}.name: there is no such choice; {nearest(str(name), choices)}")
+    file = config_directory() / "data" / f"{name}.yaml"
+    own = {key: value for key, value in entry.items() if key not in ("name", *beside)}
+    whole = from_yaml(file.read_text(encoding="utf-8")) | own
+    missing = next((key for key, value in whole.items() if value == "???"), None)
+    if missing is not None:
+        raise ConfigError(f"{path}.{missing} must be given: {name} needs it.")
+    return name, whole
+
+
+def _resolve_compared_sources(plain: dict[str, Any]) -> None:
+    """Entries ``{name: CHOICE, title: …, key: value …}`` of a comparison become ``{name, title, source: settings}``.
+
+    What the comparison calibrates on where it needs any data is then the first of them.
+    """
+    listed = plain.get("sources")
+    if listed is None:
+        return
+    if not isinstance(listed, list) or not listed:
+        raise ConfigError(f"sources must be a list such as [{{name: folder, path: IMAGES}}]; got {listed!r}.")
+    titles: set[str] = set()
+    for number, entry in enumerate(listed):
+        name, whole = _listed_source(entry, f"sources[{number}]", groups()["data"], beside=_OF_A_ROW)
+        own = {"model": plain["model"], "data": whole}
+        _resolve_auto_data(own, makes_data=True)
+        _resolve_mixed_data(own)
+        count = own["data"].get("num_samples")
+        title = str(entry.get("title") or (name if count in (None, "auto") else f"{name} {count}"))
+        if title in titles:
+            raise ConfigError(f"sources[{number}]: two sources are called '{title}'; give one of them another title.")
+        titles.add(title)
+        words = [f"data={name}", *(spell(f"data.{key}", value) for key, value in entry.items() if key not in _OF_A_ROW)]
+        listed[number] = {"title": title, "source": own["data"], "words": words}
+    plain["data"] = copy.deepcopy(listed[0]["source"])
 
 
 def _resolve_sparsity(plain: dict[str, Any]) -> None:
@@ -756,7 +817,7 @@ def _check_targets(plain: Any, path: str = "") -> None:
         return
     target = _locate(str(plain["_target_"]), path)
     arguments = {key for key in plain if key not in ("_target_", "_partial_")}
-    group = path.split(".")[0]
+    group = re.split(r"[.\[]", path)[0]
     always = _GIVEN_LATER.get(group, ()) if plain.get("_partial_") else ()
     later = (*always, *_GIVEN_IF_TAKEN.get(group, ()))
     parameters = inspect.signature(target).parameters

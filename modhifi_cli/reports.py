@@ -217,6 +217,8 @@ def model_card(
 
 # Columns of a comparison: term → (head, unit); those that were measured are shown, in this order.
 _COMPARED = {
+    "calibration_images": ("images", ""),
+    "batchnorm_distance": ("BatchNorm distance", ""),
     "removed_params": ("parameters removed", "%"),
     "removed_model_params": ("of the whole network", "%"),
     "removed_flops": ("FLOPs removed", "%"),
@@ -259,7 +261,11 @@ def comparison_rows(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def comparison_table(
-    rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float], *, leave_out: Sequence[str] = ()
+    rows: Sequence[Mapping[str, Any]],
+    dense: Mapping[str, float],
+    *,
+    leave_out: Sequence[str] = (),
+    head: str = "method",
 ) -> list[dict[str, str]]:
     """The rows of a comparison for readers, the dense network first: ``92.31 ± 0.12``.
 
@@ -267,17 +273,18 @@ def comparison_table(
         rows: As `comparison_rows` makes them.
         dense: Measured terms of the dense network.
         leave_out: Terms that are not shown (a terminal is narrow).
+        head: What is compared.
     """
     terms = [term for term in _COMPARED if any(term in row for row in rows) and term not in leave_out]
-    heads = {term: f"{head}, {unit}" if unit else head for term, (head, unit) in _COMPARED.items()}
+    heads = {term: f"{name}, {unit}" if unit else name for term, (name, unit) in _COMPARED.items()}
     shown = []
     if dense:
         first = {heads[term]: _mean(dense.get(term), None, term) for term in terms}
-        shown.append({"method": "dense", "budget": "", "seeds": ""} | first)
+        shown.append({head: "dense", "budget": "", "seeds": ""} | first)
     for row in rows:
         seeds = f"{row['seeds']}" + (f" ({row['failed']} failed)" if row["failed"] else "")
         line = {heads[term]: _mean(row.get(term), row.get(f"{term}_sd"), term) for term in terms}
-        shown.append({"method": row["method"], "budget": f"{row['budget']:g}", "seeds": seeds} | line)
+        shown.append({head: row["method"], "budget": f"{row['budget']:g}", "seeds": seeds} | line)
     return shown
 
 
@@ -290,6 +297,7 @@ def comparison_page(
     figures: Mapping[str, str],
     protocol: Mapping[str, Any],
     repeat: str,
+    head: str = "method",
 ) -> str:
     """The page of a comparison.
 
@@ -301,11 +309,12 @@ def comparison_page(
         figures: File beside the page by caption.
         protocol: What all cells share.
         repeat: The command.
+        head: What is compared.
 
     Returns:
         Markdown, ending in a newline.
     """
-    lines = comparison_table(rows, dense)
+    lines = comparison_table(rows, dense, head=head)
     sections = [f"# {title}"]
     if lines:
         heads = tuple(lines[0])
@@ -427,9 +436,10 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 def _mean(value: float | None, deviation: float | None, term: str) -> str:
     if value is None:
         return ""
-    digits = 3 if term == "kl" else 2
+    digits = {"kl": 3, "batchnorm_distance": 3, "calibration_images": 0}.get(term, 2)
     # Widths follow from the budget, so most methods remove the same whatever the seed: no need to say so in every line.
-    same = deviation is None or (term.startswith("removed_") and round(deviation, digits) == 0)
+    asked_for = term.startswith("removed_") or term == "calibration_images"
+    same = deviation is None or (asked_for and round(deviation, digits) == 0)
     return f"{value:.{digits}f}" + ("" if same else f" ± {deviation:.{digits}f}")
 
 

@@ -186,6 +186,66 @@ def test_latency_gives_a_second_frontier_and_no_labels_give_agreement(here):
     assert "time of a forward pass saved" in (folder / "frontier_latency.svg").read_text()
 
 
+SOURCES = "sources=[{name: digits, num_samples: 32, title: their own}, {name: procedural, num_samples: 24}]"
+OF_SOURCES = ["evaluation=[top1]", "evaluation_data.num_samples=60", "console=plain", "methods=[magnitude]", "seeds=[0]"]
+
+
+def test_sources_of_calibration_data_are_rows_of_one_protocol(here, monkeypatch):
+    runs = Runs(monkeypatch)
+    assert main(["compare", *OF_SOURCES, "budgets=[0.4]", SOURCES]) == 0
+    folder = only_folder(here)
+    rows = read_csv(folder / "comparison.csv")
+    assert [row["method"] for row in rows] == ["dense", "their own", "procedural 24"]
+    assert [row["calibration_images"] for row in rows[1:]] == ["32.0", "24.0"]
+    assert float(rows[1]["batchnorm_distance"]) < float(rows[2]["batchnorm_distance"])
+    page = (folder / "comparison.md").read_text()
+    assert "2 sources compared" in page and "| source |" in page
+    assert "their own: data=digits data.num_samples=32; procedural 24: data=procedural data.num_samples=24" in page
+    (made,) = (folder / "cells").glob("magnitude_procedural-24_*")
+    words = json.loads((made / "environment.json").read_text())["command"]
+    assert "data=procedural data.num_samples=24" in words
+    assert main(["prune", *OF_SOURCES[:3], "preset=magnitude", "target=flops", "sparsity=0.4", "data=procedural",
+                 "data.num_samples=24"]) == 0  # fmt: skip
+    (alone,) = (here / "outputs" / "prune" / "embedded").iterdir()
+    assert artifacts.read_results(alone)["calibration"] == artifacts.read_results(made)["calibration"]
+    assert main(["compare", *OF_SOURCES, "budgets=[0.2,0.4]", SOURCES]) == 0
+    assert len(runs.made) == 5, "finished cells of sources are found again"
+
+
+def test_several_methods_on_several_sources_say_both(here):
+    words = [word for word in OF_SOURCES if not word.startswith("methods")]
+    assert main(["compare", *words, "methods=[magnitude,paper]", "budgets=[0.4]", SOURCES]) == 0
+    methods = [row["method"] for row in read_csv(only_folder(here) / "comparison.csv")]
+    assert methods[1:3] == ["their own, magnitude", "their own, paper"] and len(methods) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["sources=[]"], r"sources must be a list such as \[{name: folder, path: IMAGES}\]; got \[\]"),
+        (["sources=[{name: digts}]"], r"sources\[0\].name: there is no such choice; did you mean 'digits'"),
+        (["sources=[{name: folder}]"], r"sources\[0\].path must be given: folder needs it"),
+        (["sources=[{name: digits, nm: 3}]"], r"sources\[0\].source has no key 'nm'"),
+        (["sources=[{name: digits}, {name: digits, split: test}]"], "two sources are called 'digits'; give one of them"),
+        (["data=digits", SOURCES], r"sources=\[…\] says what every row is calibrated on; leave data out"),
+        (["data.num_samples=9", SOURCES], "leave data.num_samples out, or give it there"),
+    ],
+)
+def test_a_mistake_among_sources_is_one_sentence_before_any_work(words, sentence, capsys):
+    assert main(["compare", "console=plain", *words]) == 2
+    said = capsys.readouterr().err
+    assert re.search(sentence, said), said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_a_setting_is_spelled_as_hydra_reads_it():
+    parts = [{"name": "folder", "path": "my images/a, b", "weight": 0.5}, {"name": "procedural", "labels": None}]
+    word = config.spell("data.sources", parts)
+    assert word.startswith('data.sources=[{name: folder, path: "my images/a, b", weight: 0.5}')
+    read = config.compose("prune", ["data=mixed", word])["data"]["sources"]
+    assert [one["source"].get("path") for one in read] == ["my images/a, b", None] and read[0]["weight"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
