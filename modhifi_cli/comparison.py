@@ -1,7 +1,7 @@
 """Several methods on one protocol: a grid of ordinary prune runs, one table, and frontiers as figures.
 
-A cell of the grid is (method, source of data, budget, seed): the run that `modhifi prune preset=METHOD` would make with the user's
-other settings. What makes the comparison fair (network, images, target, evaluation) is copied from the comparison into
+A cell of the grid is (method, source of data, budget, seed): the run that `modhifi prune preset=METHOD` would make with
+the user's other settings. What makes the comparison fair (network, images, target, evaluation) is copied from the comparison into
 every cell, whatever a preset says. A cell's folder is named after its settings, so finished cells are found again and a
 changed preset is a new cell.
 """
@@ -438,7 +438,8 @@ def _protocol(settings: Mapping[str, Any], dense: Sequence[Measurement]) -> dict
     samples = settings["data"].get("num_samples")
     found["calibration images"] = "all" if samples is None else samples
     if settings.get("sources"):
-        found["calibration images"] = "; ".join(f"{one['title']}: {' '.join(one['words'])}" for one in settings["sources"])
+        asked = (f"{one['title']}: {' '.join(one['words'])}" for one in settings["sources"])
+        found["calibration images"] = "; ".join(asked)
     measured = next((measurement for measurement in dense if measurement.name == "top1"), None)
     if measured is not None:
         found["evaluation images"] = measured.protocol.get("samples")

@@ -187,7 +187,9 @@ def test_latency_gives_a_second_frontier_and_no_labels_give_agreement(here):
 
 
 SOURCES = "sources=[{name: digits, num_samples: 32, title: their own}, {name: procedural, num_samples: 24}]"
-OF_SOURCES = ["evaluation=[top1]", "evaluation_data.num_samples=60", "console=plain", "methods=[magnitude]", "seeds=[0]"]
+OF_SOURCES = [
+    "evaluation=[top1]", "evaluation_data.num_samples=60", "console=plain", "methods=[magnitude]", "seeds=[0]",
+]  # fmt: skip
 
 
 def test_sources_of_calibration_data_are_rows_of_one_protocol(here, monkeypatch):
