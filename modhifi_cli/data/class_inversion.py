@@ -41,7 +41,7 @@ from modhifi_cli.data.sources import ArrayImages, normalise
 from modhifi_cli.errors import NumericsError
 from modhifi_cli.records import Preprocess, Progress
 
-VERSION = 1  # of the procedure: another one makes other images from the same settings
+VERSION = 2  # of the procedure: another one makes other images from the same settings
 # Images of a part where "auto" is said, up to 96 px and above; nothing else depends on it.
 _TOGETHER = (64, 16)
 

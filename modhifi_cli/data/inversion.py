@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from modhifi_cli.data.making import Making, kept_or_made
 from modhifi_cli.data.pixels import (
     SUITS,
+    Moved,
     Moving,
     as_bytes,
     begin,
@@ -44,7 +45,7 @@ from modhifi_cli.data.sources import ArrayImages, normalise
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.records import Preprocess, Progress
 
-VERSION = 1  # of the procedure: another one makes other images from the same settings
+VERSION = 2  # of the procedure: another one makes other images from the same settings
 # Images matched together where "auto" is said, up to 96 px and above: a part is what an interruption can cost.
 _TOGETHER = (256, 64)
 _CONFIDENT = 0.1  # nats: an image that its class costs less is not pulled further
@@ -76,8 +77,8 @@ def load(
     classes: Sequence[int] | None = None,
     confidence: float = 0.0,
     cache: str | None = "auto",
-    steps: int = 80,
-    lr: float = 0.04,
+    steps: int = 50,
+    lr: float = 0.02,
     together: int | str = "auto",
     class_weight: float = 0.01,
     smoothness: float = 0.0,
@@ -234,22 +235,22 @@ def invert(
     with _Listening(model) as heard:
         size = images_at_once(model, part.normalised(part.pixels[:1]), inversion.gigabytes)
         heard.take()
-        chunks = [chunk.contiguous().requires_grad_(True) for chunk in part.pixels.split(size)]
+        chunks = [Moved(chunk) for chunk in part.pixels.split(size)]
         aims = [aim.to(device) for aim in part.aims.split(size)]
         sums: list[list[_Sums]] = []
         for chunk in chunks:
             with torch.no_grad():
-                model(part.normalised(chunk))
+                model(part.normalised(chunk.images()))
             sums.append(heard.take())
         before = float(heard.distance(_total(sums)))
-        optimiser, falling = falling_adam(chunks, inversion)
+        optimiser, falling = falling_adam([group for chunk in chunks for group in chunk.groups(inversion.lr)], inversion)
         began = time.perf_counter()
         for step in range(inversion.steps):
             if step == 1 and number == 0:
                 warn_of_waiting(making, (time.perf_counter() - began) * inversion.steps * parts, inversion.together)
             shift = drawn_shift(preprocess.size, generator)
             for place, (chunk, aim) in enumerate(zip(chunks, aims, strict=True)):
-                seen = shifted(chunk, shift, mirrored=step % 2 == 1)
+                seen = shifted(chunk.images(), shift, mirrored=step % 2 == 1)
                 logits = model(part.normalised(seen))
                 own = heard.take()
                 others = _total(sums[:place] + sums[place + 1 :])
@@ -264,12 +265,12 @@ def invert(
                     loss = loss + share * inversion.smoothness * (roughness(seen, 2) + roughness(seen, 3))
                 if not bool(torch.isfinite(loss)):
                     raise _diverged(number, step, inversion, "the distance is no longer a finite number")
-                chunk.grad = torch.autograd.grad(loss, chunk)[0]
+                for change, gradient in zip(chunk.changes, torch.autograd.grad(loss, chunk.changes), strict=True):
+                    change.grad = gradient
             optimiser.step()
             falling.step()
-            with torch.no_grad():
-                for chunk in chunks:
-                    chunk.clamp_(0, 1)
+            for chunk in chunks:
+                chunk.keep_in_range_()
             making.progress(
                 Progress(
                     "inversion",
@@ -278,7 +279,7 @@ def invert(
                     parts * inversion.steps,
                 )
             )
-        images = as_bytes(torch.cat(chunks))
+        images = as_bytes(torch.cat([chunk.images().detach().clamp(0, 1) for chunk in chunks]))
         probabilities, sums = [], []
         with torch.no_grad():
             for made in images.split(size):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modhifi_cli.data.making import Making
@@ -24,6 +25,8 @@ SUITS = "data=procedural needs no statistics and suits every network that reads 
 _SMALL = 96  # px: larger images take seconds or minutes each, so fewer are made, in smaller parts
 _SAMPLES = (512, 128)  # what "auto" makes up to 96 px, and above
 _LONG = 120  # seconds that are worth a word beforehand
+_FINE = 0.3  # step width of single pixels, relative to that of larger squares
+_LEAST_SQUARES = 4  # along the shorter side, on the coarsest scale
 _SHIFT = 16  # images are seen shifted by up to 1/16 of their side
 
 
@@ -170,11 +173,49 @@ def generator_of(seed: int, number: int) -> torch.Generator:
 
 
 def falling_adam(
-    pixels: Sequence[Tensor], how: Moving
+    pixels: Sequence[Tensor] | Sequence[dict[str, Any]], how: Moving
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam over pixels, and the schedule of its step width."""
+    """Adam over pixels (or groups of `Moved`), and the schedule of its step widths."""
     optimiser = torch.optim.Adam(pixels, lr=how.lr, betas=(0.9, 0.99))
     return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, how.steps, eta_min=how.lr / 20)
+
+
+class Moved:
+    """Images as starts plus changes on several scales, the gradient of each of which is followed.
+
+    Adam moves every number by about its step width, whatever its gradient: pixels that move alone turn rough long before
+    a larger structure has moved. Changes of whole squares of pixels move it in as few steps, and fine ones get a
+    smaller width.
+
+    Args:
+        start: ``[images, channels, height, width]`` in 0 … 1.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self._start = start.contiguous()
+        images, channels, *sides = start.shape
+        scales = [2**power for power in range(16) if 2**power == 1 or 2**power * _LEAST_SQUARES <= min(sides)]
+        shapes = [(images, channels, *(-(-side // scale) for side in sides)) for scale in scales]
+        self.changes = [start.new_zeros(shape).requires_grad_(True) for shape in shapes]
+
+    def __len__(self) -> int:
+        return len(self._start)
+
+    def images(self) -> Tensor:
+        """As they are now, with gradients towards the changes."""
+        sides = tuple(self._start.shape[2:])
+        coarse = (F.interpolate(one, sides, mode="bilinear", align_corners=False) for one in self.changes[1:])
+        return sum(coarse, self._start + self.changes[0])
+
+    @torch.no_grad()
+    def keep_in_range_(self) -> None:
+        """Take from the pixels' own changes what leads out of 0 … 1."""
+        images = self.images()
+        self.changes[0] -= images - images.clamp(0, 1)
+
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """The changes for an optimiser, each scale with its step width."""
+        return [{"params": [one], "lr": lr * (_FINE if at == 0 else 1)} for at, one in enumerate(self.changes)]
 
 
 def as_bytes(pixels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from modhifi_cli.errors import ConfigError, DataError, NumericsError, Unsupporte
 from modhifi_cli.records import Preprocess
 
 PREPROCESS = Preprocess((8, 8), (0.45, 0.45, 0.45), (0.23, 0.23, 0.23))
-QUICK = {"preprocess": PREPROCESS, "labelled": False, "together": 12, "steps": 15}
+QUICK = {"preprocess": PREPROCESS, "labelled": False, "together": 12, "steps": 15, "lr": 0.05}
 
 
 @pytest.fixture

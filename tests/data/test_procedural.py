@@ -56,3 +56,15 @@ def test_what_cannot_be_made_is_refused():
         procedural.load(preprocess=COLOUR, labelled=False, num_samples=0)
     with pytest.raises(DataError, match="data.labels=given: procedural images have no labels of their own"):
         procedural.load(preprocess=COLOUR, labelled=True, labels="given", num_samples=1)
+
+
+def test_pixels_exposure_and_contrast_vary_as_in_photographs():
+    """Against 512 CIFAR-10 images: power from a whole to half a period falls by 3.1 decades, exposures deviate by 0.13."""
+    images = procedural.draw(80, Preprocess((32, 32), (0.45,), (0.24,)), kind="mixture", seed=0)[..., 0] / 255.0
+    centred = images - images.mean((1, 2), keepdims=True)
+    power = (np.abs(np.fft.fft2(centred * np.outer(np.hanning(32), np.hanning(32)))) ** 2).mean(0)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(32) * 32, np.fft.fftfreq(32) * 32))
+    bands = [power[(frequency >= low) & (frequency < high)].mean() for low, high in ((1, 2), (12, 17))]
+    assert 2.5 < np.log10(bands[0] / bands[1]) < 3.5
+    assert 0.09 < images.mean((1, 2)).std() < 0.17
+    assert 0.03 < images.std((1, 2)).std() < 0.08
