@@ -102,7 +102,7 @@ def test_what_is_wrong_is_said_in_one_sentence(here, capsys, words, expected):
 
 
 def test_unlearning_works_on_images_inverted_from_the_network(here, capsys):
-    words = ["data=inversion", "data.num_samples=40", "data.together=40", "data.steps=12", "data.class_weight=1"]
+    words = ["data=inversion", "data.num_samples=40", "data.together=40", "data.steps=12", "data.class_weight=1", "data.lr=0.05"]
     words += ["data.confidence=0.3", "forget_class=3", "evaluation=[]", "console=plain", "audit=none"]
     assert main(["unlearn", *words]) == 0
     results = json.loads((only_run(here, "unlearn") / "results.json").read_text())

@@ -215,7 +215,8 @@ class Moved:
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
         """The changes for an optimiser, each scale with its step width."""
-        return [{"params": [one], "lr": lr * (_FINE if at == 0 else 1)} for at, one in enumerate(self.changes)]
+        fine = _FINE if len(self.changes) > 2 else 1.0  # images of a few pixels have no coarse structure to speak of
+        return [{"params": [one], "lr": lr * (1.0 if at else fine)} for at, one in enumerate(self.changes)]
 
 
 def as_bytes(pixels: Tensor) -> Tensor:
