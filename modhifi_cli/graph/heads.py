@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modhifi_cli.graph.standardised import computes_weight, settle_
+
 COUNTS = ("num_heads", "heads")  # attributes that hold the number of heads
 # Attributes that hold the number of heads times a number of features, where they are read.
 _WIDTHS = (
@@ -170,7 +172,8 @@ def head_weights(module: nn.Module) -> Tensor | None:
 def adopt_(model: nn.Module) -> tuple[str, ...]:
     """Give every attention module whose projections do not run as modules, a class in which they do, in place.
 
-    Parameters, buffers and their names stay, and so does what the module computes, up to rounding.
+    Parameters, buffers and their names stay, and so does what the module computes, up to rounding. Convolutions that
+    standardise their weight are settled, too (`standardised.py`): they keep the weight that they compute.
 
     Returns:
         Names of the modules whose class has changed.
@@ -180,6 +183,8 @@ def adopt_(model: nn.Module) -> tuple[str, ...]:
         before = type(module)
         if _hides_projections(module):
             adopt_one_(module)
+        elif computes_weight(module):
+            settle_(module)
         if type(module) is not before:
             found.append(name)
     return tuple(found)

@@ -203,6 +203,15 @@ class _Labels:
 
 
 @dataclass(frozen=True)
+class _Grouped:
+    """A grouped convolution of several inputs and outputs in each group: ``[groups, channels of one]`` labels each."""
+
+    owner: str
+    inputs: Tensor
+    outputs: Tensor
+
+
+@dataclass(frozen=True)
 class _Rows:
     """An arrangement of channels into rows: a view with more dimensions along which labels vary.
 
@@ -248,6 +257,7 @@ class _Flow(TorchDispatchMode):
         self._tensor_labels: dict[int, Tensor] = {}
         self._part_labels: dict[str, Tensor] = {}
         self._rows: list[_Rows] = []
+        self._grouped: list[_Grouped] = []
         self._cuts: list[tuple[Tensor, int, str]] = []
         self._owner: dict[int, tuple[str, str]] = {}
         for name, module in model.named_modules():
@@ -277,6 +287,7 @@ class _Flow(TorchDispatchMode):
         return hook
 
     def result(self, outputs: Iterable[Tensor]) -> Labelling:
+        self._settle_groups()
         self._settle_rows()
         for shadow, dim, why in self._cuts:
             if self._varies(shadow, dim):
@@ -528,7 +539,28 @@ class _Flow(TorchDispatchMode):
         if shadow is None:
             self._writes(None, result, dim)
             return
-        self._through_groups(owner, self._channels(shadow, dim), groups, result, dim)
+        labels, each = self._channels(shadow, dim), result.shape[dim] // groups
+        if each == 1 or labels.numel() == groups:
+            self._through_groups(owner, labels, groups, result, dim)
+            return
+        outputs = self._labels.fresh(groups * each)
+        self._grouped.append(_Grouped(owner, labels.view(groups, -1), outputs.view(groups, each)))
+        self._give(result, _along(outputs, dim, result.shape))
+
+    def _settle_groups(self) -> None:
+        """Decide for every grouped convolution whether its groups go as wholes, or the same outputs of each group."""
+        for conv in self._grouped:
+            first = conv.inputs[:, :1]
+            if self._apart(torch.cat([conv.inputs, conv.outputs], 1), 0) > 1 or self._apart(conv.outputs, 1) < 2:
+                why = f"{conv.owner} reads them with what always stays"
+                self._labels.join(first.expand(conv.inputs.shape), conv.inputs, why)
+                self._labels.join(first.expand(conv.outputs.shape), conv.outputs, why)
+                self._link(conv.owner, "both", conv.outputs.flatten())
+                continue
+            why = f"{conv.owner} joins them with what always stays"
+            self._labels.join(conv.outputs[:1].expand(conv.outputs.shape), conv.outputs, why)
+            self._link(conv.owner, "out", conv.outputs.flatten())
+            self._labels.spoil(conv.inputs, f"{conv.owner} reads them in groups that cannot go as wholes")
 
     def _through_groups(self, owner: str, labels: Tensor, groups: int, result: Tensor, dim: int) -> None:
         """Whole groups of channels pass together: a grouped convolution or a GroupNorm."""

@@ -39,7 +39,8 @@ def slice_module_(module: nn.Module | Part, *, outputs: Tensor | None = None, in
         module: Convolution, linear layer, BatchNorm, GroupNorm, option-A shortcut, attention (its heads are its
             outputs), or a bare tensor or number that follows channels.
         outputs: Kept output positions, ``[kept]`` int64 sorted, or None for all. For a grouped convolution or a
-            GroupNorm they must be whole groups; the inputs of a removed convolution group go with it.
+            GroupNorm they must be whole groups; the inputs of a removed convolution group go with it. A grouped
+            convolution may keep as many outputs of every group instead, and all its inputs.
         inputs: Kept input positions, ``[kept]`` int64 sorted, or None for all. Not for grouped convolutions.
 
     Raises:
@@ -92,6 +93,11 @@ def _slice_grouped_(module: nn.modules.conv._ConvNd, outputs: Tensor | None) -> 
         return
     width = module.out_channels // module.groups
     in_width = module.in_channels // module.groups
+    each = torch.bincount(outputs // width, minlength=module.groups)
+    if bool((each == each[0]).all()) and int(each[0]):  # as many of every group stay; the inputs stay as they are
+        _select_(module, ("weight", "bias"), 0, outputs)
+        module.out_channels = outputs.numel()
+        return
     groups = _whole_groups(outputs, width, f"a convolution with {module.groups}")
     _select_(module, ("weight", "bias"), 0, outputs)
     module.groups = groups
@@ -241,7 +247,11 @@ def restore_widths_(model: nn.Module, widths: Mapping[str, Mapping[str, int]]) -
             )
         outputs, inputs = _counts(attributes)
         grouped = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
-        slice_module_(module, outputs=torch.arange(outputs), inputs=None if grouped else _range(inputs))
+        kept = torch.arange(outputs)
+        if grouped and attributes["groups"] == module.groups:
+            width = module.out_channels // module.groups
+            kept = (torch.arange(module.groups)[:, None] * width + kept[: outputs // module.groups]).flatten()
+        slice_module_(module, outputs=kept, inputs=None if grouped else _range(inputs))
 
 
 def _width(module: nn.Module | Part, attribute: str) -> int:

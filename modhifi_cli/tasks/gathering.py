@@ -54,7 +54,8 @@ class LayerMoments:
 
     Args:
         name: Module name, for messages.
-        module: `nn.Conv2d` without groups, or `nn.Linear`.
+        module: `nn.Conv2d` without groups, `nn.Linear`, or a `nn.Conv1d` of one tap, which is a linear layer along
+            another dimension.
         positions_per_image: As in `Gathering`.
         seed: For the drawn positions.
         hold_out: Whether every fifth image is also kept apart.
@@ -66,6 +67,8 @@ class LayerMoments:
         def accumulator() -> ConvMoments | RowMoments:
             if isinstance(module, nn.Linear):
                 return RowMoments(module.in_features, name=name)
+            if isinstance(module, nn.Conv1d):
+                return RowMoments(module.in_channels, name=name)
             return ConvMoments(
                 module.in_channels,
                 kernel_size=module.kernel_size,
@@ -78,7 +81,8 @@ class LayerMoments:
                 generator=torch.Generator().manual_seed(seed),
             )
 
-        self._linear = isinstance(module, nn.Linear)
+        self._linear = isinstance(module, nn.Linear | nn.Conv1d)
+        self._channels = 1 if isinstance(module, nn.Conv1d) else -1  # dimension of the features of a row
         self._fitted = accumulator()
         self._held_out = accumulator() if hold_out else None
         self._images = 0
@@ -115,7 +119,7 @@ class LayerMoments:
         return Gathered(merge(fitted, held_out), held_out, fitted)
 
     def _add(self, moments: ConvMoments | RowMoments, inputs: Tensor) -> None:
-        moments.update(inputs.flatten(0, -2) if self._linear else inputs)
+        moments.update(inputs.movedim(self._channels, -1).flatten(0, -2) if self._linear else inputs)
 
 
 _Moments = TypeVar("_Moments", CrossMoments, FilterMoments)

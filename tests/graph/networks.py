@@ -288,3 +288,25 @@ class Recounted(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         halves = maps.reshape(maps.shape[0], 2, -1, *maps.shape[2:])
         return (halves * halves.mean((3, 4), keepdim=True).softmax(1)).sum(1)
+
+
+class Radix(nn.Module):
+    """A convolution in two groups whose outputs are summed over the groups: no group of them can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(8, 16, 3, padding=1, groups=2)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.grouped(maps).reshape(maps.shape[0], 2, -1, *maps.shape[2:]).relu().sum(1)
+
+
+class Tokens(nn.Module):
+    """Convolutions of one tap over the positions in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv1d(8, 12, 1), nn.Conv1d(12, 8, 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.narrow(self.wide(maps.flatten(2)).relu()).unflatten(2, maps.shape[2:])

@@ -31,6 +31,7 @@ KINDS = {
     "sizes of splits": networks.Portioned,
     "bare tensors": networks.Scaled,
     "halves that are summed": networks.Recounted,
+    "convolutions over positions in a row": networks.Tokens,
 }
 
 
@@ -113,6 +114,23 @@ def test_channels_that_stay_do_not_keep_the_others_of_their_layer():
     groups, refused = groups_of(model, images)
     assert groups["inner.both"].components == 8 and "by their place" in refused["inner.both"]
     assert check(model, tuple(groups.values()), images).holds
+
+
+def test_outputs_of_a_grouped_convolution_go_from_every_group_where_no_group_can_go():
+    model, images = built(networks.Radix)
+    groups, refused = groups_of(model, images)
+    places = groups["inner.grouped"]
+    assert places.components == 8 and places.producers[0].entries == 2
+    assert "in groups that cannot go as wholes" in refused["first"]
+    assert check(model, tuple(groups.values()), images).holds
+    narrow = copy.deepcopy(model)
+    slice_groups_(narrow, [places], [torch.tensor([0, 5])])
+    assert (narrow.inner.grouped.groups, narrow.inner.grouped.out_channels) == (2, 12)
+    again, _ = built(networks.Radix)
+    restore_widths_(again, describe_widths(narrow))
+    again.load_state_dict(narrow.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(images), narrow(images))
 
 
 def test_a_part_that_does_not_exist_is_told():
