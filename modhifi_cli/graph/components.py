@@ -129,11 +129,34 @@ def input_size(module: nn.Module | Part) -> int:
     return module.in_channels if heads is None else heads
 
 
+def is_upsampling(module: object) -> bool:
+    """Whether a module is a transposed convolution, whose weight is ``[inputs, outputs, height, width]``."""
+    return isinstance(module, nn.ConvTranspose2d)
+
+
+def reading_weight(module: nn.Module) -> Tensor:
+    """A consumer's weight as the matrix that its input rows meet, ``[numbers written, features]``.
+
+    A transposed convolution reads each pixel by itself and writes a patch of k·k pixels for every output; that patches
+    overlap is left aside.
+    """
+    weight = module.weight.detach()
+    return weight.flatten(1).T if is_upsampling(module) else weight.flatten(1)
+
+
+def taps_of(module: nn.Module) -> int:
+    """Features per input channel of a conv or linear layer: k·k, or 1."""
+    return 1 if is_upsampling(module) else module.weight[0, 0].numel()
+
+
 def output_weights(module: nn.Module) -> Tensor | None:
     """Weights by output (or head), ``[outputs, weights]``; None where there are none."""
     if not has_weight(module):
         return None
-    return head_weights(module) if head_count(module) is not None else module.weight.detach().flatten(1)
+    if head_count(module) is not None:
+        return head_weights(module)
+    weight = module.weight.detach()
+    return (weight.transpose(0, 1) if is_upsampling(module) else weight).flatten(1)
 
 
 def has_weight(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from modhifi_cli.graph.components import ComponentGroup, input_size, output_size
+from modhifi_cli.graph.components import ComponentGroup, input_size, is_upsampling, output_size
 from modhifi_cli.graph.heads import head_count, mixes_heads, per_head
 from modhifi_cli.graph.parts import Part, is_part, part_of
 
@@ -211,13 +211,14 @@ def _output_parameters(module: nn.Module | Part) -> float:
 
 
 def output_positions(model: nn.Module, example: Tensor, names: Sequence[str]) -> dict[str, int]:
-    """How many rows per input each module computes (output positions of a convolution)."""
+    """How many rows per input each module computes: output positions of a convolution, input ones of a transposed one."""
     positions = dict.fromkeys(names, 0)
 
     def hook(name: str) -> object:
         def seen(module: nn.Module, inputs: tuple, output: object) -> None:
             if isinstance(output, Tensor):
-                positions[name] = output.numel() // (output_size(module) * example.shape[0])
+                many, size = (inputs[0], input_size(module)) if is_upsampling(module) else (output, output_size(module))
+                positions[name] = many.numel() // (size * example.shape[0])
 
         return seen
 

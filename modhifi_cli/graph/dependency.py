@@ -225,6 +225,8 @@ def _unreadable(module: nn.Module) -> str | None:
         return None
     if type(module) is nn.Conv1d and module.kernel_size == module.stride == (1,) and module.padding in ((0,), "valid"):
         return None  # a linear layer along another dimension
+    if type(module) is nn.ConvTranspose2d and module.groups == 1:
+        return None  # so is this, up to where it writes
     if not isinstance(module, nn.Conv2d):
         return f"is a {type(module).__name__}, whose input rows are not known here"
     if module.padding_mode != "zeros" and max(module.kernel_size) > 1:

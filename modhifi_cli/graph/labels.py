@@ -525,12 +525,12 @@ class _Flow(TorchDispatchMode):
         shadow = self._read(images)
         batched = images.dim() == weight.dim()
         dim = 1 if batched else 0
-        if module is None or transposed:
-            what = "is a transposed convolution" if transposed else "computes its weight anew from other tensors"
+        if module is None or (transposed and (int(args[8]) > 1 or type(module) is not nn.ConvTranspose2d)):
+            what = "is a grouped transposed convolution" if transposed else "computes its weight anew from other tensors"
             self._spoil(shadow, what)
             self._writes(None, result, dim)
             return
-        groups = images.shape[dim] // weight.shape[1]
+        groups = 1 if transposed else images.shape[dim] // weight.shape[1]
         if groups == 1:
             if shadow is not None:
                 self._link(owner, "in", self._channels(shadow, dim))

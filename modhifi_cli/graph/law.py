@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from modhifi_cli.graph.answers import flattened
-from modhifi_cli.graph.components import ComponentGroup, Layout
+from modhifi_cli.graph.components import ComponentGroup, Layout, is_upsampling
 from modhifi_cli.graph.heads import forget_tables_, head_count
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.parts import is_part, part_of
@@ -93,6 +93,8 @@ def zero_consumers_(model: nn.Module, group: ComponentGroup, removed: Tensor) ->
             entries = slot.index[removed].flatten()
             if isinstance(module, ChannelPadShortcut):
                 module.source[torch.isin(module.source, entries)] = -1
+            elif is_upsampling(module):
+                module.weight[entries] = 0
             else:
                 module.weight[:, entries] = 0
 

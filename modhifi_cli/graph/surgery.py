@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError, UnsupportedModelError
-from modhifi_cli.graph.components import is_transposed
+from modhifi_cli.graph.components import is_transposed, is_upsampling
 from modhifi_cli.graph.heads import adopt_, head_count, slice_heads_
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.parts import Part, cut_parts, is_part, part_of
@@ -64,14 +64,15 @@ def slice_module_(module: nn.Module | Part, *, outputs: Tensor | None = None, in
             module.num_groups, module.num_channels = groups, outputs.numel()
     elif isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         _slice_grouped_(module, outputs)
-    elif is_transposed(module):
+    elif is_transposed(module) or is_upsampling(module):
+        out_name, in_name = ("nf", "nx") if is_transposed(module) else ("out_channels", "in_channels")
         if outputs is not None:
             _select_(module, ("weight",), 1, outputs)
             _select_(module, ("bias",), 0, outputs)
-            module.nf = outputs.numel()
+            setattr(module, out_name, outputs.numel())
         if inputs is not None:
             _select_(module, ("weight",), 0, inputs)
-            module.nx = inputs.numel()
+            setattr(module, in_name, inputs.numel())
     elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
         linear = isinstance(module, nn.Linear)
         out_name, in_name = ("out_features", "in_features") if linear else ("out_channels", "in_channels")

@@ -54,8 +54,8 @@ class LayerMoments:
 
     Args:
         name: Module name, for messages.
-        module: `nn.Conv2d` without groups, `nn.Linear`, or a `nn.Conv1d` of one tap, which is a linear layer along
-            another dimension.
+        module: `nn.Conv2d` without groups, `nn.Linear`, or a `nn.Conv1d` of one tap or a
+            `nn.ConvTranspose2d`, which are linear layers along another dimension.
         positions_per_image: As in `Gathering`.
         seed: For the drawn positions.
         hold_out: Whether every fifth image is also kept apart.
@@ -67,7 +67,7 @@ class LayerMoments:
         def accumulator() -> ConvMoments | RowMoments:
             if isinstance(module, nn.Linear):
                 return RowMoments(module.in_features, name=name)
-            if isinstance(module, nn.Conv1d):
+            if isinstance(module, nn.Conv1d | nn.ConvTranspose2d):
                 return RowMoments(module.in_channels, name=name)
             return ConvMoments(
                 module.in_channels,
@@ -81,8 +81,9 @@ class LayerMoments:
                 generator=torch.Generator().manual_seed(seed),
             )
 
-        self._linear = isinstance(module, nn.Linear | nn.Conv1d)
-        self._channels = 1 if isinstance(module, nn.Conv1d) else -1  # dimension of the features of a row
+        by_pixel = isinstance(module, nn.Conv1d | nn.ConvTranspose2d)
+        self._linear = isinstance(module, nn.Linear) or by_pixel
+        self._channels = 1 if by_pixel else -1  # dimension of the features of a row
         self._fitted = accumulator()
         self._held_out = accumulator() if hold_out else None
         self._images = 0

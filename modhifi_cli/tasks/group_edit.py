@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, has_weight, output_weights
+from modhifi_cli.graph.components import (
+    ComponentGroup,
+    Layout,
+    Slot,
+    has_weight,
+    is_upsampling,
+    output_weights,
+    reading_weight,
+    taps_of,
+)
 from modhifi_cli.graph.parts import part_of
 from modhifi_cli.graph.segments import Look, Segments
 from modhifi_cli.graph.surgery import slice_module_
@@ -227,11 +236,6 @@ def forget_refreshed_(run: Run, *, before: float = float("inf")) -> None:
     run.refreshed.extend(name for name in fresh if name not in run.refreshed)
 
 
-def taps_of(module: nn.Module) -> int:
-    """Features per input channel of a conv or linear layer: k·k, or 1."""
-    return module.weight[0, 0].numel()
-
-
 def features_of(channels: Tensor, taps: int) -> Tensor:
     """Feature numbers of channels, tap after tap: ``[channels × taps]``."""
     return (channels[:, None] * taps + torch.arange(taps)).flatten()
@@ -241,7 +245,7 @@ def consumer_of(run: Run, slot: Slot, alive: Tensor, gathered: Mapping[str, Gath
     """One consumer as the numerics see it, the group's living components first."""
     module = run.model.get_submodule(slot.module)
     features = features_of(run.layout.input_order(slot, alive), taps_of(module))
-    weight = module.weight.detach().flatten(1).to(torch.float64)
+    weight = reading_weight(module).to(torch.float64)
     mine = gathered.get(slot.module)
     nothing = Statistics(0, torch.zeros(features.numel(), dtype=torch.float64))
     return Consumer(
@@ -250,7 +254,8 @@ def consumer_of(run: Run, slot: Slot, alive: Tensor, gathered: Mapping[str, Gath
         statistics=nothing if mine is None else reorder(mine.statistics, features),
         components=features.numel() // (taps_of(module) * slot.entries),
         in_group=alive.numel(),
-        centred=norm_behind(run, slot.module) is not None or module.bias is not None,
+        # Where patches overlap, a constant of each of their pixels is none of the outputs'.
+        centred=not is_upsampling(module) and (norm_behind(run, slot.module) is not None or module.bias is not None),
         held_out=None if mine is None or mine.held_out is None else reorder(mine.held_out, features),
     )
 
@@ -270,7 +275,8 @@ def write_weight_(module: nn.Module, weight: Tensor, channels: Tensor) -> None:
     """
     natural = features_of(torch.argsort(channels), taps_of(module))
     with torch.no_grad():
-        module.weight.copy_(weight[:, natural.to(weight.device)].view_as(module.weight))
+        written = weight[:, natural.to(weight.device)]
+        module.weight.copy_((written.T if is_upsampling(module) else written).reshape(module.weight.shape))
 
 
 def filters_of(run: Run, slot: Slot, alive: Tensor) -> Tensor | None:

@@ -310,3 +310,16 @@ class Tokens(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         return self.narrow(self.wide(maps.flatten(2)).relu()).unflatten(2, maps.shape[2:])
+
+
+class Upsampled(nn.Module):
+    """A transposed convolution between two that are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(8, 10, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(10, 12, 4, stride=2, padding=1)
+        self.again = nn.Conv2d(12, 8, 3, padding=1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.again(self.up(self.down(maps).relu()).relu())

@@ -32,6 +32,7 @@ KINDS = {
     "bare tensors": networks.Scaled,
     "halves that are summed": networks.Recounted,
     "convolutions over positions in a row": networks.Tokens,
+    "a transposed convolution": networks.Upsampled,
 }
 
 
@@ -41,7 +42,7 @@ def test_what_is_cut_obeys_the_law_and_is_built_again(name):
     groups, refused = groups_of(model, images)
     assert not refused
     found = tuple(groups.values())
-    layers = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    layers = {n for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
     assert layers <= {module for group in found for module in group.modules}
     assert check(model, found, images).holds
 
@@ -49,7 +50,10 @@ def test_what_is_cut_obeys_the_law_and_is_built_again(name):
     slice_groups_(narrow, found, [torch.arange(group.components // 2) for group in found])
     costs = CostModel(model, images[:1], found)
     kept = [group.components - group.components // 2 for group in found]
-    assert count(narrow, images[:1]).parameters == costs.counts(kept).parameters
+    counted = costs.counts(kept)
+    assert count(narrow, images[:1]).parameters == counted.parameters
+    if KINDS[name] in (networks.Upsampled, networks.Tokens):  # no product outside layers
+        assert count(narrow, images[:1]).macs == counted.macs
     again, _ = built(KINDS[name], reads=4 if KINDS[name] is networks.Recounted else 8)
     restore_widths_(again, describe_widths(narrow))
     again.load_state_dict(narrow.state_dict())
