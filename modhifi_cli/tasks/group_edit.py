@@ -5,7 +5,7 @@ The network is edited in place, and everything that was done to it comes back as
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from modhifi_cli.graph.components import (
     Slot,
     has_weight,
     is_upsampling,
+    output_size,
     output_weights,
     reading_weight,
     taps_of,
@@ -79,6 +80,11 @@ def edit_group_(
     orders = [run.layout.input_order(slot, alive) for slot in weighted]
 
     kept_outputs, kept_inputs = run.layout.keep_(group, kept)
+    # A layer may read and write the same stream: its own outputs go with what it reads.
+    repairs = [
+        _narrowed(repair, run.model.get_submodule(slot.module), kept_outputs.get(slot.module))
+        for slot, repair in zip(weighted, repairs, strict=True)
+    ]
     for name in dict.fromkeys((*kept_outputs, *kept_inputs)):
         slice_module_(
             part_of(run.model, name), outputs=kept_outputs.get(name), inputs=kept_inputs.get(name)
@@ -306,6 +312,16 @@ class _Repair:
     ridge: float | None  # of a joint solve
 
 
+def _narrowed(repair: _Repair, module: nn.Module, outputs: Tensor | None) -> _Repair:
+    """The same for the outputs that a layer, not yet cut, will still have: ``[kept]``, or None for all."""
+    if outputs is None:
+        return repair
+    outputs = outputs.to(repair.weight.device)
+    weight = repair.weight.unflatten(0, (output_size(module), -1))[outputs].flatten(0, 1)
+    constant = None if repair.constant is None else repair.constant[outputs.to(repair.constant.device)]
+    return replace(repair, weight=weight, constant=constant)
+
+
 def _repair(run: Run, consumer: Consumer, kept: Tensor, measured: bool) -> _Repair:
     all_kept = with_others(consumer, kept)
     ridge = None
@@ -344,7 +360,8 @@ def _apply_repair_(
             return changed
         behind.running_mean.sub_(repair.constant.to(behind.running_mean.device))
         return [*changed, norm]
-    if alone and repair.fidelity is not None and run.gathering.positions_per_image is None:
+    known = alone and repair.fidelity is not None and not is_upsampling(module)
+    if known and run.gathering.positions_per_image is None:
         # The consumer's input is what was gathered, so its output's moments follow without another forward.
         width = consumer.weight.shape[1] // consumer.components
         inputs = reorder(consumer.statistics, features_of(with_others(consumer, kept), width))

@@ -318,8 +318,8 @@ class Upsampled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.down = nn.Conv2d(8, 10, 3, stride=2, padding=1)
-        self.up = nn.ConvTranspose2d(10, 12, 4, stride=2, padding=1)
+        self.up, self.norm = nn.ConvTranspose2d(10, 12, 4, stride=2, padding=1), nn.BatchNorm2d(12)
         self.again = nn.Conv2d(12, 8, 3, padding=1)
 
     def forward(self, maps: Tensor) -> Tensor:
-        return self.again(self.up(self.down(maps).relu()).relu())
+        return self.again(self.norm(self.up(self.down(maps).relu())).relu())

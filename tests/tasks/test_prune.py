@@ -11,7 +11,7 @@ from modhifi_cli.errors import ConfigError, DataError, NumericsError, Unsupporte
 from modhifi_cli.graph.law import randomise_
 from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 from modhifi_cli.numerics.allocation import Uniform
-from modhifi_cli.numerics.compensation import NoCompensation, PerKernel
+from modhifi_cli.numerics.compensation import Joint, NoCompensation, PerKernel
 from modhifi_cli.numerics.schedule import geometric
 from modhifi_cli.numerics.scoring import Magnitude, Random, Singleton
 from modhifi_cli.numerics.selection import Union
@@ -66,6 +66,32 @@ def test_a_run_narrows_every_kind_of_network_and_its_edits_replay_to_equal_weigh
     for edit in edits:
         apply_edit_(dense, edit)
     assert weights_hash(dense) == weights_hash(model)
+
+
+INNER = (
+    networks.LinearHeads, networks.Portioned, networks.Scaled, networks.Radix, networks.Tokens, networks.Upsampled,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("compensation", [PerKernel(), Joint(ridge=1e-3)])
+def test_what_follows_channels_is_repaired_and_replayed_with_them(inner, compensation):
+    torch.manual_seed(0)
+    model, images = networks.Between(inner()).eval(), Images(torch.randn(24, 3, 16, 16))
+    randomise_(model)
+    dense = copy.deepcopy(model)
+    edits, events = run(model, images, sparsity=0.3, compensation=compensation)
+    assert edits and isinstance(events[-1], Summary)
+    again = copy.deepcopy(dense)
+    for edit in edits:
+        apply_edit_(again, edit)
+    assert weights_hash(again) == weights_hash(model)
+    plain = copy.deepcopy(dense)
+    run(plain, images, sparsity=0.3, compensation=NoCompensation())
+    with torch.no_grad():
+        wanted = dense(images.images)
+        errors = [float((one(images.images) - wanted).square().mean()) for one in (model, plain)]
+    assert errors[0] < errors[1]  # repaired is nearer to the dense network than merely cut
 
 
 def test_keeping_all_components_returns_the_same_logits():
