@@ -211,7 +211,7 @@ def _output_parameters(module: nn.Module | Part) -> float:
 
 
 def output_positions(model: nn.Module, example: Tensor, names: Sequence[str]) -> dict[str, int]:
-    """How many rows per input each module computes: output positions of a convolution, input ones of a transposed one."""
+    """How many rows per input each module computes: output positions of a convolution, input ones if transposed."""
     positions = dict.fromkeys(names, 0)
 
     def hook(name: str) -> object:

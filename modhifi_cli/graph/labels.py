@@ -526,7 +526,8 @@ class _Flow(TorchDispatchMode):
         batched = images.dim() == weight.dim()
         dim = 1 if batched else 0
         if module is None or (transposed and (int(args[8]) > 1 or type(module) is not nn.ConvTranspose2d)):
-            what = "is a grouped transposed convolution" if transposed else "computes its weight anew from other tensors"
+            anew = "computes its weight anew from other tensors"
+            what = "is a grouped transposed convolution" if transposed else anew
             self._spoil(shadow, what)
             self._writes(None, result, dim)
             return

@@ -104,7 +104,10 @@ def part_of(model: nn.Module, name: str) -> nn.Module | Part:
     Raises:
         AttributeError: If the network has nothing of this name.
     """
-    module, rest = model, name.split(".") if name else []
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        module, rest = model, name.split(".")
     while rest and rest[0] in module._modules and module._modules[rest[0]] is not None:
         module, rest = module._modules[rest[0]], rest[1:]
     if not rest:
