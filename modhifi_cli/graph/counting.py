@@ -218,7 +218,7 @@ def output_positions(model: nn.Module, example: Tensor, names: Sequence[str]) ->
         def seen(module: nn.Module, inputs: tuple, output: object) -> None:
             if isinstance(output, Tensor):
                 many, size = (inputs[0], input_size(module)) if is_upsampling(module) else (output, output_size(module))
-                positions[name] = many.numel() // (size * example.shape[0])
+                positions[name] += many.numel() // (size * example.shape[0])
 
         return seen
 

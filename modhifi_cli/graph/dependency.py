@@ -162,9 +162,10 @@ def _unfit(model: nn.Module, link: Link, trace: Trace) -> str | None:
     """Why the module of a link cannot be cut, or None."""
     if link.dim in _HELD:
         return None
-    if link.module in trace.reused:
+    follows = link.dim == "both" and isinstance(model.get_submodule(link.module), nn.modules.conv._ConvNd)
+    if link.module in trace.reused and not (link.module in trace.visits or follows):
         return "runs more than once in one forward, so its channels are shared"
-    if link.module not in trace.visits:
+    if link.module not in trace.visits and link.module not in trace.reused:
         return "is used without being called, so what it reads cannot be seen"
     return _unreadable(model.get_submodule(link.module)) if link.dim == "in" else None
 

@@ -259,6 +259,7 @@ class _Flow(TorchDispatchMode):
         self._rows: list[_Rows] = []
         self._grouped: list[_Grouped] = []
         self._cuts: list[tuple[Tensor, int, str]] = []
+        self._runs: dict[tuple[str, str], Tensor] = {}
         self._owner: dict[int, tuple[str, str]] = {}
         for name, module in model.named_modules():
             for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -503,7 +504,16 @@ class _Flow(TorchDispatchMode):
         return name if isinstance(self._names[name], kind) and leaf in ("weight", "running_mean") else None
 
     def _link(self, module: str, dim: str, labels: Tensor) -> None:
+        """Say where labels live; a module that runs again holds the same components at the same places."""
+        key = (module, dim)
+        if key in self._runs:
+            self._labels.join(self._runs[key], labels, f"{module} also runs on what always stays")
+            return
+        self._runs[key] = labels
         self._links.append(Link(module, dim, labels))
+
+    def _reads(self, name: str, shadow: Tensor | None, dim: int, size: int) -> None:
+        self._link(name, "in", torch.zeros(size, dtype=torch.int64) if shadow is None else self._channels(shadow, dim))
 
     def _writes(self, name: str | None, output: object, dim: int) -> None:
         if not isinstance(output, Tensor):
@@ -511,8 +521,10 @@ class _Flow(TorchDispatchMode):
         if name is None:
             self._give(output, torch.zeros((), dtype=torch.int64).expand(output.shape))
             return
-        labels = self._labels.new(output.shape[dim])
-        self._link(name, "out", labels)
+        labels = self._runs.get((name, "out"))
+        if labels is None:
+            labels = self._labels.new(output.shape[dim])
+            self._link(name, "out", labels)
         self._give(output, _along(labels, dim, output.shape))
 
     # Layers with weights.
@@ -533,8 +545,7 @@ class _Flow(TorchDispatchMode):
             return
         groups = 1 if transposed else images.shape[dim] // weight.shape[1]
         if groups == 1:
-            if shadow is not None:
-                self._link(owner, "in", self._channels(shadow, dim))
+            self._reads(owner, shadow, dim, images.shape[dim])
             self._writes(owner, result, dim)
             return
         if shadow is None:
@@ -580,8 +591,7 @@ class _Flow(TorchDispatchMode):
             self._spoil(shadow, "reads them with a weight that is no linear layer's own")
             self._writes(None, result, result.dim() - 1)
             return
-        if shadow is not None:
-            self._link(owner, "in", self._channels(shadow, inputs.dim() - 1))
+        self._reads(owner, shadow, inputs.dim() - 1, inputs.shape[-1])
         self._writes(owner, result, result.dim() - 1)
 
     def _batch_norm(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:

@@ -6,7 +6,7 @@ returns the carried activation. Whatever happens between modules (flatten, conca
 network's own. A cut is used only after resuming from it has given the logits of the whole forward.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -55,6 +55,17 @@ def _output(look: Look) -> Callable:
         look(output)
 
     return hook
+
+
+def _together(runs: Sequence[Tensor]) -> Tensor:
+    """Rows of features of several runs of a layer, ``[batch, rows, features]``; ``[rows, features]`` if batches differ.
+
+    Args:
+        runs: For each run ``[batch, …, features]``.
+    """
+    if len({run.shape[0] for run in runs}) == 1:
+        return torch.cat([run.reshape(run.shape[0], -1, run.shape[-1]) for run in runs], 1)
+    return torch.cat([run.flatten(0, -2) for run in runs])
 
 
 def _first_input(look: Look) -> Callable:
@@ -113,7 +124,8 @@ class Segments:
             inputs: Images, or the output of the cut `start` for this batch, ``[batch, …]``.
             start: The cut whose output `inputs` is, or None.
             looks: Module name → function called with that module's first input.
-            outputs: Module name → function called with that module's output.
+            outputs: Module name → function called with that module's output. A layer that runs more than once gives
+                all its rows together, at its last run.
             until: The cut whose output is returned, or None where only looks are wanted.
 
         Returns:
@@ -124,7 +136,15 @@ class Segments:
         caught: list[Tensor] = []
 
         def seen(side: str, name: str, look: Look) -> Look:
+            runs: list[Tensor] = []
+            calls = self.trace.calls[name][0] if name in self.trace.calls else 1
+
             def wrapped(tensor: Tensor) -> None:
+                if calls > 1:
+                    runs.append(tensor.clone())
+                    if len(runs) < calls:
+                        return
+                    tensor = _together(runs)
                 look(tensor)
                 waiting.discard((side, name))
                 if not waiting and until is None:
@@ -170,6 +190,7 @@ class Segments:
         """The outermost modules that have ended before `cut` does and do not hold it."""
         visits = self.trace.visits
         done = [n for n, v in visits.items() if v.leave < visits[cut].leave and not n.startswith(cut + ".")]
+        done = [n for n in done if n not in self.trace.calls]  # its answers differ from run to run
         names = set(done)
         return tuple(n for n in done if not any(parent in names for parent in _ancestors(n)))
 

@@ -6,7 +6,7 @@ node lies on all paths exactly when (paths above it) × (paths below it) = all p
 networks; `segments.py` uses the cuts and verifies each before relying on it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ class Trace:
     """Order and data flow of the modules of one network.
 
     Attributes:
-        visits: Module name → its (only) visit, in order of entry. Modules that ran more than once are not in here.
+        visits: Module name → its (only) visit, in order of entry. Of the modules that ran more than once linear layers
+            are in here, with their last visit.
         reused: Names of modules that ran more than once in one forward.
         cuts: Names of the cuts in order of leaving, outermost name of each tensor.
         norm_of: Conv or linear name → name of the BatchNorm that reads exactly its output.
@@ -36,6 +37,7 @@ class Trace:
             own: the branch that closes a residual block, and what it is added to.
         upstream: Module name → names of the modules whose output its own output depends on; a module that is missing
             could not be placed in the data flow and must be taken to depend on everything that ran before it.
+        calls: Name of a module in `visits` that ran more than once → how often, and when it was first entered.
     """
 
     visits: dict[str, Visit]
@@ -44,12 +46,14 @@ class Trace:
     norm_of: dict[str, str]
     joins: dict[str, str]
     upstream: dict[str, frozenset[str]]
+    calls: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def depends(self, module: str, source: str) -> bool:
         """Whether the output of `module` may change when the output of `source` changes."""
         if module in self.upstream and source in self.upstream:
             return source in self.upstream[module]
-        return self.visits[source].enter < self.visits[module].enter
+        first = self.calls[source][1] if source in self.calls else self.visits[source].enter
+        return first < self.visits[module].enter
 
 
 def trace(model: nn.Module, example: Tensor) -> Trace:
@@ -65,6 +69,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     names = {module: name for name, module in model.named_modules() if name}
     clock = 0
     enters: dict[str, int] = {}
+    entries: dict[str, list[int]] = {}
     visits: dict[str, Visit] = {}
     reused: set[str] = set()
     nodes: dict[str, object] = {}
@@ -79,6 +84,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         if name in enters:
             reused.add(name)
         enters[name] = clock
+        entries.setdefault(name, []).append(clock)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and inputs and id(inputs[0]) in produced:
             norm_of[produced[id(inputs[0])]] = name
 
@@ -112,13 +118,25 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
 
-    for name in reused:
+    calls = {name: (len(entries[name]), entries[name][0]) for name in reused if _runs_often(model.get_submodule(name))}
+    for name in reused - calls.keys():
         visits.pop(name, None)
     visits = dict(sorted(visits.items(), key=lambda item: item[1].enter))
+    once = {name: visit for name, visit in visits.items() if name not in calls}
     order = _topological([tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None])
-    cuts = _cuts(order, nodes, visits)
-    joins = _joins(order, nodes, visits)
-    return Trace(visits, frozenset(reused), cuts, norm_of, joins, _upstream(order, nodes, visits))
+    # Where a layer still has to run again, the network cannot be taken up: half of what it reads would be missing.
+    spans = [(first, visits[name].leave) for name, (_, first) in calls.items()]
+    cuts = tuple(
+        cut for cut in _cuts(order, nodes, once) if not any(first < once[cut].leave < last for first, last in spans)
+    )
+    norm_of = {layer: norm for layer, norm in norm_of.items() if layer not in reused}
+    joins = _joins(order, nodes, once)
+    return Trace(visits, frozenset(reused), cuts, norm_of, joins, _upstream(order, nodes, once), calls)
+
+
+def _runs_often(module: nn.Module) -> bool:
+    """Whether a layer may run more than once in a forward and still be cut: what it reads is rows of features."""
+    return isinstance(module, nn.Linear)
 
 
 def _parents(node: object) -> list[object]:

@@ -646,9 +646,10 @@ def _editable(model: nn.Module, segments: Segments, example: Tensor, classifier:
     trace = segments.trace
     modules = dict(model.named_modules())
     found = []
-    linear = [name for name in trace.visits if isinstance(modules[name], nn.Linear)]
+    once = [name for name in trace.visits if name not in trace.calls]
+    linear = [name for name in once if isinstance(modules[name], nn.Linear)]
     read = read_positions(model, example, linear) if linear else {}
-    for name in trace.visits:
+    for name in once:
         module = modules[name]
         plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
         if plain or isinstance(module, nn.Linear):

@@ -168,11 +168,32 @@ class MeanTaken(nn.Module):
         return self.head(self.second(maps - maps.mean(1, keepdim=True)).mean((2, 3)))
 
 
+class Repeated(nn.Module):
+    """One MLP for the tokens of two scales, and a depthwise convolution inside it that both use, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.fc1, self.near, self.fc2 = nn.Linear(8, 24), nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Linear(24, 8)
+        self.last, self.head = nn.Linear(16, 20), nn.Linear(20, 5)
+
+    def mlp(self, tokens: Tensor) -> Tensor:
+        hidden = self.fc1(tokens).permute(0, 3, 1, 2)
+        return tokens + self.fc2(torch.relu(self.near(hidden)).permute(0, 2, 3, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images)
+        scales = (maps, nn.functional.avg_pool2d(maps, 2))
+        means = [self.mlp(scale.permute(0, 2, 3, 1)).mean((1, 2)) for scale in scales]
+        return self.head(torch.relu(self.last(torch.cat(means, 1))))
+
+
 SMALL = {
     "projected": Projected,
     "grouped": Grouped,
     "concatenated": Concatenated,
     "flattened": Flattened,
+    "repeated": Repeated,
     "option_a": lambda: cifar_resnet.build(depth=8, widths=(4, 8, 12)),
 }
 

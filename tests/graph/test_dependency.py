@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from modhifi_cli.errors import ConfigError, UnsupportedModelError
+from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.dependency import find_groups
+from modhifi_cli.graph.law import check, slice_groups_
 from modhifi_cli.graph.trace import trace
 from tests.graph import networks
 
@@ -105,6 +107,37 @@ def test_a_module_that_runs_twice_is_refused():
     groups, refused = groups_of(Twice().eval(), torch.randn(2, 3, 16, 16))
     assert not groups
     assert any("runs more than once" in refusal.reason for refusal in refused)
+
+
+def test_a_linear_layer_that_runs_twice_is_cut_where_all_that_it_reads_may_go():
+    model, images = networks.small("repeated")
+    found, _ = groups_of(model, images)
+    group, groups = found["fc1"], tuple(found.values())
+    assert [slot.module for slot in group.followers] == ["near"]
+    assert [slot.module for slot in group.consumers] == ["fc2"] and group.components == 24
+    assert check(model, groups, images).holds
+    costs = CostModel(model, images[:1], groups)
+    slice_groups_(model, groups, [torch.arange(one.components // 2) for one in groups])
+    assert count(model, images[:1]) == costs.counts([one.components - one.components // 2 for one in groups])
+
+    stream = found["stem"]
+    assert modules(stream.producers) == {"stem", "fc2"} and modules(stream.consumers) == {"fc1", "last"}
+
+    class AlsoReadingOnes(networks.Repeated):
+        def forward(self, images):
+            return super().forward(images) + self.head(self.last(torch.ones(1, 16)))
+
+    groups, refused = groups_of(AlsoReadingOnes().eval(), images)  # what `last` writes is as free as ever
+    assert set(groups) == {"fc1", "last"}
+    assert "last also runs on what always stays" in {refusal.reason for refusal in refused}
+
+    class AlsoOnOnes(networks.Repeated):
+        def forward(self, images):
+            return super().forward(images) + self.fc2(torch.ones(1, 24)).sum()
+
+    groups, refused = groups_of(AlsoOnOnes().eval(), images)
+    assert set(groups) == {"last"}
+    assert "fc2 also runs on what always stays" in {refusal.reason for refusal in refused}
 
 
 def test_a_network_with_other_inputs_is_refused_in_one_sentence():

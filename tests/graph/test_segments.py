@@ -33,6 +33,21 @@ def test_cuts_stay_usable_after_the_network_was_edited():
     assert segments.cuts == before
 
 
+def test_a_layer_that_runs_twice_shows_all_its_rows_together_and_no_cut_parts_its_runs():
+    model, images = networks.small("repeated")
+    segments = Segments(model, images)
+    seen, given, rows = [], [], []
+    segments.run(images, looks={"fc2": seen.append}, outputs={"fc2": given.append})
+    with inputs_seen(model, {"fc2": lambda tensor: rows.append(tensor.flatten(1, 2))}):
+        model(images)
+    assert torch.equal(seen[0], torch.cat(rows, 1)) and len(seen) == len(given) == 1
+    assert seen[0].shape == (2, 16 + 4, 24) and given[0].shape == (2, 20, 8)
+    trace = segments.trace
+    assert trace.calls["fc1"][0] == 2 and "near" not in trace.visits
+    first, last = trace.calls["fc1"][1], trace.visits["fc2"].leave
+    assert not [cut for cut in segments.cuts if first < trace.visits[cut].leave < last]
+
+
 class NormAct(nn.BatchNorm2d):
     """A BatchNorm with its activation inside, as timm has it: the identity hands on what no module of its own made."""
 

@@ -9,15 +9,17 @@ from torch import nn
 
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.graph.law import randomise_
+from modhifi_cli.graph.segments import inputs_seen
 from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 from modhifi_cli.numerics.allocation import Uniform
 from modhifi_cli.numerics.compensation import Joint, NoCompensation, PerKernel
 from modhifi_cli.numerics.schedule import geometric
 from modhifi_cli.numerics.scoring import Magnitude, Random, Singleton
-from modhifi_cli.numerics.selection import Union
+from modhifi_cli.numerics.selection import TopK, Union
 from modhifi_cli.records import Edit
 from modhifi_cli.tasks.gathering import Gathering
 from modhifi_cli.tasks.prune import Plan, Summary, prune_
+from tests import reference
 from tests.graph import networks
 
 
@@ -50,6 +52,23 @@ def run(model, images, *, iterations=1, **settings):
     }  # fmt: skip
     events = list(prune_(model, calibration=images, **settings))
     return [e for e in events if isinstance(e, Edit)], events
+
+
+def test_a_layer_that_runs_twice_is_repaired_as_least_squares_over_all_its_rows():
+    model, images = setting("repeated")
+    dense = copy.deepcopy(model)
+    edits, _ = run(
+        model, images, target="components", sparsity=0.25, exclude=["last"], scoring=Magnitude(), selection=TopK(),
+        compensation=Joint(ridge=1e-3),
+    )  # fmt: skip
+    rows = []
+    with torch.no_grad(), inputs_seen(dense, {"fc2": lambda seen: rows.append(seen.flatten(0, -2).double())}):
+        dense(images.images)
+    rows, weight = torch.cat(rows), dense.fc2.weight.detach().double()
+    kept = edits[0].kept.tolist()
+    expected = reference.joint_weight(rows, weight, kept, ridge=1e-3, centred=True)
+    assert torch.allclose(model.fc2.weight.detach().double(), expected, rtol=0, atol=1e-4)
+    assert len(kept) == 18
 
 
 @pytest.mark.parametrize("name", networks.SMALL)
