@@ -179,6 +179,21 @@ def test_the_default_of_language_models_keeps_layers_alike():
     assert config.compose("prune", ["model=resnet50"])["allocation"]["_target_"].endswith("Global")
 
 
+def test_uneven_widths_are_the_same_recipe_with_another_allocation():
+    words = ["model=smollm2_135m", "data=text", "data.path=given"]
+    even, uneven = (config.compose("prune", [*words, f"preset={name}"]) for name in ("best", "best_uneven"))
+    assert {key for key in even if even[key] != uneven[key]} == {"allocation"}
+    assert uneven["allocation"]["_target_"].endswith("Global")
+
+
+def test_the_table_of_language_models_counts_neurons_and_measures_perplexity():
+    settings = config.compose("compare", ["experiment=language_smollm2"])
+    assert settings["target"]["name"] == "components" and settings["components"] == ["mlp"]
+    assert "token_perplexity" in settings["evaluation"]
+    assert set(settings["methods"]) <= set(config.groups()["preset"])
+    assert all(name.endswith("_language") for name in settings["methods"])  # an experiment names no model in its words
+
+
 def test_rivals_of_language_models_compose():
     without = config.compose("prune", ["model=smollm2_135m", "preset=paper_without_compensation"])
     assert without["scoring"]["_target_"].endswith("Energy")
