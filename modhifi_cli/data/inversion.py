@@ -33,6 +33,7 @@ from modhifi_cli.data.pixels import (
     generator_of,
     identity_of,
     images_at_once,
+    outside,
     protocol_of,
     refuse_what_is_not_made,
     roughness,
@@ -45,11 +46,12 @@ from modhifi_cli.data.sources import ArrayImages, normalise
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.records import Preprocess, Progress
 
-VERSION = 2  # of the procedure: another one makes other images from the same settings
+VERSION = 3  # of the procedure: another one makes other images from the same settings
 # Images matched together where "auto" is said, up to 96 px and above: a part is what an interruption can cost.
 _TOGETHER = (256, 64)
 _CONFIDENT = 0.1  # nats: an image that its class costs less is not pulled further
 _DIVERGED = 2.0  # times the distance it began with
+_IN_RANGE = 10.0  # of the pull back into 0 … 1
 _MOST_PARTS = 4  # times the parts that would do if every image passed the filter
 
 
@@ -250,7 +252,8 @@ def invert(
                 warn_of_waiting(making, (time.perf_counter() - began) * inversion.steps * parts, inversion.together)
             shift = drawn_shift(preprocess.size, generator)
             for place, (chunk, aim) in enumerate(zip(chunks, aims, strict=True)):
-                seen = shifted(chunk.images(), shift, mirrored=step % 2 == 1)
+                images = chunk.images()
+                seen = shifted(images, shift, mirrored=step % 2 == 1)
                 logits = model(part.normalised(seen))
                 own = heard.take()
                 others = _total(sums[:place] + sums[place + 1 :])
@@ -261,6 +264,7 @@ def invert(
                 costs = F.cross_entropy(logits, aim, reduction="none")
                 share = len(chunk) / count
                 loss = distance + share * inversion.class_weight * (costs - _CONFIDENT).relu().mean()
+                loss = loss + share * _IN_RANGE * outside(images)
                 if inversion.smoothness:
                     loss = loss + share * inversion.smoothness * (roughness(seen, 2) + roughness(seen, 3))
                 if not bool(torch.isfinite(loss)):
@@ -269,8 +273,6 @@ def invert(
                     change.grad = gradient
             optimiser.step()
             falling.step()
-            for chunk in chunks:
-                chunk.keep_in_range_()
             making.progress(
                 Progress(
                     "inversion",

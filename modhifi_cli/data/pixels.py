@@ -207,12 +207,6 @@ class Moved:
         coarse = (F.interpolate(one, sides, mode="bilinear", align_corners=False) for one in self.changes[1:])
         return sum(coarse, self._start + self.changes[0])
 
-    @torch.no_grad()
-    def keep_in_range_(self) -> None:
-        """Take from the pixels' own changes what leads out of 0 … 1."""
-        images = self.images()
-        self.changes[0] -= images - images.clamp(0, 1)
-
     def groups(self, lr: float) -> list[dict[str, Any]]:
         """The changes for an optimiser, each scale with its step width."""
         fine = _FINE if len(self.changes) > 2 else 1.0  # images of a few pixels have no coarse structure to speak of
@@ -242,6 +236,11 @@ def shifted(images: Tensor, shift: Sequence[int], *, mirrored: bool) -> Tensor:
     """Images as a network shall see them in one step, ``[batch, channels, height, width]``, what leaves comes back."""
     seen = torch.roll(images, tuple(shift), (2, 3))
     return seen.flip(3) if mirrored else seen
+
+
+def outside(images: Tensor) -> Tensor:
+    """Mean square of what is below 0 or above 1, a scalar: only clipped, images turn black and white in large areas."""
+    return (images - images.clamp(0, 1)).square().mean()
 
 
 def roughness(images: Tensor, axis: int) -> Tensor:
