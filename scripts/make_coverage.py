@@ -1,6 +1,6 @@
 """Write modhifi_cli/COVERAGE.md: what of torchvision's image networks, and of one of each file of timm, is pruned.
 
-    python scripts/make_coverage.py [--outputs outputs] [--jobs 2] [--written]
+    python scripts/make_coverage.py [--outputs outputs] [--jobs 2] [--memory 6] [--written]
 
 Networks that are finished are kept, so the script goes on where it stopped; --written makes the page of what is there.
 """
@@ -15,7 +15,7 @@ from modhifi_cli.cli import main as modhifi
 from modhifi_cli.models import catalogue
 
 PAGE = Path(__file__).resolve().parent.parent / "modhifi_cli" / "COVERAGE.md"
-RUNS = {"torchvision": ["library=torchvision"], "timm": ["library=timm", "one_per_file=true"]}
+RUNS = {"torchvision": ["library=torchvision", "onnx=true"], "timm": ["library=timm", "one_per_file=true", "onnx=true"]}
 
 HEAD = """# What modhifi prunes
 
@@ -24,7 +24,8 @@ its convolutions and linear layers, if a run that removes 30 % of the components
 all parameters out, answers as the network whose consumers' weights are zeroed instead (to 1e-4 of the logits' scale in
 float32), is saved and read back with equal logits, and runs. Every accepted group has passed the slicing law on a
 randomised copy in the type of the column *law*: to 1e-8 of the logits' scale in float64; to 1e-4 in float32 for
-networks above 150 million parameters, whose float64 copy would not fit. The input is the smallest square of 64 to 320
+networks above 150 million parameters, whose float64 copy would not fit. *ONNX* says whether the narrow network, exported,
+answers in ONNX Runtime as in PyTorch; a network counts without it. The input is the smallest square of 64 to 320
 pixels that the network takes, or its own. *left alone* counts what is refused; the reasons are below each table.
 
 Detection networks are pruned through `models/image_batch.py`: heads that run on every level of a pyramid run on one,
@@ -48,12 +49,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--outputs", type=Path, default=Path("outputs"))
     parser.add_argument("--jobs", default="auto")
+    parser.add_argument("--memory", default="6", help="gigabytes that one network may take")
     parser.add_argument("--written", action="store_true", help="run nothing, write the page of what is there")
     given = parser.parse_args()
     parts = [HEAD]
     for library, words in RUNS.items():
         if not given.written:
-            code = modhifi(["coverage", *words, f"jobs={given.jobs}", f"output_dir={given.outputs}", "console=plain"])
+            limits = [f"jobs={given.jobs}", f"memory={given.memory}"]
+            code = modhifi(["coverage", *words, *limits, f"output_dir={given.outputs}", "console=plain"])
             if code:
                 return code
         place = given.outputs / "coverage" / library
