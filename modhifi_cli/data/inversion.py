@@ -166,14 +166,17 @@ def load(
     return ArrayImages(images, None, preprocess, protocol, prepared=True)
 
 
+def batchnorms(model: nn.Module) -> list[nn.Module]:
+    """BatchNorms of a network that store a mean and a variance."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+
+
 def statistics_of(model: nn.Module) -> list[nn.Module]:
     """BatchNorms of a network that remember statistics which say something; empty where none does.
 
     Untrained networks and those whose BatchNorm was folded into the weights have mean 0 and one variance everywhere.
     """
-    norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
+    norms = batchnorms(model)
     told = any(
         bool(norm.running_mean.any()) or float(norm.running_var.amax() - norm.running_var.amin()) > 0 for norm in norms
     )
@@ -188,8 +191,7 @@ def require_statistics(model: nn.Module) -> None:
     """
     if statistics_of(model):
         return
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
+    if not batchnorms(model):
         raise UnsupportedModelError(
             f"data=inversion matches the statistics of BatchNorm layers, and this network has none; {SUITS}."
         )

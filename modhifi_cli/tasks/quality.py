@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modhifi_cli.data.inversion import distance, statistics_of
+from modhifi_cli.data.inversion import batchnorms, distance, statistics_of
 from modhifi_cli.errors import NumericsError
 from modhifi_cli.evaluation.sample import SampleAnswers
 from modhifi_cli.graph.inputs import FORWARD_ERRORS, not_taken
@@ -77,6 +77,7 @@ class Quality:
         samples: Images.
         batchnorm: BatchNorm → distance of what enters it from the stored statistics; empty where none are stored.
         distance: Their mean, or None.
+        folded: Whether there are BatchNorms and what they store says nothing (`inversion.statistics_of`).
         layers: What is seen of every layer.
         repairs: Trial repairs; empty with fewer than ten images.
         classes: Logits of the network.
@@ -98,13 +99,18 @@ class Quality:
     balance: float
     confidence: float
     twins: float
+    folded: bool = False
     warnings: tuple[str, ...] = ()
     sample: Mapping[str, float | int] = field(default_factory=dict)
 
     @property
     def may_reestimate(self) -> bool:
-        """Whether BatchNorm may be re-estimated on the set."""
-        return self.distance is None or self.distance <= POOR_DISTANCE
+        """Whether BatchNorm may be re-estimated on the set.
+
+        Not where it was folded into the weights: what it divides by is no statistic of what enters it, and dividing by
+        one instead would make another network.
+        """
+        return not self.folded and (self.distance is None or self.distance <= POOR_DISTANCE)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, less what the page has of its own."""
@@ -188,6 +194,7 @@ def assess(
         repairs=tuple(_try(name, names[name], moments) for name, moments in trials.items() if layers[name].rows),
         classes=classes,
         classes_seen=int((shares > 0).sum()),
+        folded=not norms and bool(batchnorms(model)),
         balance=_entropy(shares) / float(torch.tensor(float(max(2, min(classes, done)))).log()),
         confidence=float(sure.mean()),
         twins=_twins(torch.cat(thumbnails)[:_MOST_COMPARED]),
@@ -198,7 +205,12 @@ def assess(
 
 def _warnings(quality: Quality) -> tuple[str, ...]:
     found = []
-    if not quality.may_reestimate:
+    if quality.folded:
+        found.append(
+            "what BatchNorm stores here says nothing of the training (mean 0 and one variance everywhere: folded into "
+            "the weights, or untrained)"
+        )
+    elif not quality.may_reestimate:
         found.append(
             f"the calibration images look unlike those of the training: the distance of BatchNorm statistics from the "
             f"stored ones is {quality.distance:.3f} (real images stay far below {POOR_DISTANCE:g})"

@@ -45,6 +45,18 @@ def test_images_like_those_of_the_training_are_near_and_others_far(trained):
     assert "look unlike those of the training" in " ".join(dark.warnings)
 
 
+def test_batchnorm_that_was_folded_into_the_weights_may_not_be_re_estimated(trained):
+    for module in trained.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.zero_()
+            module.running_var.fill_(1 - module.eps)
+    folded = quality(trained, images())
+    assert folded.folded and folded.distance is None and not folded.may_reestimate
+    assert "folded into the weights" in " ".join(folded.warnings)
+    none = quality(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(216, 4)).eval(), images())
+    assert not none.folded and none.may_reestimate
+
+
 def test_the_distance_is_that_of_mean_and_variance_over_all_rows(trained):
     pixels = images()
     found = quality(trained, pixels, batch_size=7)
