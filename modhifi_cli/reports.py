@@ -341,11 +341,12 @@ def coverage_markdown(content: Mapping[str, Any], environment: Mapping[str, Any]
     counted = [row for row in rows if row["counts"]]
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
     seconds = sum(row.get("processor_seconds", 0) for row in rows)
+    took = f", {content['seconds'] / 60:.0f} minutes with {content['jobs']} at once" if "jobs" in content else ""
     lines = [
         f"{heading} {content['library']}: {len(counted)} of {len(rows)} networks",
         "",
         f"{content['date']}, {versions}, {environment['system']}. `{environment['command']}`; {seconds / 60:.0f} minutes "
-        f"of processor time. Random weights and images; {100 * content['settings']['share']:.0f} % of the "
+        f"of processor time{took}. Random weights and images; {100 * content['settings']['share']:.0f} % of the "
         "components of every group removed.",
         "",
     ]

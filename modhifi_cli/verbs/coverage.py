@@ -17,7 +17,7 @@ from modhifi_cli.errors import ConfigError, ModHiFiError
 from modhifi_cli.records import Progress
 from modhifi_cli.verbs import pieces
 
-_VERSION = 2  # to be raised when networks are examined in another way: older results are then made anew
+_VERSION = 3  # to be raised when networks are examined in another way: older results are then made anew
 _SMALL = (64, 96, 128, 160, 224, 256, 300, 320)  # sizes that are tried where a network does not ask for its own
 
 
