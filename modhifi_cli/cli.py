@@ -3,10 +3,13 @@
 Nothing heavy is imported before a verb starts its work, so that help answers at once.
 """
 
+import contextlib
 import gc
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(words)
+        with _ended_like_ctrl_c():
+            return _run(words)
     except ModHiFiError as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return USER_ERROR
@@ -45,6 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) left early
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+@contextlib.contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Take a request to end (SIGTERM, as `kill` and the schedulers of clusters send it) like Ctrl-C.
+
+    So the processes that a command has started end with it, and it says how to go on.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there may a signal be handled
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(words: list[str]) -> int:

@@ -1,10 +1,13 @@
 """The command line: help, exit codes, and one sentence for everything a user can get wrong before work begins."""
 
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from modhifi_cli import cli
 from modhifi_cli.cli import main
 
 
@@ -116,3 +119,17 @@ def test_an_output_folder_that_cannot_be_written_is_named(capsys, tmp_path):
     said = sentence(capsys, "prune", f"output_dir={tmp_path / 'file'}", "console=plain")
     assert "cannot be written (Not a directory)" in said
     assert "output_dir=FOLDER" in said
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals come to the main thread")
+def test_a_request_to_end_is_taken_like_ctrl_c(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(words):
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the signal was not heard")
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["prune"]) == cli.INTERRUPTED
+    assert "interrupted." in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
