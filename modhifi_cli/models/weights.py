@@ -38,16 +38,22 @@ def seeded_initialisation(seed: int) -> Iterator[None]:
 
 
 class undrawn_weights(TorchFunctionMode):  # noqa: N801 (a context, used like a function)
-    """Leaves weights as the memory was where constructors would draw them: for whoever fills them all afterwards.
+    """Gives weights one value where constructors would draw them: for whoever fills them all afterwards.
 
-    Drawing the weights of a large network costs more than running it.
+    Drawing the weights of a large network costs more than running it. The value is one that may be drawn (the mean, or
+    the lower end), since truncated draws go on until nothing lies outside.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Hand a tensor back undrawn; everything else is done as ever."""
-        if func in (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_):
+        """Fill a tensor instead of drawing it; everything else is done as ever."""
+        given = kwargs or {}
+        if func is Tensor.normal_:
+            return args[0].fill_(given.get("mean", args[1] if len(args) > 1 else 0.0))
+        if func is Tensor.uniform_:
+            return args[0].fill_(given.get("from", args[1] if len(args) > 1 else 0.0))
+        if func is Tensor.erfinv_:
             return args[0]
-        return func(*args, **(kwargs or {}))
+        return func(*args, **given)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from modhifi_cli.errors import DataError
-from modhifi_cli.models.weights import fit_weights_, load_weights_, read_weights, seeded_initialisation
+from modhifi_cli.models.weights import (
+    fit_weights_,
+    load_weights_,
+    read_weights,
+    seeded_initialisation,
+    undrawn_weights,
+)
 
 
 def network() -> nn.Module:
@@ -138,3 +144,13 @@ def test_seeded_initialisation_is_repeatable_and_leaves_the_global_generator_alo
             weights.append(nn.Linear(3, 3).weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_weights_that_are_not_drawn_end_truncated_draws():
+    """Such draws go on until no value lies outside, whatever the memory held before."""
+    with undrawn_weights():
+        weight = torch.full((5, 7), 9.0)
+        nn.init.trunc_normal_(weight, std=0.02)
+        assert float(weight.abs().max()) <= 2
+        far = nn.init.trunc_normal_(torch.full((5, 7), 9.0), a=2.5, b=3.0)
+        assert 2.5 <= float(far.min()) and float(far.max()) <= 3
