@@ -67,6 +67,7 @@ def coverage(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
         "library": library,
         "date": time.strftime("%Y-%m-%d"),
         "settings": {key: settings[key] for key in ("library", "pattern", "one_per_file", "share", "onnx")},
+        "examined": len(waiting),  # the others were finished before
         "jobs": jobs,
         "seconds": round(time.monotonic() - began, 1),
         "networks": rows,
