@@ -1,7 +1,7 @@
 """`modhifi unlearn` end to end on the embedded network: the run's folder, verify, replay, evaluate, resume, sweeps."""
 
-import dataclasses
 import csv
+import dataclasses
 import json
 
 import pytest

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from modhifi_cli.graph.law import TOLERANCE, check, lawful
 from modhifi_cli.graph.dependency import find_groups
+from modhifi_cli.graph.law import TOLERANCE, check, lawful
 from modhifi_cli.graph.trace import trace
 from modhifi_cli.models import cifar_resnet
 from tests.graph import networks
