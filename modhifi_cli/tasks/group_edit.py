@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.errors import UnsupportedModelError
 from modhifi_cli.graph.components import (
     ComponentGroup,
     Layout,
@@ -149,9 +150,19 @@ def _facts(
 
 
 def _class_looks(run: Run, group: ComponentGroup, weighted: Sequence[Slot]) -> dict[str, MapSummaries]:
-    """What a score of classes has to look at, by module; nothing for any other score."""
+    """What a score of classes has to look at, by module; nothing for any other score.
+
+    Raises:
+        UnsupportedModelError: If a layer that reads the group runs more than once, so that an image has several maps.
+    """
     if run.labels is None:
         return {}
+    several = next((slot.module for slot in weighted if slot.module in run.segments.trace.calls), None)
+    if several is not None:
+        raise UnsupportedModelError(
+            f"a score of classes looks at one map of each image, and {several} runs more than once in one forward; "
+            f"choose another score, or leave its group alone with exclude=[{several}]."
+        )
     norm = norm_behind(run, group.producers[0].module) if len(group.producers) == 1 else None
     return map_summaries(run.model, run.layout, group, weighted, norm, run.scoring.summary)
 
