@@ -20,8 +20,8 @@ PAGE = Path(__file__).resolve().parent.parent / "modhifi_cli" / "COVERAGE.md"
 LARGER = ["edgenext_small", "gcvit_tiny", "inception_next_tiny"]
 RUNS = (  # library, words, folder below the outputs
     ("torchvision", ["library=torchvision", "onnx=true"], ""),
-    ("timm", ["library=timm", "one_per_file=true", "onnx=true"], ""),
-    ("timm", ["library=timm", f"pattern=[{','.join(LARGER)}]", "onnx=true"], "larger"),
+    ("timm", ["library=timm", "one_per_file=true"], ""),
+    ("timm", ["library=timm", f"pattern=[{','.join(LARGER)}]"], "larger"),
 )
 
 HEAD = """# What modhifi prunes
