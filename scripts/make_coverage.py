@@ -17,7 +17,7 @@ from modhifi_cli.models import catalogue
 PAGE = Path(__file__).resolve().parent.parent / "modhifi_cli" / "COVERAGE.md"
 # In the smallest networks the classifier behind a norm weighs most, which nobody can cut. Where that alone stops the
 # smallest of a file, the next larger ones are looked at, too.
-LARGER = ["edgenext_small", "gcvit_tiny", "inception_next_tiny"]
+LARGER = ["edgenext_small", "efficientvit_b2", "gcvit_tiny", "inception_next_tiny"]
 RUNS = (  # library, words, folder below the outputs
     ("torchvision", ["library=torchvision", "onnx=true"], ""),
     ("timm", ["library=timm", "one_per_file=true"], ""),
