@@ -34,11 +34,12 @@ def logit_error(model, dense, images):
         return float((model(images) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
 
 
+@pytest.mark.parametrize("batchnorm", ["reestimate", "stored"])
 @pytest.mark.parametrize("name", networks.SMALL)
-def test_edits_replay_and_a_resumed_run_ends_with_the_same_weights(name):
+def test_edits_replay_and_a_resumed_run_ends_with_the_same_weights(name, batchnorm):
     model, images = setting(name)
     dense = copy.deepcopy(model)
-    settings = {"compensation": Joint(reference="dense"), "sparsity": 0.3}
+    settings = {"compensation": Joint(reference="dense"), "sparsity": 0.3, "batchnorm": batchnorm}
     edits, _ = run(model, images, **settings)
     steps = [edit for edit in edits if edit.facts.get("step") == STEP]
     assert steps and all(edit.facts["error_after"] <= edit.facts["error_before"] + 1e-6 for edit in steps)
