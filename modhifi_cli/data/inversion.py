@@ -1,10 +1,10 @@
 """Images made from a network's own BatchNorm statistics: pixels move until every layer sees what it saw in training.
 
 Every BatchNorm remembers mean and variance of each of its channels over the training images. From procedural starts the
-pixels, and nothing else, follow the gradient of the distance between those and the statistics of the images at hand,
-while a weak pull makes the network call every image a wanted class, all classes equally often (Yin et al., "Dreaming to
-distill", arXiv:1912.08795, without its adversary). Distances are taken over a whole part of the set, however many
-images fit into one forward: the sums of the others stand in for them.
+pixels, and nothing else, follow the gradient of the distance between those and the statistics of the images at hand.
+Where classes matter a weak pull makes the network call every image a wanted class, all classes equally often (Yin et
+al., "Dreaming to distill", arXiv:1912.08795, without its adversary). Distances are taken over a whole part of the set,
+however many images fit into one forward: the sums of the others stand in for them.
 """
 
 import time
@@ -49,6 +49,7 @@ from modhifi_cli.records import Preprocess, Progress
 VERSION = 3  # of the procedure: another one makes other images from the same settings
 # Images matched together where "auto" is said, up to 96 px and above: a part is what an interruption can cost.
 _TOGETHER = (256, 64)
+_CLASS_WEIGHT = 0.01  # where classes matter
 _CONFIDENT = 0.1  # nats: an image that its class costs less is not pulled further
 _DIVERGED = 2.0  # times the distance it began with
 _IN_RANGE = 10.0  # of the pull back into 0 … 1
@@ -82,12 +83,12 @@ def load(
     steps: int = 50,
     lr: float = 0.02,
     together: int | str = "auto",
-    class_weight: float = 0.01,
+    class_weight: float | str = "auto",
     smoothness: float = 0.0,
     starts: str = "mixture",
     gigabytes: float = 2.0,
 ) -> ArrayImages:
-    """Images whose BatchNorm statistics match the stored ones, class-balanced by the network's own predictions.
+    """Images whose BatchNorm statistics match the stored ones and, where classes matter, that the network calls these.
 
     Args:
         preprocess: What the network wants.
@@ -100,7 +101,8 @@ def load(
         confidence: Only images that the network calls their class with at least this probability are taken, 0 … 1.
         cache: Where finished parts are kept: ``"auto"``, a folder, or None.
         steps, lr, together, class_weight, smoothness, starts, gigabytes: As in `Inversion`; ``together="auto"`` is 256,
-            or 64 above 96 px.
+            or 64 above 96 px; ``class_weight="auto"`` is 0.01 where labels, classes or a confidence are asked for and 0
+            elsewhere, since what makes an image look like a class makes it less like a photograph.
 
     Raises:
         ConfigError: If a setting is out of range, or a class is not one of the network's.
@@ -109,11 +111,13 @@ def load(
         UnsupportedModelError: If the network has no BatchNorm statistics, or takes anything but one image tensor.
     """
     refuse_what_is_not_made(preprocess, labelled=labelled, labels=labels, source="inversion")
+    asked = labelled or classes is not None or confidence != 0
+    weight = _CLASS_WEIGHT * asked if class_weight == "auto" else class_weight
     inversion = Inversion(
         steps=steps,
         lr=lr,
         together=together_or(together, preprocess, _TOGETHER),
-        class_weight=class_weight,
+        class_weight=weight,
         smoothness=smoothness,
         starts=starts,
         gigabytes=gigabytes,
@@ -161,8 +165,9 @@ def load(
     ) | {
         "distance_before": round(float(np.mean([fact["before"] for fact in facts])), 5),
         "distance_after": round(float(np.mean([fact["after"] for fact in facts])), 5),
-        "predicted_as_wanted": round(float(np.mean([fact["as_wanted"] for fact in facts])), 4),
     }  # fmt: skip
+    if inversion.class_weight:
+        protocol["predicted_as_wanted"] = round(float(np.mean([fact["as_wanted"] for fact in facts])), 4)
     return ArrayImages(images, None, preprocess, protocol, prepared=True)
 
 
@@ -305,9 +310,10 @@ def invert(
 
 
 def _diverged(number: int, step: int, inversion: Inversion, how: str) -> NumericsError:
+    or_less_pull = f" or data.class_weight (now {inversion.class_weight:g})" if inversion.class_weight else ""
     return NumericsError(
         f"data=inversion: the optimisation diverged in part {number + 1} at step {step} ({how}); lower data.lr (now "
-        f"{inversion.lr:g}) or data.class_weight (now {inversion.class_weight:g})."
+        f"{inversion.lr:g}){or_less_pull}."
     )
 
 

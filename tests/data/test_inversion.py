@@ -71,6 +71,18 @@ def test_the_wanted_classes_come_out_and_only_the_pixels_have_moved(trained):
     assert not any(module._forward_pre_hooks for module in trained.modules())
 
 
+def test_images_are_pulled_towards_classes_only_where_classes_matter(trained):
+    def weight(labelled=False, **settings):
+        source = inversion.load(making=making(trained), num_samples=4, labelled=labelled, **others | settings)
+        assert ("predicted_as_wanted" in source.protocol) == (source.protocol["settings"]["class_weight"] > 0)
+        return source.protocol["settings"]["class_weight"]
+
+    others = {key: value for key, value in QUICK.items() if key != "labelled"} | {"steps": 1, "cache": None}
+    assert weight() == 0
+    assert weight(labelled=True, labels="model") == weight(classes=[1, 4]) == 0.01
+    assert weight(labelled=True, labels="model", class_weight=0) == 0 and weight(class_weight=0.5) == 0.5
+
+
 def test_only_confident_images_pass_the_filter(trained):
     settings = QUICK | {"steps": 40, "num_samples": 6, "class_weight": 1.0}
     source = inversion.load(making=making(trained), confidence=0.5, **settings)
