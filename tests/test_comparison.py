@@ -229,6 +229,7 @@ def test_several_methods_on_several_sources_say_both(here):
         (["sources=[{name: folder}]"], r"sources\[0\].path must be given: folder needs it"),
         (["sources=[{name: digits, nm: 3}]"], r"sources\[0\].source has no key 'nm'"),
         (["sources=[{name: digits}, {name: digits, split: test}]"], "two sources are called 'digits'; give one of them"),
+        (["sources=[{name: digits, seed: 1}]"], r"sources\[0\].seed: a comparison draws every source with seeds="),
         (["data=digits", SOURCES], r"sources=\[…\] says what every row is calibrated on; leave data out"),
         (["data.num_samples=9", SOURCES], "leave data.num_samples out, or give it there"),
     ],
