@@ -22,6 +22,7 @@ from modhifi_cli.records import Preprocess, TextInput
 _FIELDS = (("text",), ("content",), ("instruction", "input", "output"), ("prompt", "completion"), ("document",))
 _JOINT = "\n\n"  # between documents of one stream
 _NOT_SCORED = -100
+SEQUENCES = 128  # of a calibration set, as in the paper
 _OVERLAP = 32  # tokens in a row that two texts must share to count as overlapping
 
 
@@ -77,7 +78,7 @@ def load(
     field: str | None = None,
     separator: str | None = None,
     layout: str = "stream",
-    sequences: int | None = 128,
+    sequences: int | None = SEQUENCES,
     length: int = 1024,
     stride: int | None = None,
     tokens: int | None = None,

@@ -10,7 +10,7 @@ from modhifi_cli import artifacts, config
 from modhifi_cli.console import Console
 from modhifi_cli.verbs import pieces
 
-_MADE = tuple(f"modhifi_cli.data.{name}." for name in ("synthetic", "inversion", "class_inversion", "mixed"))
+_MADE = tuple(f"modhifi_cli.data.{name}." for name in ("synthetic", "inversion", "class_inversion", "generated", "mixed"))
 
 
 def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:

@@ -25,7 +25,7 @@ _NOT_COMPARED = ("resume", "console", "output_dir", "audit")
 _VERIFICATION_IMAGES = 4
 _OF_LOGITS = ("top1", "forget_retain", "agreement")  # measurements that look at a network's answers and nothing else
 # Sources that language models take.
-_READ_TEXT = ("modhifi_cli.data.text.", "modhifi_cli.data.generated.", "modhifi_cli.data.synthetic.")
+_READ_TEXT = tuple(f"modhifi_cli.data.{name}." for name in ("text", "generated", "synthetic", "mixed"))
 
 
 def sources(
