@@ -215,12 +215,18 @@ def lawful(
 
 def _kind(model: nn.Module, group: ComponentGroup) -> tuple | None:
     """What groups of heads have in common that stand in attention modules of one class; None for other groups."""
-    owners = [slot.module for slot in (*group.followers, *group.producers) if not is_part(part_of(model, slot.module))]
+    followers = [(slot.module, part_of(model, slot.module)) for slot in group.followers]
+    owners = [name for name, part in followers if not is_part(part)] + [slot.module for slot in group.producers]
     attention = next((name for name in owners if head_count(model.get_submodule(name)) is not None), None)
-    if attention is None:
-        return None
-    layers = (slot.module.removeprefix(attention) for slot in (*group.producers, *group.consumers))
-    return type(model.get_submodule(attention)), *layers
+    if attention is not None:
+        layers = (slot.module.removeprefix(attention) for slot in (*group.producers, *group.consumers))
+        return type(model.get_submodule(attention)), *layers
+    # Heads that were found from the forward follow a size of their attention; who reads them may stand outside.
+    for owner in (name.removesuffix(f".{part.leaf}") for name, part in followers if is_part(part)):
+        if all(slot.module.startswith(f"{owner}.") for slot in group.producers):
+            layers = (slot.module.removeprefix(owner) for slot in group.producers)
+            return type(model.get_submodule(owner)), group.components, *layers
+    return None
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """Heads and gated neurons of vision transformers: found, lawful, cut, counted, saved and built again."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from modhifi_cli.errors import ConfigError
+from modhifi_cli.graph import law
 from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.heads import HeadwiseAttention, adopt_, head_count
 from modhifi_cli.graph.law import check, slice_groups_, zero_consumers_
@@ -217,3 +219,24 @@ def test_heads_that_cannot_be_fewer_are_refused_in_every_module_of_the_class_and
     reasons = {one.name: one.reason for one in refused}
     assert all("fails the slicing law" in reasons[f"attns.{block}"] for block in (0, 1))
     assert "mlp.0" in {group.name for group in groups}
+
+
+def test_heads_whose_reader_stands_outside_their_attention_are_tried_once_a_class(monkeypatch):
+    """Each block's halo attention raises on fewer heads: one failure speaks for all, or large networks take for ever."""
+    from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+
+    block = ByoBlockCfg(type="self_attn", d=3, c=8, s=1, gs=0, br=1.0)
+    config = ByoModelCfg(
+        blocks=(block, replace(block, c=16, s=2)),
+        stem_chs=8,
+        stem_pool="maxpool",
+        num_features=0,
+        self_attn_layer="halo",
+        self_attn_kwargs={"block_size": 4, "halo_size": 2, "num_heads": 2},
+    )
+    checks, check = [], law.check
+    monkeypatch.setattr(law, "check", lambda *args, **given: (checks.append(args), check(*args, **given))[1])
+    _, groups, refused = discover(ByobNet(config, num_classes=3).eval(), torch.randn(1, 3, 64, 64))
+    assert sum("self_attn.q" in one.name for one in refused) == 6
+    assert len([group for group in groups if "conv1_1x1" in group.name]) == 6
+    assert len(checks) <= 12  # 27 where each block fails for itself
