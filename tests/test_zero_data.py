@@ -1,11 +1,16 @@
 """Real networks without any data: what is made of them keeps more accuracy than images of another kind."""
 
 import json
+import statistics
 
 import numpy as np
 import pytest
+import torch
 
 from modhifi_cli.cli import main
+from modhifi_cli.data import arrays, inversion
+from modhifi_cli.data.making import Making
+from modhifi_cli.models import cifar_resnet
 
 pytestmark = pytest.mark.real
 NETWORK = ["model=resnet20_cifar", "evaluation=[top1]", "console=plain", "preset=fast", "target=components"]
@@ -29,3 +34,36 @@ def test_inverted_images_keep_more_than_gaussian_noise(tmp_path, test_data, monk
     ours = top1(tmp_path, test_data, *inverted)
     theirs = top1(tmp_path, test_data, "data=arrays", f"data.path={tmp_path}/noise.npy", "check_data=false")
     assert ours > theirs + 10
+
+
+@torch.no_grad()
+def covariances(model, images) -> list[torch.Tensor]:
+    """Of the channels that every convolution of the network reads, one after the other."""
+    found: list[torch.Tensor] = []
+
+    def hear(layer, inputs):
+        found.append(torch.cov(inputs[0].movedim(1, 0).flatten(1).double()))
+
+    handles = [m.register_forward_pre_hook(hear) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    try:
+        model(next(images.batches(len(images)))[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def test_images_that_no_class_pulls_at_are_more_like_photographs_to_every_stage(test_data):
+    network = cifar_resnet.load(name="resnet20_cifar", weights=f"{test_data}/weights/cifar10_resnet20.safetensors")
+    common = {"preprocess": network.preprocess, "labelled": False}
+    wanted = covariances(network.model, arrays.load(path=f"{test_data}/cifar10/test.npz", num_samples=512, **common))
+
+    def off(weight) -> float:
+        made = inversion.load(
+            making=Making(network.model), num_samples=64, together=64, steps=30, cache=None, class_weight=weight, **common
+        )
+        pairs = zip(covariances(network.model, made), wanted, strict=True)
+        return statistics.median(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
+
+    plain, pulled = off("auto"), off(0.01)
+    assert plain < 0.9 * pulled, (plain, pulled)

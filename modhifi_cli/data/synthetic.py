@@ -17,13 +17,13 @@ Source = TypeVar("Source", ArrayImages, TokenWindows)
 
 # How such data has served where it could be checked (modhifi_cli/README.md, "Data from nothing").
 SERVED = {
-    "inversion": "on CIFAR-10 256 such images kept 0.4 points less than real ones on ResNet-56 (94.2 % dense) at 30 % of the "
-    "channels, 0.2 less at 50 %, and 1 and 14 less on ResNet-20; your own images are better: data=folder data.path=FOLDER",
+    "inversion": "on CIFAR-10 256 such images kept 1 point less than real ones on ResNet-20 (92.1 % dense) at 30 % of the "
+    "channels and 4 less at 50 %, on ResNet-56 as much as real ones; your own images are better: data=folder data.path=FOLDER",
     "generated": "how well such text serves has not been measured; give your own with data=text data.path=FILE if you "
     "have any",
     "class_inversion": "how well such images serve has not been measured on a network trained on photographs; your own "
     "are better: data=folder data.path=FOLDER",
-    "procedural": "on ResNet-20 and CIFAR-10 (92.1 % dense) 512 such images kept 14 points less than 512 real "
+    "procedural": "on ResNet-20 and CIFAR-10 (92.1 % dense) 512 such images kept 13 points less than 512 real "
     "ones at 30 % of the channels; your own images are far better: data=folder data.path=FOLDER",
 }
 
