@@ -179,6 +179,18 @@ def test_the_default_of_language_models_keeps_layers_alike():
     assert config.compose("prune", ["model=resnet50"])["allocation"]["_target_"].endswith("Global")
 
 
+def test_a_run_is_measured_again_without_the_text_it_was_calibrated_on(place, words, here, capsys):
+    text = here / "gone.txt"
+    text.write_text(TEXT)
+    given = [f"data.path={text}" if word.startswith("data.path=") else word for word in words]
+    assert main(["prune", *given, *EVEN, "evaluation=[size]", f"output_dir={here / 'outputs'}"]) == 0
+    (run,) = (here / "outputs" / "prune" / "dense").iterdir()
+    text.unlink()
+    capsys.readouterr()
+    assert main(["evaluate", f"run={run}", "evaluation=[token_perplexity]", "console=plain"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
 def test_uneven_widths_are_the_same_recipe_with_another_allocation():
     words = ["model=smollm2_135m", "data=text", "data.path=given"]
     even, uneven = (config.compose("prune", [*words, f"preset={name}"]) for name in ("best", "best_uneven"))

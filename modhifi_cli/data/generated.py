@@ -123,7 +123,7 @@ def load(
         "seed": seed,
         "sha256": digest,
     }
-    return TokenWindows(windows, [0] * len(windows), protocol)
+    return TokenWindows(windows, [0] * len(windows), protocol, preprocess)
 
 
 def variety(tokens: Tensor) -> float:

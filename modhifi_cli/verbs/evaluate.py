@@ -29,15 +29,19 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
         loaded = artifacts.load_saved(saved)
         dense = loaded
         # Data that were made came from the dense network, and are made from it again.
-        if settings["measure_dense"] or str((settings["data"] or {}).get("_target_")).startswith(_MADE):
+        made = str((settings["data"] or {}).get("_target_")).startswith(_MADE)
+        if settings["measure_dense"] or made and settings["evaluation_data"] is None:
             dense = config.build(before["model"])
         if settings["measure_dense"]:
             models["dense"] = dense.model
         results = artifacts.read_results(saved)
         models["edited" if results.get("verb") == "unlearn" else "pruned"] = loaded.model
         pieces.name_forgotten_(settings, results.get("forget"))
-    calibration = pieces.image_source(settings, "data", dense, labelled=False, console=console)
     evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True)
+    # What is measured on evaluation data needs no other; a set may be gone by now, or take long to make again.
+    calibration = None
+    if evaluation is None:
+        calibration = pieces.image_source(settings, "data", dense, labelled=False, console=console)
     models = {name: model.to(device=device, dtype=pieces.dtype_of(settings)) for name, model in models.items()}
     measurements = pieces.measure(settings, models, calibration, evaluation, loaded.preprocess, device, console)
     place = artifacts.RunDirectory.create(folder or pieces.new_folder("evaluate", loaded.name, settings, facts))

@@ -27,6 +27,7 @@ def llama():
 def test_sequences_begin_as_asked_and_are_seeded(llama):
     windows = load(llama).windows
     assert len(windows) == 5 and all(window.shape == (12,) and window[0] == 0 for window in windows)
+    assert load(llama).text == text()  # zero-shot tasks take the tokenizer from there
     assert all(torch.equal(a, b) for a, b in zip(windows, load(llama, cache=None).windows))
     assert not torch.equal(windows[0], load(llama, seed=1).windows[0])
     assert len({int(window[0]) for window in load(llama, bos=None, start="random").windows}) > 2
