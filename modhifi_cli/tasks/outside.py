@@ -18,13 +18,13 @@ import torch_pruning
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, nearest
+from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.records import Edit, ImageSource, ModuleEdit, Progress
 from modhifi_cli.tasks.activations import Activations
-from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.tasks.pricing import COUNTED, TARGETS, LatencySettings, Pricing
 from modhifi_cli.tasks.prune import NEAR, Plan, PlannedGroup, Summary, discover, free_memory
 

@@ -55,8 +55,8 @@ def test_normalisation_leaves_the_pixels_alone():
 
 @pytest.mark.parametrize("shape", [(40, 60), (61, 37), (24, 24), (10, 12)])
 def test_resize_and_crop_are_torchvisions(tmp_path, shape):
-    from torchvision.transforms.functional import InterpolationMode
     from torchvision.transforms._presets import ImageClassification
+    from torchvision.transforms.functional import InterpolationMode
 
     preprocess = Preprocess((24, 24), RGB.mean, RGB.std, 27, "bilinear")
     file = tmp_path / "image.png"

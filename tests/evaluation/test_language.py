@@ -1,8 +1,8 @@
 """Perplexity against a slow reference, speed of generation, and lm-eval on local files, with tiny random decoders."""
 
 import json
-import sys
 import math
+import sys
 
 import pytest
 import torch
