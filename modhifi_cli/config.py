@@ -770,7 +770,9 @@ def _resolve_compared_sources(plain: dict[str, Any]) -> None:
     for number, entry in enumerate(listed):
         name, whole = _listed_source(entry, f"sources[{number}]", groups()["data"], beside=_OF_A_ROW)
         if "seed" in entry:
-            raise ConfigError(f"sources[{number}].seed: a comparison draws every source with seeds=[0,1,2]; leave it out.")
+            raise ConfigError(
+                f"sources[{number}].seed: a comparison draws every source with seeds=[0,1,2]; leave it out."
+            )
         own = {"model": plain["model"], "data": whole}
         _resolve_auto_data(own, makes_data=True)
         _resolve_mixed_data(own)

@@ -59,9 +59,8 @@ def test_images_that_no_class_pulls_at_are_more_like_photographs_to_every_stage(
     wanted = covariances(network.model, arrays.load(path=f"{test_data}/cifar10/test.npz", num_samples=512, **common))
 
     def off(weight) -> float:
-        made = inversion.load(
-            making=Making(network.model), num_samples=64, together=64, steps=30, cache=None, class_weight=weight, **common
-        )
+        few = {"num_samples": 64, "together": 64, "steps": 30, "cache": None}
+        made = inversion.load(making=Making(network.model), class_weight=weight, **few, **common)
         pairs = zip(covariances(network.model, made), wanted, strict=True)
         return statistics.median(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
 

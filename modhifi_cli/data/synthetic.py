@@ -17,8 +17,9 @@ Source = TypeVar("Source", ArrayImages, TokenWindows)
 
 # How such data has served where it could be checked (modhifi_cli/README.md, "Data from nothing").
 SERVED = {
-    "inversion": "on CIFAR-10 256 such images kept 1 point less than real ones on ResNet-20 (92.1 % dense) at 30 % of the "
-    "channels and 4 less at 50 %, on ResNet-56 as much as real ones; your own images are better: data=folder data.path=FOLDER",
+    "inversion": "on CIFAR-10 256 such images kept 1 point less than real ones on ResNet-20 (92.1 % dense) at 30 % of "
+    "the channels and 4 less at 50 %, on ResNet-56 as much as real ones; your own images are better: data=folder "
+    "data.path=FOLDER",
     "generated": "how well such text serves has not been measured; give your own with data=text data.path=FILE if you "
     "have any",
     "class_inversion": "how well such images serve has not been measured on a network trained on photographs; your own "
