@@ -20,8 +20,8 @@ SERVED = {
     "inversion": "on CIFAR-10 256 such images kept 1 point less than real ones on ResNet-20 (92.1 % dense) at 30 % of "
     "the channels and 4 less at 50 %, on ResNet-56 as much as real ones; your own images are better: data=folder "
     "data.path=FOLDER",
-    "generated": "how well such text serves has not been measured; give your own with data=text data.path=FILE if you "
-    "have any",
+    "generated": "calibrated on such text SmolLM2-135M without 20 % of its neurons has a perplexity 11 % lower on C4 "
+    "than calibrated on WikiText, and 17 % higher on WikiText; text like yours is better: data=text data.path=FILE",
     "class_inversion": "how well such images serve has not been measured on a network trained on photographs; your own "
     "are better: data=folder data.path=FOLDER",
     "procedural": "on ResNet-20 and CIFAR-10 (92.1 % dense) 512 such images kept 13 points less than 512 real "
