@@ -4,7 +4,6 @@ What a language model says of its own accord is near what it was trained on, so 
 text. Low temperatures fall into loops and high ones into noise: they are mixed, and loops and copies are left out.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.data.making import Making, kept_or_made
+from modhifi_cli.data.sources import sha256_of_samples
 from modhifi_cli.data.text import TokenWindows
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, is_number, is_whole
 from modhifi_cli.graph.surgery import weights_hash
@@ -108,7 +108,7 @@ def load(
         how = "made and kept in" if made else "taken from"
         making.note(f"{count} sequences sampled from {making.name}, {how} {store.place}")
     windows = found[: int(count)]
-    digest = hashlib.sha256(b"".join(window.numpy().tobytes() for window in windows)).hexdigest()
+    digest = sha256_of_samples(window.numpy().tobytes() for window in windows)
     protocol = {
         "source": "generated",
         "path": f"sampled from {making.name} itself",

@@ -1,6 +1,5 @@
 """Images or text of several sources as one set, by weight and well stirred."""
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from modhifi_cli.data.making import Making
 from modhifi_cli.data.procedural import made_samples
 from modhifi_cli.data.sources import sha256_of_samples
 from modhifi_cli.data.text import SEQUENCES, TokenWindows
-from modhifi_cli.errors import ConfigError, is_number, is_whole
+from modhifi_cli.errors import ConfigError, is_number
 from modhifi_cli.records import ImageSource, Preprocess, TextInput
 
 
@@ -90,7 +89,8 @@ def load(
     """
     reads = isinstance(preprocess, TextInput)
     key = "sequences" if reads else "num_samples"
-    shares = _shares(_windows(sequences) if reads else made_samples(num_samples), sources, key)
+    count = made_samples(sequences, key=key, auto=SEQUENCES) if reads else made_samples(num_samples)
+    shares = _shares(count, sources, key)
     made = []
     for one, share in zip(sources, shares, strict=True):
         build: Callable[..., Any] = one["source"]
@@ -139,21 +139,13 @@ def _mixed_windows(
             "sequences": len(windows),
             "length": len(windows[0]),
             "tokens": sum(len(window) for window in windows),
-            "sha256": hashlib.sha256(b"".join(window.numpy().tobytes() for window in windows)).hexdigest(),
+            "sha256": sha256_of_samples(window.numpy().tobytes() for window in windows),
             "seed": seed,
             "parts": [dict(one.protocol) for one in sources],
             **protocol,
         },
         text,
     )
-
-
-def _windows(sequences: int | str | None) -> int:
-    if sequences in ("auto", None):
-        return SEQUENCES
-    if not is_whole(sequences) or sequences < 1:
-        raise ConfigError(f"data.sequences: expected a whole number above 0, or auto, got {sequences!r}.")
-    return sequences
 
 
 def _shares(count: int, sources: Sequence[Mapping[str, Any]], key: str) -> list[int]:

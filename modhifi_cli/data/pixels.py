@@ -79,7 +79,7 @@ def count_of(num_samples: int | str | None, preprocess: Preprocess) -> int:
     Raises:
         ConfigError: If it is no whole number above 0.
     """
-    return made_samples(_SAMPLES[_is_large(preprocess)] if num_samples in ("auto", None) else num_samples)
+    return made_samples(num_samples, auto=_SAMPLES[_is_large(preprocess)])
 
 
 def _is_large(preprocess: Preprocess) -> bool:

@@ -102,16 +102,21 @@ def draw(count: int, preprocess: Preprocess, *, kind: str, seed: int, first: int
     return images
 
 
-def made_samples(num_samples: int | str | None) -> int:
-    """How many images a source makes: ``"auto"`` and None are 512.
+def made_samples(num_samples: int | str | None, *, key: str = "num_samples", auto: int = SAMPLES) -> int:
+    """How many samples a source makes.
+
+    Args:
+        num_samples: What was asked for, at least 1; ``"auto"`` and None are `auto`.
+        key: What the settings call it, for the message.
+        auto: Samples where nothing was asked for: 512 images if not said otherwise.
 
     Raises:
         ConfigError: If it is no whole number above 0.
     """
     if num_samples in ("auto", None):
-        return SAMPLES
+        return auto
     if not is_whole(num_samples) or num_samples < 1:
-        raise ConfigError(f"data.num_samples: expected a whole number above 0, or auto, got {num_samples!r}.")
+        raise ConfigError(f"data.{key}: expected a whole number above 0, or auto, got {num_samples!r}.")
     return num_samples
 
 

@@ -4,7 +4,6 @@ Calibration draws windows of one length with a seed; evaluation walks over the t
 their protocol what they took, and carry the hash of the very tokens.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modhifi_cli.data.sources import settings_group
+from modhifi_cli.data.sources import settings_group, sha256_of_samples
 from modhifi_cli.errors import ConfigError, DataError, is_whole, package_missing
 from modhifi_cli.records import Preprocess, TextInput
 
@@ -152,7 +151,7 @@ def load(
         first = torch.tensor([preprocess.bos])
         windows = [torch.cat([first, window]) for window in windows]
         context = [skipped + 1 if skipped else 0 for skipped in context]
-    digest = hashlib.sha256(b"".join(window.numpy().tobytes() for window in windows)).hexdigest()
+    digest = sha256_of_samples(window.numpy().tobytes() for window in windows)
     protocol = {
         "source": "text",
         "path": account,
