@@ -10,7 +10,7 @@ __all__ = ["evaluate", "groups", "load_model", "prune", "score", "unlearn"]
 
 if TYPE_CHECKING:
     from modhifi_cli.api import evaluate, groups, prune, score, unlearn
-    from modhifi_cli.artifacts import load_model
+    from modhifi_cli.files.artifacts import load_model
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +19,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'modhifi_cli' has no attribute '{name}'")
     import importlib
 
-    return getattr(importlib.import_module(f"modhifi_cli.{'artifacts' if name == 'load_model' else 'api'}"), name)
+    return getattr(importlib.import_module(f"modhifi_cli.{'files.artifacts' if name == 'load_model' else 'api'}"), name)

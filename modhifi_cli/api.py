@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli import config
 from modhifi_cli.data.tensors import TensorImages, from_batches
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.evaluation import agreement, size, top1
 from modhifi_cli.graph.components import ComponentGroup, Refusal
 from modhifi_cli.graph.inputs import check_images
 from modhifi_cli.records import Edit, Progress
+from modhifi_cli.settings import config
 
 Batches = Iterable[Any] | Tensor
 Listener = Callable[[Progress], None]
@@ -119,8 +119,8 @@ def prune(
         NumericsError: If weights or activations are not finite.
         UnsupportedModelError: If the network cannot be traced or holds nothing that can be pruned.
     """
+    from modhifi_cli.engine.prune import Plan, Summary, prune_
     from modhifi_cli.graph.counting import count
-    from modhifi_cli.tasks.prune import Plan, Summary, prune_
 
     if target not in ("params", "flops", "components"):
         raise ConfigError(f"target must be params, flops or components, got '{target}'; time is for the command line.")
@@ -224,8 +224,8 @@ def unlearn(
         NumericsError: If values are not finite.
         UnsupportedModelError: If the network is no classifier that can be edited.
     """
-    from modhifi_cli.tasks.labelling import Labels, image_labels
-    from modhifi_cli.tasks.unlearn import UnlearnSummary, forget_classes, trials_as_rows, unlearn_
+    from modhifi_cli.engine.labelling import Labels, image_labels
+    from modhifi_cli.unlearning.search import UnlearnSummary, forget_classes, trials_as_rows, unlearn_
 
     chosen = config.steps("unlearn", ["forget_class=0", f"method={method}", *settings])
     edited, calibration, place = _ready(model, batches, device, in_place=in_place)
@@ -289,7 +289,7 @@ def groups(
         DataError: If `batches` holds no images that fit.
         UnsupportedModelError: If the network cannot be traced.
     """
-    from modhifi_cli.tasks.prune import discover, example_of
+    from modhifi_cli.engine.prune import discover, example_of
 
     seen, calibration, place = _ready(model, batches, None, most=2)
     _, found, refused = discover(seen, example_of(calibration, place), exclude=exclude)
@@ -330,7 +330,7 @@ def score(
     Raises:
         ConfigError, DataError, NumericsError, UnsupportedModelError: As `prune`.
     """
-    from modhifi_cli.tasks.scores import component_scores
+    from modhifi_cli.engine.scores import component_scores
 
     chosen = config.steps("prune", [f"scoring={scoring}", *settings])
     seen, calibration, place = _ready(model, batches, device, most=most_images)
@@ -440,7 +440,7 @@ def _batchnorm(
     warnings: list[str],
 ) -> str:
     """What is done with BatchNorm after a look at the images, as the command line decides it; `warnings` grows."""
-    from modhifi_cli.tasks.quality import Quality, assess
+    from modhifi_cli.engine.quality import Quality, assess
 
     found: Quality | None = None
     for event in assess(model, images, batch_size=batch_size, device=device):

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from modhifi_cli import config
 from modhifi_cli.errors import ConfigError, ModHiFiError, nearest
+from modhifi_cli.settings import config
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it

@@ -15,12 +15,12 @@ import shutil
 
 import torch
 
+from modhifi_cli.engine.prune import discover
 from modhifi_cli.evaluation import latency
 from modhifi_cli.evaluation.latency_probe import narrowed
 from modhifi_cli.graph.counting import CostModel
 from modhifi_cli.models import timm, torchvision
 from modhifi_cli.numerics.allocation import Uniform
-from modhifi_cli.tasks.prune import discover
 
 NETWORKS = ("resnet50", "vgg16_bn", "mobilenet_v2", "tf_efficientnet_lite0", "densenet121")
 SHARES = (0.3, 0.5)

@@ -96,15 +96,16 @@ def measure(
     """Print the table of one network. Runs in a process of its own."""
     import torch
 
-    from modhifi_cli import config
+    from modhifi_cli.engine import curves
+    from modhifi_cli.engine import dense as dense_reference
+    from modhifi_cli.engine import prune as task
+    from modhifi_cli.engine.gathering import Gathering
     from modhifi_cli.graph.segments import Segments
     from modhifi_cli.numerics import moments
     from modhifi_cli.numerics.batchnorm import BatchNormMoments
     from modhifi_cli.numerics.cross import CrossMoments
     from modhifi_cli.records import Edit
-    from modhifi_cli.tasks import curves, dense_reference
-    from modhifi_cli.tasks import prune as task
-    from modhifi_cli.tasks.gathering import Gathering
+    from modhifi_cli.settings import config
 
     steps = config.compose("prune", [f"preset={preset}"])
     if model_name.endswith("_cifar"):
@@ -171,12 +172,13 @@ def measure_decoder(sequences: int, length: int, batch: int, sparsity: float, pr
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from modhifi_cli import config
     from modhifi_cli.data.text import TokenWindows
+    from modhifi_cli.engine import decoder_curves
+    from modhifi_cli.engine import prune_decoder as task
+    from modhifi_cli.engine import token_walk as decoder_flow
     from modhifi_cli.numerics import moments
     from modhifi_cli.records import Edit, Note
-    from modhifi_cli.tasks import decoder_curves, decoder_flow
-    from modhifi_cli.tasks import prune_decoder as task
+    from modhifi_cli.settings import config
 
     shape = {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,

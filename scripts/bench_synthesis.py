@@ -20,9 +20,9 @@ CASES = (["--model=resnet20_cifar", "--images=256", "--steps=10"], ["--model=res
 def measure(name: str, images: int, steps: int, device: str) -> str:
     import torch
 
-    from modhifi_cli import config
     from modhifi_cli.data import inversion, procedural
     from modhifi_cli.data.making import Making
+    from modhifi_cli.settings import config
 
     settings = config.compose("synthesize", [f"model={name}", "model.weights=random", "data=inversion"])
     loaded = config.build(settings["model"])

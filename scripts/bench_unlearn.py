@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from modhifi_cli import config
-from modhifi_cli.tasks.collapse import CollapseU
-from modhifi_cli.tasks.forgetting import ContrastU, DisCEditU, ModHiFiU
-from modhifi_cli.tasks.unlearn import Trial, unlearn_
+from modhifi_cli.settings import config
+from modhifi_cli.unlearning.collapse import CollapseU
+from modhifi_cli.unlearning.forgetting import ContrastU, DisCEditU, ModHiFiU
+from modhifi_cli.unlearning.search import Trial, unlearn_
 
 METHODS = {
     "modhifi_u, share given": lambda: ModHiFiU(fraction=0.1),

@@ -10,9 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from modhifi_cli import reports
 from modhifi_cli.cli import main as modhifi
 from modhifi_cli.models import catalogue
+from modhifi_cli.pages import reports
 
 PAGE = Path(__file__).resolve().parent.parent / "modhifi_cli" / "COVERAGE.md"
 # In the smallest networks the classifier behind a norm weighs most, which nobody can cut. Where that alone stops the

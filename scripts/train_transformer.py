@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modhifi_cli import config
 from modhifi_cli.data import arrays, digits
 from modhifi_cli.records import Preprocess
+from modhifi_cli.settings import config
 
 CALIBRATION = 450
 BATCH_SIZE = 32

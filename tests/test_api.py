@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import modhifi_cli
-from modhifi_cli import artifacts, config
 from modhifi_cli.cli import main
 from modhifi_cli.data import digits
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
+from modhifi_cli.files import artifacts
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.models import embedded
+from modhifi_cli.settings import config
 
 LOADED = embedded.load()
 

@@ -43,7 +43,7 @@ def test_an_installed_wheel_finds_its_configs_from_any_folder(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "sparsity: 0.25" in done.stdout
-    code = "import modhifi_cli.config as c; print(c.config_directory())"
+    code = "import modhifi_cli.settings.config as c; print(c.config_directory())"
     found = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli import artifacts, config, plots, reports
+from modhifi_cli.audit.plan import AuditReport, AuditSettings
 from modhifi_cli.console import Console
+from modhifi_cli.engine.labelling import Labels, image_labels
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation.forward import RememberedLogits
+from modhifi_cli.files import artifacts
+from modhifi_cli.pages import plots, reports
 from modhifi_cli.records import ImageSource, LoadedModel, Measurement
-from modhifi_cli.tasks.audit import AuditReport, AuditSettings
-from modhifi_cli.tasks.labelling import Labels, image_labels
+from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
 
 
@@ -92,7 +94,7 @@ def make_audit(
         console: Shown progress.
         answers: Memories that shall learn the logits of the evaluation images, by network.
     """
-    from modhifi_cli.tasks.audit import audit as audited
+    from modhifi_cli.audit.plan import audit as audited
 
     reference = _reference(settings["audit"]["reference"], model, loaded)
     events = audited(

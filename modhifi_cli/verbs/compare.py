@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modhifi_cli import comparison
 from modhifi_cli.console import Console
-from modhifi_cli.verbs import pieces
+from modhifi_cli.verbs import comparison, pieces
 from modhifi_cli.verbs.prune import prune
 
 

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modhifi_cli import artifacts, config, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, ModHiFiError
+from modhifi_cli.files import artifacts
+from modhifi_cli.pages import reports
 from modhifi_cli.records import Progress
+from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
 
 _VERSION = 3  # to be raised when networks are examined in another way: older results are then made anew
@@ -252,10 +254,10 @@ def examine(name: str, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
 
+    from modhifi_cli.engine import coverage as task
     from modhifi_cli.graph.answers import flattened
     from modhifi_cli.models.weights import undrawn_weights
     from modhifi_cli.records import Edit
-    from modhifi_cli.tasks import coverage as task
 
     loaded = _load(asked["library"], name)
     model = loaded.model
@@ -353,7 +355,7 @@ def _onnx(model: Any, example: Any, folder: Path) -> str:
         import onnxruntime  # noqa: F401
     except ImportError:
         return "onnxruntime is not installed"
-    from modhifi_cli import exports
+    from modhifi_cli.files import exports
 
     try:
         exports.to_onnx(model, example[:1], folder / "model.onnx")

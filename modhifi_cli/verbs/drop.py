@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli import artifacts
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.files import artifacts
 from modhifi_cli.records import Edit, ImageSource
 
 FOLDER = "trials"
@@ -74,10 +74,10 @@ def search_(
         ConfigError: If even the smallest cut breaks the bound; the run's folder is gone then.
     """
     from modhifi_cli.data.parts import Part
+    from modhifi_cli.engine.max_drop import DropSearch, Trial, measured_drop, predicted_drop, predicted_share
+    from modhifi_cli.engine.prune import Summary
     from modhifi_cli.graph.surgery import apply_edit_
     from modhifi_cli.numerics.allocation import UnreachableShare
-    from modhifi_cli.tasks.max_drop import DropSearch, Trial, measured_drop, predicted_drop, predicted_share
-    from modhifi_cli.tasks.prune import Summary
 
     asked = settings["target"]
     fitted = Part(calibration, share=asked["held_out"], held_out=False)

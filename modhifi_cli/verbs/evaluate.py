@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from modhifi_cli import artifacts, config
 from modhifi_cli.console import Console
+from modhifi_cli.files import artifacts
+from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
 
 _MADE = tuple(f"modhifi_cli.data.{name}." for name in ("synthetic", "inversion", "class_inversion", "generated", "mixed"))

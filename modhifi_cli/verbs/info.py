@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modhifi_cli import config
 from modhifi_cli.console import Console
+from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
 
 
 def info(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> None:
+    from modhifi_cli.engine.prune import discover
     from modhifi_cli.graph.counting import CostModel
-    from modhifi_cli.tasks.prune import discover
 
     if pieces.is_decoder(settings):
         _of_decoder(settings, console)

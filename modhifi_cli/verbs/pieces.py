@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli import artifacts, cache, comparison, config, pages, reports, run_pages
 from modhifi_cli.console import Console
 from modhifi_cli.data.making import Making
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError, NumericsError
+from modhifi_cli.files import artifacts, cache
+from modhifi_cli.pages import page as pages
+from modhifi_cli.pages import reports
+from modhifi_cli.pages import run as run_pages
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Preprocess, TextInput
+from modhifi_cli.settings import config
+from modhifi_cli.verbs import comparison
 
 # Settings that may differ between a run and its continuation; the audit looks at the network and changes nothing.
 _NOT_COMPARED = ("resume", "console", "output_dir", "audit")

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli import artifacts, comparison, config, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError
+from modhifi_cli.files import artifacts
+from modhifi_cli.pages import reports
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress
-from modhifi_cli.verbs import drop, pieces, quality, timing
+from modhifi_cli.settings import config
+from modhifi_cli.verbs import comparison, drop, pieces, quality, timing
 
 _GROUP_FACTS = ("dead_outputs", "fidelity", "subset_fidelity", "rows", "seconds")
 
@@ -149,8 +151,8 @@ def _edit_(
     times: timing.Times,
 ) -> tuple[Any, list[Edit], dict[str, float]]:
     """Run the task; every edit is on disk before the next group starts. Summary, edits, and the errors it predicted."""
+    from modhifi_cli.engine.prune import Plan, Summary
     from modhifi_cli.evaluation.latency_table import LatencyTable
-    from modhifi_cli.tasks.prune import Plan, Summary
 
     events = _events(model, settings, calibration, device, done, times.latency())
     edits, summary, warned = list(done), None, set()
@@ -192,8 +194,8 @@ def _plan(
     times: timing.Times,
 ) -> Any:
     """The plan of a run, which is then abandoned before its first edit; the latency table it measured is kept."""
+    from modhifi_cli.engine.prune import Plan
     from modhifi_cli.evaluation.latency_table import LatencyTable
-    from modhifi_cli.tasks.prune import Plan
 
     for event in _events(model, settings, calibration, device, (), times.latency()):
         if isinstance(event, Progress):
@@ -214,7 +216,7 @@ def _events(
     latency: Any,
 ) -> Iterator[Any]:
     """The run of our method, or of an outside one where the settings name it; both tell the same kinds of records."""
-    from modhifi_cli.tasks.prune import prune_
+    from modhifi_cli.engine.prune import prune_
 
     if pieces.is_decoder(settings):
         return _decoder_events(model, settings, calibration, device, done)
@@ -258,8 +260,8 @@ def _events(
 def _decoder_events(
     model: nn.Module, settings: Mapping[str, Any], calibration: ImageSource, device: torch.device, done: Sequence[Edit]
 ) -> Iterator[Any]:
-    from modhifi_cli.tasks.prune_decoder import prune_decoder_
-    from modhifi_cli.tasks.team import Team
+    from modhifi_cli.engine.prune_decoder import prune_decoder_
+    from modhifi_cli.engine.team import Team
 
     if settings.get("outside"):
         raise ConfigError("outside methods are for networks that read images; set outside=null.")

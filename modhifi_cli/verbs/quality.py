@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from modhifi_cli import artifacts
 from modhifi_cli.console import Console
+from modhifi_cli.files import artifacts
 from modhifi_cli.records import ImageSource, Preprocess, Progress, TextInput
 
 FILE = "quality.json"
@@ -26,7 +26,7 @@ def look(
     place: artifacts.RunDirectory,
 ) -> Any:
     """Assess a set with the dense network's eyes, and keep what is found in the run's folder."""
-    from modhifi_cli.tasks.quality import Quality, assess
+    from modhifi_cli.engine.quality import Quality, assess
 
     found: Quality | None = None
     for event in assess(model, source, batch_size=settings["runtime"]["batch_size"], device=device):

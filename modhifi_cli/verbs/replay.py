@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modhifi_cli import artifacts, config
 from modhifi_cli.console import Console
 from modhifi_cli.errors import DataError
+from modhifi_cli.files import artifacts
 from modhifi_cli.records import Progress
+from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
 
 

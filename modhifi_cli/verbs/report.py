@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modhifi_cli import artifacts, pages, plots, run_pages
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.files import artifacts
+from modhifi_cli.pages import page as pages
+from modhifi_cli.pages import plots
+from modhifi_cli.pages import run as run_pages
 from modhifi_cli.verbs import pieces
 
 

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modhifi_cli import artifacts, config, reports
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError
+from modhifi_cli.files import artifacts
+from modhifi_cli.pages import reports
 from modhifi_cli.records import ImageSource, LoadedModel, Progress
+from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
 
 _CELLS_VERSION = 1  # to be raised when cells are computed in another way: older ones are then computed anew
@@ -77,7 +79,7 @@ def _subject(
 
     from modhifi_cli.graph.surgery import weights_hash
     from modhifi_cli.models import build_architecture
-    from modhifi_cli.tasks.studies.subject import Subject
+    from modhifi_cli.studies.subject import Subject
 
     example, _ = next(iter(calibration.batches(2)))
     example = example if len(example) > 1 else torch.cat([example, example.flip(-1)])

@@ -10,9 +10,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from modhifi_cli import artifacts, config
 from modhifi_cli.console import open_console
 from modhifi_cli.errors import ModHiFiError
+from modhifi_cli.files import artifacts
+from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces, run
 
 # What the table of a sweep shows of summary.csv, and under which head: a terminal is narrow.

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from modhifi_cli import artifacts, cache, config
 from modhifi_cli.console import Console
 from modhifi_cli.data.sheet import contact_sheet
 from modhifi_cli.errors import ConfigError
+from modhifi_cli.files import artifacts, cache
 from modhifi_cli.records import ImageSource, LoadedModel, TextInput
+from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces, quality
 
 

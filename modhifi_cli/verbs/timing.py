@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli import artifacts
 from modhifi_cli.console import Console
+from modhifi_cli.files import artifacts
 from modhifi_cli.records import Preprocess
 from modhifi_cli.verbs import pieces
 
@@ -45,8 +45,8 @@ class Times:
 
     def latency(self) -> Any:
         """How the task shall measure; with the run's own table first (a continued run must not measure again)."""
+        from modhifi_cli.engine.prices import LatencySettings
         from modhifi_cli.evaluation import latency_probe
-        from modhifi_cli.tasks.pricing import LatencySettings
 
         if not self.wanted:
             return None
@@ -79,8 +79,8 @@ class Times:
         console: Console,
     ) -> Any:
         """The summary with the share of time that the new network really saves, and a warning if that surprises."""
+        from modhifi_cli.engine.prices import measured_here
         from modhifi_cli.evaluation import latency_probe
-        from modhifi_cli.tasks.pricing import measured_here
 
         if summary.latency is None:
             return summary

@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli import artifacts, config, reports
+from modhifi_cli.audit.plan import AuditReport
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation.forward import RememberedLogits
+from modhifi_cli.files import artifacts
+from modhifi_cli.pages import reports
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress
-from modhifi_cli.tasks.audit import AuditReport
+from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces, quality
 from modhifi_cli.verbs.audit import audit_measurements, audit_settings, make_audit, show_audit, write_audit
 
 
 def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
     from modhifi_cli.graph.surgery import weights_hash
-    from modhifi_cli.tasks.unlearn import forget_classes
+    from modhifi_cli.unlearning.search import forget_classes
 
     asked, settings = settings, dict(settings)
     command = pieces.command_line("unlearn", facts["overrides"])
@@ -125,7 +127,7 @@ def _labels(
     device: torch.device,
     console: Console,
 ) -> Any:
-    from modhifi_cli.tasks.labelling import Labels, image_labels
+    from modhifi_cli.engine.labelling import Labels, image_labels
 
     found = None
     for event in image_labels(
@@ -158,8 +160,8 @@ def _edit_(
     console: Console,
 ) -> tuple[Any, list[Edit]]:
     """Run the task; every edit goes to disk as it comes. The summary, and all edits."""
-    from modhifi_cli.tasks.audit import check_samples
-    from modhifi_cli.tasks.unlearn import Finetune, Trial, UnlearnPlan, UnlearnSummary, unlearn_
+    from modhifi_cli.audit.plan import check_samples
+    from modhifi_cli.unlearning.search import Finetune, Trial, UnlearnPlan, UnlearnSummary, unlearn_
 
     method = config.build(settings["method"])
     edits, summary = list(done), None
@@ -231,7 +233,7 @@ def _write_outcome(
     calibration: ImageSource,
     seen: Any,
 ) -> None:
-    from modhifi_cli.tasks.unlearn import trials_as_rows
+    from modhifi_cli.unlearning.search import trials_as_rows
 
     method = str(settings["method"]["_target_"]).rpartition(".")[2]
     hidden = ("trials", "warnings", "strength", "edits", "finetuned")

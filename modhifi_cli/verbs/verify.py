@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modhifi_cli import artifacts
 from modhifi_cli.console import Console
 from modhifi_cli.errors import DataError, NumericsError
+from modhifi_cli.files import artifacts
 from modhifi_cli.verbs import pieces
 
-_OURS = "import sys; from modhifi_cli.artifacts import answer_process; sys.exit(answer_process(*sys.argv[1:]))"
+_OURS = "import sys; from modhifi_cli.files.artifacts import answer_process; sys.exit(answer_process(*sys.argv[1:]))"
 # Nothing of this package: what a stranger would type.
 _PLAIN = """
 import sys, torch

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from modhifi_cli import cache
 from modhifi_cli.data import class_inversion, inversion, synthetic
 from modhifi_cli.data.making import Making
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
+from modhifi_cli.files import cache
 from modhifi_cli.records import Preprocess
 
 PREPROCESS = Preprocess((8, 8), (0.45, 0.45, 0.45), (0.23, 0.23, 0.23))

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from modhifi_cli import cache
 from modhifi_cli.data import generated
 from modhifi_cli.data.making import Making
 from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.files import cache
 from modhifi_cli.records import Preprocess, TextInput
 from tests.decoders import tiny
 

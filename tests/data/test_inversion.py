@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from modhifi_cli import cache
 from modhifi_cli.data import inversion, pixels, procedural
 from modhifi_cli.data.making import Making
 from modhifi_cli.data.sources import normalise
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
+from modhifi_cli.files import cache
 from modhifi_cli.records import Preprocess
 
 PREPROCESS = Preprocess((8, 8), (0.45, 0.45, 0.45), (0.23, 0.23, 0.23))

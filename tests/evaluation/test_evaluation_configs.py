@@ -64,5 +64,5 @@ def test_lists_of_evaluations_and_exports_compose_side_by_side(tmp_path):
 
     assert list(some.evaluation) == ["top1", "latency"]
     assert some.evaluation.latency.iterations == 5
-    assert some.export.onnx._target_ == "modhifi_cli.exports.to_onnx"
+    assert some.export.onnx._target_ == "modhifi_cli.files.exports.to_onnx"
     assert "evaluation" not in none and "export" not in none

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from modhifi_cli.engine.prune import discover
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation import latency_probe
 from modhifi_cli.evaluation.latency_probe import Saved, fit, measure_table, narrowed, saved_share, widths_of
@@ -14,7 +15,6 @@ from modhifi_cli.evaluation.latency_table import LatencyTable, LayerTimes, monot
 from modhifi_cli.graph.counting import LayerWidths, independent_inputs, output_size
 from modhifi_cli.graph.law import randomise_
 from modhifi_cli.records import Progress
-from modhifi_cli.tasks.prune import discover
 from tests.graph import networks, transformers
 from tests.machines import Machine
 

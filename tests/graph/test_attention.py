@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from modhifi_cli.engine.prune import discover
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.graph import law
 from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.heads import HeadwiseAttention, adopt_, head_count
 from modhifi_cli.graph.law import check, slice_groups_, zero_consumers_
 from modhifi_cli.graph.surgery import describe_widths, restore_widths_
-from modhifi_cli.tasks.prune import discover
 from tests.graph import attentions, transformers
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modhifi_cli.graph.gains import module_constant, worst_case_gains
-from tests.tasks.studies.helpers import network
+from tests.studies.helpers import network
 
 
 def dense_matrix(module, shape):

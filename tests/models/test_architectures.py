@@ -97,7 +97,7 @@ def _lite_block(number):
 
 
 def test_dinov2_reads_224_pixels_and_gives_features():
-    from modhifi_cli import config
+    from modhifi_cli.settings import config
 
     loaded = config.build(config.compose("prune", ["model=dinov2_vits14", "model.weights=random"])["model"])
     assert (loaded.preprocess.size, loaded.preprocess.resize) == ((224, 224), 256)

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from modhifi_cli import artifacts
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
+from modhifi_cli.files import artifacts
 from modhifi_cli.graph.components import Layout
 from modhifi_cli.graph.decoder import find_parts, slice_part_
 from modhifi_cli.models import hf

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modhifi_cli import artifacts
 from modhifi_cli.cli import main
+from modhifi_cli.engine.prune import discover
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
+from modhifi_cli.files import artifacts
 from modhifi_cli.graph.law import Verdict
 from modhifi_cli.models import build_architecture, module
-from modhifi_cli.tasks.prune import discover
 
 CODE = Path(__file__).with_name("own_networks.py")
 SIZE = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "size": 8}
@@ -177,7 +177,7 @@ def test_a_group_that_fails_the_law_is_named_with_its_modules(monkeypatch):
     def unlawful(model, candidates, example, **_):
         return (), {ways[0].name: Verdict(0.25, 1.0) for ways in candidates}
 
-    monkeypatch.setattr("modhifi_cli.tasks.prune.lawful", unlawful)
+    monkeypatch.setattr("modhifi_cli.engine.prune.lawful", unlawful)
     _, groups, refused = discover(load("Small").model, torch.randn(2, 3, 8, 8))
     assert groups == ()
     assert [(r.name, r.reason) for r in refused] == [
@@ -212,9 +212,9 @@ TRAINED = {"densenet": ("cifar10_densenet", 90.23, 84.0), "resnet": ("cifar10_re
 @pytest.mark.real
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_networks_keep_their_accuracy_and_most_of_it_without_30_percent_of_their_flops(name, test_data):
-    from modhifi_cli import config
     from modhifi_cli.data import arrays
-    from modhifi_cli.tasks.prune import prune_
+    from modhifi_cli.engine.prune import prune_
+    from modhifi_cli.settings import config
 
     file, top1, least = TRAINED[name]
     loaded = load(name, weights=str(test_data / f"weights/{file}.safetensors"), preprocess=CIFAR)

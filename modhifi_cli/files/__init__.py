@@ -1,0 +1,1 @@
+"""The files of a run: its folder, its saved network, the cache of made data, and export files."""

@@ -1,1 +1,0 @@
-"""What the tool does, as generators of records: they write no file and print nothing."""

@@ -1,0 +1,227 @@
+"""Where a block ends: which layer writes the last of its output, and what else is in that output.
+
+Behind a block all paths of the network run through one tensor, a cut. Where the cut's output is o + s, or the positive
+part of it, with o what one layer (or the BatchNorm behind it) gives and s the residual stream, that layer can be solved
+so that the whole output, stream included, becomes what is wanted. Found by looking at one example, not declared.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.engine.image_walk import Activations
+from modhifi_cli.graph.segments import Segments, inputs_seen
+from modhifi_cli.records import Progress
+
+
+@dataclass(frozen=True)
+class Closing:
+    """How one layer ends a block.
+
+    Attributes:
+        place: The cut behind it.
+        stream: Module whose output s is; None with `summed`: s is what the place holds beside o; None without: s = 0.
+        summed: Whether the place's output is o + s itself, without an activation behind the sum.
+        last: Whether only the classifier and what has no weights of its own to solve come behind it.
+        pooled: Whether the classifier sees the place's mean over positions, so that nothing has to be told apart from
+            position to position there.
+    """
+
+    place: str
+    stream: str | None
+    summed: bool
+    last: bool = False
+    pooled: bool = False
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Modules whose outputs have to be seen to know s."""
+        if self.stream is not None:
+            return (self.stream,)
+        return (self.place,) if self.summed else ()
+
+    def beside(self, own: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """s for a batch.
+
+        Args:
+            own: o, ``[batch, …]``.
+            given: Outputs of `reads` in the same forward.
+        """
+        if self.stream is not None:
+            return given[self.stream]
+        return given[self.place] - own if self.summed else torch.zeros_like(own)
+
+
+@torch.no_grad()
+def find_closings(
+    model: nn.Module, segments: Segments, example: Tensor, layers: Mapping[str, str | None], classifier: str
+) -> dict[str, Closing]:
+    """The layers that end a block, in execution order.
+
+    Args:
+        model: Network in evaluation mode.
+        segments: Its cuts.
+        example: A batch of at least two images.
+        layers: Convolutions and linear layers in front of the classifier, in execution order → BatchNorm behind or None.
+        classifier: The linear layer that gives the logits.
+    """
+    trace = segments.trace
+    visits = trace.visits
+    ends: dict[str, list[str]] = {}  # first cut behind → layers in front of it
+    for name in layers:
+        first = next((cut for cut in trace.cuts if visits[cut].leave >= visits[name].leave), None)
+        if first is not None:
+            ends.setdefault(first, []).append(name)
+    seen = _outputs(model, example, {*layers, *filter(None, layers.values()), *trace.cuts, *trace.joins.values()})
+    found = {}
+    for first, names in ends.items():
+        behind = min((visits[name].enter for name in layers if visits[name].enter > visits[first].leave), default=None)
+        places = [
+            cut
+            for cut in trace.cuts
+            if visits[cut].leave >= visits[first].leave and (behind is None or visits[cut].leave < behind)
+        ]
+        # A shortcut's own convolution may end the block as well; the layer that reads more can give more.
+        names = sorted(names, key=lambda name: (-model.get_submodule(name).weight[0].numel(), -visits[name].enter))
+        tried = ((name, place) for name in names for place in reversed(places))
+        for name, place in tried:
+            closing = _closing(model, example, layers[name] or name, place, trace.joins, seen)
+            if closing is not None:
+                found[name] = closing
+                break
+    ordered = [name for name in layers if name in found]
+    if ordered:
+        end = found[ordered[-1]]
+        read: list[Tensor] = []
+        with inputs_seen(model, {classifier: read.append}):
+            model(example)
+        whole = seen[end.place]
+        pooled = whole.dim() == 4 and whole.shape[1] == read[0].shape[-1] and _is_close(whole.mean((2, 3)), read[0])
+        found[ordered[-1]] = replace(end, last=True, pooled=pooled)
+    return {name: found[name] for name in ordered}
+
+
+def class_means(
+    activations: Activations, closings: Mapping[str, Closing], labels: Tensor, wanted: Tensor, classes: int
+) -> Iterator[Progress | dict[str, Tensor]]:
+    """Mean output of every class at the place of every closing; a mapping by layer comes last.
+
+    A place that the classifier sees pooled has the mean over positions at every position.
+
+    Args:
+        activations: Of the dense network, in front of all places.
+        closings: By layer.
+        labels: ``[images]`` int64.
+        wanted: Which images count, ``[images]`` bool.
+        classes: How many there are; a class without images has zeros.
+    """
+    places = tuple(dict.fromkeys(closing.place for closing in closings.values()))
+    sums: dict[str, Tensor] = {}
+    counts = torch.bincount(labels[wanted], minlength=classes).clamp(min=1)
+    start = 0
+    for _, given, done, total in activations.seen(outputs=places):
+        numbers = torch.arange(start, start + len(given[places[0]]))
+        member = torch.nn.functional.one_hot(labels[numbers], classes) * wanted[numbers, None]
+        for place, output in given.items():
+            summed = (member.to(output).T @ output.flatten(1)).double().view(classes, *output.shape[1:])
+            sums[place] = summed if place not in sums else sums[place].add_(summed)
+        start += len(numbers)
+        yield Progress("images", "class means", done, total)
+    means = {
+        place: (total / counts.to(total).view(-1, *[1] * (total.dim() - 1))).float() for place, total in sums.items()
+    }
+    for closing in closings.values():
+        if closing.pooled:
+            mean = means[closing.place]
+            means[closing.place] = mean.mean((2, 3), keepdim=True).expand_as(mean)
+    yield {name: means[closing.place] for name, closing in closings.items()}
+
+
+def read_positions(model: nn.Module, example: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Of linear layers over tokens, the tokens of their output that the logits depend on, where those are not all.
+
+    In the last block of a transformer that is read at its class token only that one counts; the others would take part
+    of what a layer can be fitted to.
+
+    Args:
+        model: Network in evaluation mode.
+        example: A batch of at least two images.
+        names: The layers.
+
+    Returns:
+        Layer → positions, ``[read]`` int64 sorted; layers that are read everywhere, or nowhere, are left out.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            if output.dim() == 3 and len(output) == len(example):
+                outputs[name] = output
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        with torch.enable_grad():
+            logits = model(example.detach().clone().requires_grad_())
+            # Not the plain sum: a normalisation in front of the head could make its gradient vanish.
+            weights = torch.linspace(1, 2, logits.numel(), device=logits.device, dtype=logits.dtype).view_as(logits)
+            score = (logits * weights).square().sum()
+            slopes = torch.autograd.grad(score, list(outputs.values()), allow_unused=True) if outputs else ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for name, slope in zip(outputs, slopes, strict=True):
+        if slope is not None:
+            read = (slope != 0).any(2).any(0).nonzero().flatten().cpu()
+            if 0 < len(read) < slope.shape[1]:
+                found[name] = read
+    return found
+
+
+def _closing(
+    model: nn.Module, example: Tensor, own: str, place: str, joins: Mapping[str, str], seen: Mapping[str, Tensor]
+) -> Closing | None:
+    if own not in seen or place not in seen or seen[own].shape != seen[place].shape:
+        return None
+    mine, whole, stream = seen[own], seen[place], joins.get(own)
+    if stream in seen and seen[stream].shape == mine.shape and _is_sum(whole, mine + seen[stream]):
+        return Closing(place, stream, summed=False)
+    if _is_sum(whole, mine):
+        return Closing(place, None, summed=False)
+    halved = _outputs(model, example, {place}, halve=own)[place]
+    if _is_close(halved - 0.5 * mine, whole - mine):
+        return Closing(place, None, summed=True)
+    return None
+
+
+def _is_sum(output: Tensor, whole: Tensor) -> bool:
+    return any(_is_close(output, one) for one in (whole, whole.relu()))
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+
+
+def _outputs(model: nn.Module, example: Tensor, names: Set[str], *, halve: str | None = None) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+            if isinstance(output, Tensor):
+                seen[name] = output.clone()
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    if halve is not None:
+        handles.append(model.get_submodule(halve).register_forward_hook(lambda module, inputs, output: 0.5 * output))
+    try:
+        model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

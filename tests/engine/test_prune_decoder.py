@@ -1,0 +1,238 @@
+"""Pruning tiny random decoders: edits, budgets, replay, resuming, both references, and the numerics behind them."""
+
+import copy
+import functools
+
+import pytest
+import torch
+
+from modhifi_cli.engine.prune import Plan, Summary
+from modhifi_cli.engine.prune_decoder import DecoderOptions, prune_decoder_
+from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.graph.surgery import apply_edit_, weights_hash
+from modhifi_cli.models.hf import native_config
+from modhifi_cli.numerics.allocation import Global, Uniform
+from modhifi_cli.numerics.compensation import Joint, NoCompensation, PerKernel
+from modhifi_cli.numerics.schedule import geometric
+from modhifi_cli.numerics.scoring import Energy, Fluctuation, Singleton
+from modhifi_cli.numerics.selection import Greedy, TopK
+from modhifi_cli.records import Edit, Note
+from tests.decoders import FAMILIES, tiny, tokens
+
+BOTH = DecoderOptions(components=("mlp", "attention"))
+
+
+def prune(model, *, sparsity=0.3, target="params", options=BOTH, passes=1, done=(), stop=None, **changed):
+    """Edits and the other records of a run; with `stop` it is left after so many edits."""
+    steps = {"scoring": Singleton(), "selection": Greedy(), "compensation": Joint(), "allocation": Uniform()} | changed
+    given = {"calibration": tokens(), "batch_size": 8}
+    given |= {key: steps.pop(key) for key in ("round_to", "exclude", "team") if key in steps}
+    edits, others = list(done), []
+    for event in prune_decoder_(
+        model,
+        sparsity=sparsity,
+        target=target,
+        schedule=functools.partial(geometric, iterations=passes),
+        options=options,
+        done=done,
+        **given,
+        **steps,
+    ):
+        (edits if isinstance(event, Edit) else others).append(event)
+        if stop is not None and len(edits) == stop:
+            break
+    return edits, others
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_decoder_replays_and_goes_on_after_an_interruption(family):
+    dense, model = tiny(family), tiny(family)
+    edits, others = prune(model)
+    assert len(edits) == 4 and isinstance(others[-1], Summary)
+    assert abs(others[-1].achieved["params"] - 0.3) < 0.02
+    again = copy.deepcopy(dense)
+    for edit in edits:
+        apply_edit_(again, edit)
+    assert weights_hash(again) == weights_hash(model)
+    resumed = tiny(family)
+    begun, _ = prune(resumed, stop=3)
+    goes_on = tiny(family)
+    prune(goes_on, done=begun)
+    assert weights_hash(goes_on) == weights_hash(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_a_cache_equals_generation_without(family):
+    model = tiny(family)
+    prune(model)
+    prompt = tokens(2, 6, seed=3).windows
+    prompt = torch.stack(list(prompt))
+    with torch.no_grad():
+        out = model(input_ids=prompt, use_cache=True)
+        longer = prompt
+        for _ in range(6):
+            token = out.logits[:, -1:].argmax(-1)
+            longer = torch.cat([longer, token], 1)
+            plain = model(input_ids=longer, use_cache=False).logits[:, -1]
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            assert torch.allclose(out.logits[:, -1], plain, atol=1e-4 * float(plain.abs().max()))
+
+
+def test_keeping_everything_changes_nothing():
+    model = tiny("llama")
+    edits, others = prune(model, sparsity=0.0)
+    assert not edits and weights_hash(model) == weights_hash(tiny("llama"))
+
+
+@pytest.mark.parametrize("weighting", ["even", "stream"])
+def test_the_repair_is_least_squares_on_the_tokens_that_the_layer_sees(weighting):
+    dense, model = tiny("llama").double(), tiny("llama").double()
+    options = DecoderOptions(components=("mlp",), weighting=weighting)
+    edits, _ = prune(model, options=options, compensation=Joint(ridge=1e-3))
+    first = edits[0]
+    rows = []
+    down = dense.model.layers[0].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].flatten(0, 1)))
+    with torch.no_grad():
+        stream = dense(torch.stack(list(tokens().windows)), output_hidden_states=True).hidden_states[1]
+    handle.remove()
+    x = torch.cat(rows)
+    if weighting == "stream":  # a row counts by how short the residual stream is that its output goes into
+        square = stream.square().mean(-1)
+        x = x * (1 / square / (1 / square).mean(1, keepdim=True)).flatten()[:, None] ** 0.5
+    kept = first.kept
+    strength = 1e-3 * x[:, kept].square().mean()
+    ours = next(edit for edit in first.modules if edit.module.endswith("down_proj")).tensors["weight"].double()
+    # min |X W' - X W|² + strength |W' - W_C|², by stacking rows.
+    root = (strength * len(x)).sqrt() * torch.eye(len(kept), dtype=torch.float64)
+    matrix = torch.cat([x[:, kept], root])
+    wanted = torch.cat([x @ down.weight.T, root @ down.weight[:, kept].T])
+    expected = torch.linalg.lstsq(matrix, wanted).solution.T
+    assert torch.allclose(ours, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+def test_the_dense_reference_repairs_errors_of_earlier_layers(family):
+    """Behind the last layer the residual stream is nearer to the dense one than with each layer's own output."""
+    ids = torch.stack(list(tokens().windows))
+    wanted = tiny(family)(input_ids=ids, output_hidden_states=True).hidden_states[-2]
+    errors = {}
+    for reference in ("edited", "dense"):
+        model = tiny(family)
+        options = DecoderOptions(components=("mlp", "attention"), reference=reference)
+        prune(model, options=options, selection=TopK(), compensation=Joint(ridge=1e-4))
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-2]
+        errors[reference] = float((hidden - wanted).square().mean())
+    assert errors["dense"] < errors["edited"]
+
+
+def test_the_dense_reference_of_the_first_part_is_its_own_output():
+    plain, dense = tiny("llama"), tiny("llama")
+    first = prune(plain, compensation=Joint(ridge=1e-3), selection=TopK(), stop=1)[0][0]
+    options = DecoderOptions(components=("mlp", "attention"), reference="dense")
+    second = prune(dense, options=options, compensation=Joint(ridge=1e-3), selection=TopK(), stop=1)[0][0]
+    for one, two in zip(first.modules, second.modules, strict=True):
+        for name, tensor in one.tensors.items():
+            assert torch.allclose(tensor, two.tensors[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_behind_the_consumer_has_no_dense_reference(dtype):
+    with pytest.raises(ConfigError, match="a normalisation follows it"):
+        prune(tiny("gemma2").to(dtype), options=DecoderOptions(reference="dense"))
+
+
+def test_a_stream_that_half_precision_rounds_is_no_norm():
+    """Streams of trained decoders are hundreds of times as large as what a layer adds, and swallow some of it."""
+    model = tiny("llama").to(torch.bfloat16)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1000)
+    edits, _ = prune(model, options=DecoderOptions(components=("mlp", "attention"), reference="dense"))
+    assert len(edits) == 4 and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_bias_can_be_added_and_carries_the_mean():
+    model = tiny("llama")
+    options = DecoderOptions(add_bias=True)
+    edits, _ = prune(model, options=options, scoring=Fluctuation(), selection=TopK(), compensation=NoCompensation())
+    assert model.model.layers[0].mlp.down_proj.bias is not None
+    again = tiny("llama")
+    for edit in edits:
+        apply_edit_(again, edit)
+    assert weights_hash(again) == weights_hash(model)
+
+
+def test_even_widths_are_the_same_in_every_layer_and_multiples():
+    model = tiny("llama", num_hidden_layers=3)
+    _, others = prune(model, sparsity=0.3, round_to=8)
+    plan = next(event for event in others if isinstance(event, Plan))
+    assert {group.keep for group in plan.groups if "mlp" in group.name} in ({32}, {24}, {40})
+    assert len({group.keep for group in plan.groups if "attn" in group.name}) == 1
+
+
+def test_query_heads_stay_even_over_their_kv_heads():
+    model = tiny("llama")
+    options = DecoderOptions(components=("attention",), unit="query_head")
+    edits, _ = prune(model, options=options, target="components", sparsity=0.5)
+    assert all((edit.kept // 2).tolist() == [0, 1] for edit in edits)
+    for selection in (TopK(),):
+        edits, _ = prune(
+            tiny("llama"), options=options, target="components", sparsity=0.5, selection=selection, scoring=Energy()
+        )
+        assert all((edit.kept // 2).tolist() == [0, 1] for edit in edits)
+
+
+def test_several_passes_reach_the_same_widths():
+    model = tiny("llama")
+    edits, others = prune(model, passes=2, compensation=PerKernel(), scoring=Energy(), selection=TopK())
+    assert {edit.iteration for edit in edits} == {0, 1}
+    assert abs(others[-1].achieved["params"] - 0.3) < 0.02
+
+
+def test_memory_is_told_before_and_after():
+    notes = [event.text for event in prune(tiny("llama"))[1] if isinstance(event, Note)]
+    assert "estimated" in notes[0] and "measured" in notes[-1]
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ConfigError, match="cannot be reached: the groups that may be pruned give at most"):
+        prune(tiny("llama"), options=DecoderOptions(components=("attention",)), sparsity=0.9)
+    with pytest.raises(ConfigError, match="decoder.reference must be one of edited, dense, got 'other'"):
+        DecoderOptions(reference="other")
+    with pytest.raises(ConfigError, match="must name mlp, attention or both"):
+        DecoderOptions(components=("heads",))
+    with pytest.raises(ConfigError, match="knows one pass over the layers"):
+        prune(tiny("llama"), options=DecoderOptions(reference="dense"), passes=2)
+    edits, _ = prune(tiny("llama"))
+    with pytest.raises(DataError, match="does not fit these settings"):
+        prune(tiny("llama"), sparsity=0.1, done=edits)
+
+
+def test_uneven_widths_follow_what_each_part_costs_the_predictions():
+    dense, model = tiny("llama", num_hidden_layers=3), tiny("llama", num_hidden_layers=3)
+    _, others = prune(model, sparsity=0.3, allocation=Global(floor=0.1))
+    plan = next(event for event in others if isinstance(event, Plan))
+    assert abs(others[-1].achieved["params"] - 0.3) < 0.02
+    assert len({group.keep for group in plan.groups if "mlp" in group.name}) > 1
+    assert all(value >= 0 for value in plan.predicted_impact.values())
+    assert native_config(model) is None and native_config(dense) is not None
+
+
+def test_error_curves_rise_and_leave_the_network_as_it_was():
+    model = tiny("gpt2")
+    before = weights_hash(model)
+    stream = prune_decoder_(
+        model,
+        calibration=tokens(),
+        sparsity=0.2,
+        target="params",
+        scoring=Singleton(),
+        selection=Greedy(),
+        compensation=Joint(),
+        allocation=Global(),
+        schedule=functools.partial(geometric, iterations=1),
+        options=BOTH,
+    )
+    plan = next(event for event in stream if isinstance(event, Plan))
+    assert weights_hash(model) == before
+    assert set(plan.predicted_impact) == {group.name for group in plan.groups}
