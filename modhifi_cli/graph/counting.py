@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modhifi_cli.graph.components import ComponentGroup, input_size, is_upsampling, output_size
@@ -43,13 +44,18 @@ def count(model: nn.Module, example: Tensor) -> Counts:
 
 def _counted(model: nn.Module, example: Tensor) -> FlopCounterMode:
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         # The counter hooks whatever asks for a gradient, and stumbles over views of parameters made without one.
         for parameter in required:
             parameter.requires_grad_(False)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # Which fused kernels of attention the counter knows changes from one torch to the next, and those it does not
+        # know count as nothing. Written out as products of matrices, attention counts the same everywhere.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(example)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
     return counter
