@@ -225,7 +225,8 @@ def unlearn(
         UnsupportedModelError: If the network is no classifier that can be edited.
     """
     from modhifi_cli.engine.labelling import Labels, image_labels
-    from modhifi_cli.unlearning.search import UnlearnSummary, forget_classes, trials_as_rows, unlearn_
+    from modhifi_cli.unlearning.classes import forget_classes
+    from modhifi_cli.unlearning.search import UnlearnSummary, trials_as_rows, unlearn_
 
     chosen = config.steps("unlearn", ["forget_class=0", f"method={method}", *settings])
     edited, calibration, place = _ready(model, batches, device, in_place=in_place)

@@ -17,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modhifi_cli.settings import config
 from modhifi_cli.unlearning.collapse import CollapseU
-from modhifi_cli.unlearning.forgetting import ContrastU, DisCEditU, ModHiFiU
+from modhifi_cli.unlearning.contrast import ContrastU
+from modhifi_cli.unlearning.discedit_u import DisCEditU
+from modhifi_cli.unlearning.modhifi_u import ModHiFiU
 from modhifi_cli.unlearning.search import Trial, unlearn_
 
 METHODS = {

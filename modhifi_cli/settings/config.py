@@ -20,12 +20,14 @@ from modhifi_cli.errors import ConfigError, is_number, is_whole, nearest
 
 PACKAGE = "modhifi_cli."
 
-# Where rooms and files of earlier versions are now; saved runs name what made them by the old places.
+# Where rooms, files and classes of earlier versions are now; saved runs name what made them by the old places.
 _MOVED: Mapping[str, str] = {
     "tasks.outside": "rivals.torch_pruning",
     "tasks.prune_decoder": "engine.prune_decoder",
     "tasks.gathering": "engine.gathering",
-    "tasks.forgetting": "unlearning.forgetting",
+    "tasks.forgetting.ContrastU": "unlearning.contrast.ContrastU",
+    "tasks.forgetting.DisCEditU": "unlearning.discedit_u.DisCEditU",
+    "tasks.forgetting.ModHiFiU": "unlearning.modhifi_u.ModHiFiU",
     "tasks.collapse": "unlearning.collapse",
     "tasks.audit": "audit.plan",
     "tasks.relearn": "audit.relearn",
@@ -501,7 +503,7 @@ def _at_present(node: Any) -> Any:
     plain = {key: _at_present(value) for key, value in node.items()}
     name = plain.get("_target_")
     if isinstance(name, str) and name.startswith(PACKAGE):
-        old = next((place for place in _MOVED if name.startswith(f"{PACKAGE}{place}.")), None)
+        old = next((place for place in _MOVED if f"{name}.".startswith(f"{PACKAGE}{place}.")), None)
         if old is not None:
             plain["_target_"] = f"{PACKAGE}{_MOVED[old]}{name.removeprefix(PACKAGE + old)}"
     return plain

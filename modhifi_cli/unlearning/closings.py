@@ -5,7 +5,7 @@ part of it, with o what one layer (or the BatchNorm behind it) gives and s the r
 so that the whole output, stream included, becomes what is wanted. Found by looking at one example, not declared.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,8 +105,8 @@ def find_closings(
 
 def class_means(
     activations: Activations, closings: Mapping[str, Closing], labels: Tensor, wanted: Tensor, classes: int
-) -> Iterator[Progress | dict[str, Tensor]]:
-    """Mean output of every class at the place of every closing; a mapping by layer comes last.
+) -> Generator[Progress, None, dict[str, Tensor]]:
+    """Mean output of every class at the place of every closing, by layer, ``[classes, …]`` float32.
 
     A place that the classifier sees pooled has the mean over positions at every position.
 
@@ -136,7 +136,7 @@ def class_means(
         if closing.pooled:
             mean = means[closing.place]
             means[closing.place] = mean.mean((2, 3), keepdim=True).expand_as(mean)
-    yield {name: means[closing.place] for name, closing in closings.items()}
+    return {name: means[closing.place] for name, closing in closings.items()}
 
 
 def read_positions(model: nn.Module, example: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -13,31 +13,32 @@ the retain images and their mixture on the forget images.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from modhifi_cli.engine.gathering import Gathering, LayerMoments
-from modhifi_cli.errors import ConfigError, is_number, is_whole
+from modhifi_cli.errors import ConfigError, is_number
 from modhifi_cli.numerics.batchnorm import input_scale
-from modhifi_cli.numerics.contrast import Aim, contrast
+from modhifi_cli.numerics.contrast import Aim
 from modhifi_cli.numerics.cross import CrossMoments
 from modhifi_cli.numerics.moments import second_moment
 from modhifi_cli.records import Statistics
-from modhifi_cli.unlearning.forgetting import (
+from modhifi_cli.unlearning.method import (
     BETAS,
-    Accumulator,
-    Layer,
+    Fit,
     LayerEdit,
+    Method,
     Samples,
+    Site,
+    check_depth,
     check_ridge,
     check_shares,
     given_beta,
-    replaced,
 )
 
 
-class CollapseU:
+class CollapseU(Method):
     """Ours: what late blocks give is rebuilt from the mean features of the classes that stay.
 
     Args:
@@ -57,7 +58,6 @@ class CollapseU:
     strength = "beta"
     strengths = BETAS
     edits_classifier = True
-    forget_only = False
     closings = True
 
     def __init__(
@@ -71,8 +71,7 @@ class CollapseU:
         sharpness: float = 4.0,
     ) -> None:
         self.given = given_beta(beta)
-        if not is_whole(depth) or depth < 1:
-            raise ConfigError(f"method.depth must be a whole number from 1; got {depth!r}.")
+        check_depth(depth, least=1)
         check_ridge(ridge)
         check_shares(collapse=collapse, earlier=earlier)
         if not is_number(sharpness) or not 0 < sharpness < 1e6:
@@ -81,85 +80,54 @@ class CollapseU:
         self.collapse, self.earlier = float(collapse), float(earlier)
         self.depth, self.ridge = depth, float(ridge)
 
-    def accumulator(
-        self,
-        layer: Layer,
-        samples: Samples,
-        model: nn.Module,
-        gathering: Gathering,
-        seed: int,
-        means: Tensor | None = None,
-    ) -> Accumulator:
-        """As `Method.accumulator`."""
-        share = 1.0 if layer.classifier else self.collapse if layer.closing.last else self.earlier
-        return _Mixtures(layer, samples, model, seed, self.ridge, share, self.sharpness, means)
+    def fit(self, site: Site) -> Fit:
+        """As `Method.fit`."""
+        return _Mixtures(site, self)
 
 
 class _Mixtures:
     """Moments of inputs and of wanted outputs, of retain and of forget samples."""
 
-    def __init__(
-        self,
-        layer: Layer,
-        samples: Samples,
-        model: nn.Module,
-        seed: int,
-        ridge: float,
-        share: float,
-        sharpness: float,
-        means: Tensor | None,
-    ) -> None:
-        self._layer, self._samples, self._ridge, self._share = layer, samples, ridge, share
-        self._norm = None if layer.norm is None else model.get_submodule(layer.norm)
-        self._posterior = samples.posterior(sharpness)
-        self._means = _class_logits(samples) if means is None else means
-        self._axis = -1 if isinstance(layer.module, nn.Linear) else 1
+    def __init__(self, site: Site, method: CollapseU) -> None:
+        self._site, self._ridge, layer = site, method.ridge, site.layer
+        self._share = 1.0 if layer.classifier else method.collapse if layer.closing.last else method.earlier
+        self._posterior = site.samples.posterior(method.sharpness)
+        self._means = _class_logits(site.samples) if site.means is None else site.means
         # All positions, always: the wanted outputs are known for each.
-        self._moments = {
-            forget: LayerMoments(layer.name, layer.module, positions_per_image=None, seed=seed, hold_out=False)
-            for forget in (False, True)
-        }
+        self._moments = {forget: site.moments(everywhere=True) for forget in (False, True)}
         self._cross = {forget: CrossMoments(layer.module, name=layer.name) for forget in (False, True)}
 
     @torch.no_grad()
     def update(self, inputs: Tensor, numbers: Tensor, given: Mapping[str, Tensor]) -> None:
         wanted = self._wanted(inputs, numbers, given)
-        if self._layer.positions is not None:
-            read = self._layer.positions.to(inputs.device)
+        if self._site.layer.positions is not None:
+            read = self._site.layer.positions.to(inputs.device)
             inputs, wanted = inputs[:, read], wanted[:, read]
-        samples = self._samples
         for forget in (False, True):
-            use = (samples.fitted & (samples.forget == forget))[numbers].to(inputs.device)
+            use = self._site.fitted(numbers, forget=forget).to(inputs.device)
             if bool(use.any()):
                 self._moments[forget].update(inputs[use])
                 self._cross[forget].update(inputs[use], wanted[use])
 
     def solve(self, strength: float) -> LayerEdit:
-        module = self._layer.module
-        weight = module.weight.detach().double().flatten(1)
-        own = getattr(module, "bias", None)
-        bias = weight.new_zeros(len(weight)) if own is None else own.detach().double()
         retain, forget = (self._moments[which].result().statistics for which in (False, True))
         kept, moved = (self._cross[which].result() for which in (False, True))
-        found = contrast(
-            weight,
-            bias,
-            retain=retain,
-            forget=forget,
-            aim=Aim(moved.cross, moved.mean),
-            retain_aim=self._blended(weight, bias, retain, Aim(kept.cross, kept.mean)),
+        _, edit = self._site.contrast(
+            retain,
+            forget,
+            Aim(moved.cross, moved.mean),
             beta=strength,
             ridge=self._ridge,
-            constant=own is not None or self._norm is not None,
-            name=self._layer.name,
+            retain_aim=self._blended(retain, Aim(kept.cross, kept.mean)),
         )
-        facts = {"moved": found.moved, "retain_rows": retain.rows, "forget_rows": forget.rows}
-        if self._layer.closing is not None:
-            facts |= {"place": self._layer.closing.place, "residual": self._layer.closing.stream}
-        return LayerEdit(replaced(self._layer, self._norm, found.weight, found.constant), facts)
+        closing = self._site.layer.closing
+        if closing is None:
+            return edit
+        return replace(edit, facts={**edit.facts, "place": closing.place, "residual": closing.stream})
 
-    def _blended(self, weight: Tensor, bias: Tensor, retain: Statistics, mixture: Aim) -> Aim:
+    def _blended(self, retain: Statistics, mixture: Aim) -> Aim:
         """What the retain rows shall give: some of what they give now, some of their mixture."""
+        weight, bias = self._site.weight, self._site.bias
         present = weight @ second_moment(retain, centred=False) + torch.outer(bias, retain.mean)
         return Aim(
             self._share * mixture.cross + (1 - self._share) * present,
@@ -168,20 +136,19 @@ class _Mixtures:
 
     def _wanted(self, inputs: Tensor, numbers: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         """The outputs of the layer, before a BatchNorm, that give the mixture: of the shape of its output."""
+        layer, samples, norm = self._site.layer, self._site.samples, self._site.norm
         posterior, means = self._posterior[numbers].to(inputs), self._means.to(inputs)
         mixture = (posterior @ means.flatten(1)).view(-1, *means.shape[1:])
-        if self._layer.classifier:
+        if layer.classifier:
             # Retain images keep their logits, but for those of the forget classes, which are theirs to no one.
-            logits = self._samples.logits[numbers].to(inputs)
-            columns = list(self._samples.forget_classes)
+            logits = samples.logits[numbers].to(inputs)
+            columns = list(samples.forget_classes)
             logits[:, columns] = means[0, columns]
-            forget = self._samples.forget[numbers].to(inputs.device)
-            return torch.where(forget[:, None], mixture, logits)
-        own = self._layer.module.forward(inputs)  # not a call: hooks must not run again
-        if self._norm is None:
-            return mixture - self._layer.closing.beside(own, given)
-        norm = self._norm
-        stream = self._layer.closing.beside(norm.forward(own), given)
+            return torch.where(samples.forget[numbers].to(inputs.device)[:, None], mixture, logits)
+        own = layer.module.forward(inputs)  # not a call: hooks must not run again
+        if norm is None:
+            return mixture - layer.closing.beside(own, given)
+        stream = layer.closing.beside(norm.forward(own), given)
         scale, usable = input_scale(norm.running_var, norm.eps, None if norm.weight is None else norm.weight.detach())
         shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.detach()
         shape = [1, -1] + [1] * (own.dim() - 2)

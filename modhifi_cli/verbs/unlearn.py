@@ -23,7 +23,7 @@ from modhifi_cli.verbs.audit import audit_measurements, audit_settings, make_aud
 
 def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
     from modhifi_cli.graph.surgery import weights_hash
-    from modhifi_cli.unlearning.search import forget_classes
+    from modhifi_cli.unlearning.classes import forget_classes
 
     asked, settings = settings, dict(settings)
     command = pieces.command_line("unlearn", facts["overrides"])
@@ -161,7 +161,8 @@ def _edit_(
 ) -> tuple[Any, list[Edit]]:
     """Run the task; every edit goes to disk as it comes. The summary, and all edits."""
     from modhifi_cli.audit.plan import check_samples
-    from modhifi_cli.unlearning.search import Finetune, Trial, UnlearnPlan, UnlearnSummary, unlearn_
+    from modhifi_cli.unlearning.finetune import Finetune
+    from modhifi_cli.unlearning.search import Trial, UnlearnPlan, UnlearnSummary, unlearn_
 
     method = config.build(settings["method"])
     edits, summary = list(done), None

@@ -11,9 +11,13 @@ from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 from modhifi_cli.models import cifar_resnet
 from modhifi_cli.numerics.rows import unfold_rows
 from modhifi_cli.records import Edit
+from modhifi_cli.unlearning.classes import forget_classes, samples_of
 from modhifi_cli.unlearning.collapse import CollapseU
-from modhifi_cli.unlearning.forgetting import ContrastU, DisCEditU, ModHiFiU
-from modhifi_cli.unlearning.search import Finetune, Trial, UnlearnSummary, forget_classes, unlearn_
+from modhifi_cli.unlearning.contrast import ContrastU
+from modhifi_cli.unlearning.discedit_u import DisCEditU
+from modhifi_cli.unlearning.finetune import Finetune, finetune_
+from modhifi_cli.unlearning.modhifi_u import ModHiFiU
+from modhifi_cli.unlearning.search import Trial, UnlearnSummary, unlearn_
 
 
 class Images:
@@ -68,6 +72,15 @@ def trained(resnet):
         head.weight.copy_(fitted[:, :-1])
         head.bias.copy_(fitted[:, -1])
     return resnet
+
+
+def returned(task):
+    """What a task returns once it has run to its end."""
+    while True:
+        try:
+            next(task)
+        except StopIteration as end:
+            return end.value
 
 
 def run(model, source, method, *, forget=(2,), **settings):
@@ -240,24 +253,19 @@ def test_finetuning_sees_no_forget_sample_and_is_named(trained):
     source = images()
     source.images[source.labels == 2] *= 1e20  # a gradient of one of these would not be finite
     model = copy.deepcopy(trained)
-    from modhifi_cli.unlearning.search import _samples, finetune_
-
-    samples = _samples(torch.zeros(60, 5), source.labels, (2,), hold_out=False)
-    edits = []
-    list(finetune_(model, source, samples, Finetune(epochs=1, lr=0.01), edits, 16, torch.device("cpu"), 0))
-    assert edits[0].name == "finetune" and edits[0].facts["epochs"] == 1
+    samples = samples_of(torch.zeros(60, 5), source.labels, (2,), hold_out=False)
+    edit = returned(finetune_(model, source, samples, Finetune(epochs=1, lr=0.01), 16, torch.device("cpu"), 0))
+    assert edit.name == "finetune" and edit.facts["epochs"] == 1
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert weights_hash(model) != weights_hash(trained)
 
 
 def test_finetuning_that_diverges_names_its_rate(trained):
-    from modhifi_cli.unlearning.search import _samples, finetune_
-
     source, model = images(), copy.deepcopy(trained)
-    samples = _samples(torch.zeros(60, 5), source.labels, (2,), hold_out=False)
+    samples = samples_of(torch.zeros(60, 5), source.labels, (2,), hold_out=False)
     wild = Finetune(epochs=20, lr=1e30)
     with pytest.raises(NumericsError, match=r"finetune: the loss is .*; lower finetune.lr \(1e\+30\)"):
-        list(finetune_(model, source, samples, wild, [], 16, torch.device("cpu"), 0))
+        list(finetune_(model, source, samples, wild, 16, torch.device("cpu"), 0))
 
 
 def test_layers_by_stage_name_and_number(trained):

@@ -1,0 +1,136 @@
+"""Contrast (ours): weights of late layers that keep the retain outputs and move the forget outputs, in closed form."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.numerics.contrast import Aim, Group, aim_at
+from modhifi_cli.numerics.rows import unfold_rows
+from modhifi_cli.records import Statistics
+from modhifi_cli.unlearning.method import (
+    BETAS,
+    Fit,
+    LayerEdit,
+    Method,
+    Site,
+    check_depth,
+    check_ridge,
+    check_shares,
+    given_beta,
+)
+
+
+class ContrastU(Method):
+    """Weights that keep the retain outputs and move the forget outputs (`numerics.contrast`).
+
+    Args:
+        beta: Weight β of the forget samples, or ``"auto"``: the largest tried whose loss of retain accuracy on held-out
+            calibration images stays within what is allowed.
+        depth: Layers in front of the classifier that are edited.
+        ridge: Towards the present weights, times the mean energy of a feature.
+        nearest: 0 … 1: whether forget samples go to the retain mean (0) or to the retain class they resemble (1).
+        spread: 0 … 1: how much of their own variation they keep.
+
+    Raises:
+        ConfigError: If an argument is out of range.
+    """
+
+    strength = "beta"
+    strengths = BETAS
+    edits_classifier = True
+
+    def __init__(
+        self,
+        *,
+        beta: float | str = "auto",
+        depth: int = 2,
+        ridge: float = 1e-3,
+        nearest: float = 0.5,
+        spread: float = 0.5,
+    ) -> None:
+        self.given = given_beta(beta)
+        check_depth(depth, least=0, of_least=" (the classifier alone)")
+        check_ridge(ridge)
+        check_shares(nearest=nearest, spread=spread)
+        self.depth, self.ridge = depth, float(ridge)
+        self.nearest, self.spread = float(nearest), float(spread)
+
+    def fit(self, site: Site) -> Fit:
+        """As `Method.fit`."""
+        return _ContrastMoments(site, self)
+
+
+class _ContrastMoments:
+    def __init__(self, site: Site, method: ContrastU) -> None:
+        self._site, self._method = site, method
+        self._moments = {forget: site.moments() for forget in (False, True)}
+        # Sums of input maps: of every retain class, and of the forget samples that resemble each.
+        self._sums: Tensor | None = None
+        self._counts = torch.zeros(2 * site.samples.classes, dtype=torch.float64)
+
+    def update(self, inputs: Tensor, numbers: Tensor, given: Mapping[str, Tensor]) -> None:
+        samples, positions = self._site.samples, self._site.layer.positions
+        if positions is not None:
+            inputs = inputs[:, positions.to(inputs.device)]
+        for forget, moments in self._moments.items():
+            chosen = self._site.fitted(numbers, forget=forget)
+            if bool(chosen.any()):
+                moments.update(inputs[chosen.to(inputs.device)])
+        use = samples.fitted[numbers]
+        groups = samples.resembles[numbers] + samples.classes * samples.forget[numbers].long()
+        member = torch.nn.functional.one_hot(groups[use], 2 * samples.classes).to(inputs)
+        summed = (member.T @ inputs[use.to(inputs.device)].flatten(1)).double().view(-1, *inputs.shape[1:])
+        self._sums = summed if self._sums is None else self._sums.add_(summed)
+        self._counts += member.sum(0).double().cpu()
+
+    def solve(self, strength: float) -> LayerEdit:
+        retain, forget = (self._moments[which].result().statistics for which in (False, True))
+        aim = self._aim(forget)
+        found, edit = self._site.contrast(retain, forget, aim, beta=strength, ridge=self._method.ridge)
+        return replace(edit, facts={"moved": found.moved, "lost": found.lost, **edit.facts})
+
+    def _aim(self, forget: Statistics) -> Aim:
+        weight, bias = self._site.weight, self._site.bias
+        classes, counts = self._site.samples.classes, self._counts.to(weight.device)
+        sums = self._sums
+        own, theirs = counts[:classes], counts[classes:]
+
+        def rows(total: Tensor, count: Tensor) -> Tensor:
+            return _rows_of(self._site.layer.module, total / count)
+
+        def outputs(rows: Tensor) -> Tensor:
+            return weight @ rows + bias[:, None]
+
+        groups = []
+        for cls in range(classes):
+            if theirs[cls]:
+                inputs = rows(sums[classes + cls], theirs[cls])
+                # A retain class without samples of its own gives no mean; then all of them stand for it.
+                like = rows(sums[cls], own[cls]) if own[cls] else rows(sums[:classes].sum(0), own.sum())
+                groups.append(Group(float(theirs[cls] / theirs.sum()), inputs, outputs(like)))
+        return aim_at(
+            weight,
+            bias,
+            forget,
+            groups,
+            retain_outputs=outputs(rows(sums[:classes].sum(0), own.sum())),
+            forget_outputs=outputs(rows(sums[classes:].sum(0), theirs.sum())),
+            nearest=self._method.nearest,
+            spread=self._method.spread,
+        )
+
+
+def _rows_of(module: nn.Module, mean: Tensor) -> Tensor:
+    """Rows of one mean input, ``[features, positions]`` float64: unfolding is linear, so a mean map gives mean rows."""
+    if isinstance(module, nn.Linear):
+        return mean.reshape(-1, mean.shape[-1]).T
+    rows = unfold_rows(
+        mean[None],
+        kernel_size=module.kernel_size,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+    )
+    return rows.T
