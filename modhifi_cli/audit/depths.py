@@ -5,7 +5,7 @@ always what the classifier sees, the *penultimate* features. Feature maps are av
 them below a limit, token sequences over their tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -91,6 +91,25 @@ def find_depths(model: nn.Module, example: Tensor, *, depths: int = 4, features:
     return (*(Depth(cut, cut, _grid(seen[cut], features)) for cut in chosen), penultimate)
 
 
+def depths_of_all(
+    models: Mapping[str, nn.Module], example: Tensor, *, depths: int, features: int
+) -> dict[str, tuple[Depth, ...]]:
+    """The dense network's depths; in the others those that they have too, and their own penultimate features.
+
+    Args:
+        models: Networks by name, ``dense`` among them.
+        example: As for `find_depths`; likewise `depths` and `features`.
+    """
+    found = find_depths(models["dense"], example, depths=depths, features=features)
+    every = {"dense": found}
+    for name, model in models.items():
+        if name != "dense":
+            known = dict(model.named_modules())
+            places = [at for at in found if at.module in known and at.name != PENULTIMATE]
+            every[name] = (*places, Depth(PENULTIMATE, classifier_of(model, example)))
+    return every
+
+
 def read(
     models: Mapping[str, nn.Module],
     depths: Mapping[str, Sequence[Depth]],
@@ -101,10 +120,8 @@ def read(
     stage: str,
     device: torch.device,
     batch_size: int,
-    result: dict[str, Reading],
-    labels: list[Tensor],
     answers: Mapping[str, RememberedLogits] | None = None,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, tuple[dict[str, Reading], Tensor | None]]:
     """Walk the images once through all networks; logits of all images, features of those that are chosen.
 
     Args:
@@ -117,9 +134,10 @@ def read(
         stage: What the progress is called.
         device: Where to run.
         batch_size: Images a forward.
-        result: Takes the reading of every network.
-        labels: Takes the labels of every batch, where there are any.
         answers: Memories that shall learn what the networks of the same names say.
+
+    Returns:
+        The reading of every network, and the images' labels ``[images]`` int64, None where there are none.
 
     Raises:
         DataError, NumericsError, UnsupportedModelError: As `modhifi_cli.evaluation.forward.logits_of_batches`.
@@ -127,6 +145,7 @@ def read(
     caught: dict[tuple[str, str], Tensor] = {}
     features: dict[tuple[str, str], list[Tensor]] = {}
     logits: dict[str, list[Tensor]] = {name: [] for name in models}
+    labels: list[Tensor] = []
 
     def keep(model: str) -> Callable[[Depth, Tensor], None]:
         def kept(at: Depth, output: Tensor) -> None:
@@ -153,9 +172,11 @@ def read(
                 labels.append(of_batch.cpu())
             done += count
             yield Progress(stage, place, done, len(source))
+    result = {}
     for name in models:
         own = {at: torch.cat(parts) for (model, at), parts in features.items() if model == name}
         result[name] = Reading(torch.cat(logits[name]), own)
+    return result, torch.cat(labels) if labels else None
 
 
 def summarise(output: Tensor, grid: int = 1) -> Tensor:

@@ -499,7 +499,7 @@ def audit_page(
 
     Args:
         title: Headline.
-        report: `modhifi_cli.audit.plan.AuditReport` as plain mappings and lists.
+        report: `modhifi_cli.audit.audit.AuditReport` as plain mappings and lists.
         figures: File beside the page by caption.
         repeat: The command that does it again.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli.audit.plan import AuditReport
+from modhifi_cli.audit.audit import AuditReport
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation.forward import RememberedLogits
@@ -160,7 +160,7 @@ def _edit_(
     console: Console,
 ) -> tuple[Any, list[Edit]]:
     """Run the task; every edit goes to disk as it comes. The summary, and all edits."""
-    from modhifi_cli.audit.plan import check_samples
+    from modhifi_cli.audit.audit import check_samples
     from modhifi_cli.unlearning.finetune import Finetune
     from modhifi_cli.unlearning.search import Trial, UnlearnPlan, UnlearnSummary, unlearn_
 

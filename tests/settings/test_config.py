@@ -40,6 +40,14 @@ def test_yaml_gives_back_what_was_written():
     assert config.from_yaml(config.to_yaml(plain)) == plain
 
 
+def test_saved_settings_of_an_earlier_version_name_what_stands_in_its_place_now():
+    text = "method: {_target_: modhifi_cli.tasks.forgetting.ContrastU}\naudit: {_target_: modhifi_cli.tasks.relearn.Relearn}"
+    found = config.from_yaml(text)
+    assert found["method"]["_target_"] == "modhifi_cli.unlearning.contrast.ContrastU"
+    assert config.build(found["method"]).strength == "beta"
+    assert config.build(found["audit"]).steps == 32
+
+
 def test_a_config_that_is_no_mapping_is_refused():
     with pytest.raises(ConfigError, match="not a YAML mapping"):
         config.from_yaml("- 1\n- 2\n")

@@ -18,6 +18,7 @@ from modhifi_cli.unlearning.discedit_u import DisCEditU
 from modhifi_cli.unlearning.finetune import Finetune, finetune_
 from modhifi_cli.unlearning.modhifi_u import ModHiFiU
 from modhifi_cli.unlearning.search import Trial, UnlearnSummary, unlearn_
+from tests.tasks import returned
 
 
 class Images:
@@ -72,15 +73,6 @@ def trained(resnet):
         head.weight.copy_(fitted[:, :-1])
         head.bias.copy_(fitted[:, -1])
     return resnet
-
-
-def returned(task):
-    """What a task returns once it has run to its end."""
-    while True:
-        try:
-            next(task)
-        except StopIteration as end:
-            return end.value
 
 
 def run(model, source, method, *, forget=(2,), **settings):

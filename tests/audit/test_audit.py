@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.audit.attacks import Membership, Relearn, Sides, attack, fresh_rows_, steps_needed
+from modhifi_cli.audit.audit import AuditReport, AuditSettings, audit
 from modhifi_cli.audit.depths import find_depths, summarise
-from modhifi_cli.audit.plan import AuditReport, AuditSettings, Membership, Probe, audit
-from modhifi_cli.audit.relearn import Relearn, Sides, attack, fresh_rows_, steps_needed
+from modhifi_cli.audit.plan import Probe
 from modhifi_cli.audit.verdict import INSIDE, NOT_FORGOTTEN, OUTPUT_ONLY
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
 from modhifi_cli.records import Progress
+from tests.tasks import returned
 
 CLASSES = 5
 NAMES = ("ant", "bee", "cat", "dog", "elk")
@@ -318,15 +320,13 @@ def sides(source: Images, forget: int = 3) -> Sides:
 
 
 def relearn(model, *, fresh, steps=12, aim=(50.0, 50.0), settings=None):
-    curves = []
     settings = settings or Relearn(samples=32, batch=8, steps=steps)
-    list(
+    return returned(
         attack(
             model, "3", [3], own=sides(patterns(30, 0)), held_out=sides(patterns(30, 1)), aim=aim, fresh=fresh,
-            settings=settings, seed=0, item="", result=curves,
+            settings=settings, seed=0, item="",
         )
     )  # fmt: skip
-    return curves[0]
 
 
 def test_relearning_leaves_the_network_untouched(network):
