@@ -69,6 +69,35 @@ def tokenizer():
     )
 
 
+@functools.cache
+def byte_tokenizer():
+    """Byte-level byte-pair encoding of 300 tokens, as GPT-2's, of a sentence about foxes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    made.train_from_iterator(["the quick brown fox jumps over the lazy dog, and then the other one " * 8], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def uneven(family: str, **changed):
+    """A tiny decoder whose second layer has fewer neurons, and fewer heads where its heads are not fused."""
+    from modhifi_cli.graph.components import Layout
+    from modhifi_cli.graph.decoder import find_parts, slice_part_
+
+    model = tiny(family, **changed)
+    keeps = {"mlp": (0, 2, 5, 7, 11, 20, 21, 30, 33, 40, 41, 47), "attention": (0, 2)}
+    for part in find_parts(model).parts:
+        if part.layer == 1:
+            slice_part_(model, Layout(model, [part.group]), part, torch.tensor(keeps[part.kind]))
+    return model
+
+
 def saved(folder: Path, family: str = "llama", **changed) -> Path:
     """A folder with a tiny decoder and its tokenizer, as Hugging Face lays it out."""
     tiny(family, **changed).save_pretrained(folder)

@@ -461,7 +461,7 @@ def _exports(results: Mapping[str, Any]) -> Section | None:
                 str(export.get("runtime", "")),
             )
         )
-    head = ("format", "file", "size", "largest difference of a logit", "checked with")
+    head = ("format", "file", "size", "largest difference", "checked with")
     return Section("Exports", (Table(head, tuple(rows)),)) if rows else None
 
 

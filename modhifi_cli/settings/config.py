@@ -34,7 +34,10 @@ _MOVED: Mapping[str, str] = {
     "tasks.relearn": "audit.attacks",
     "tasks.verdict": "audit.verdict",
     "tasks.studies": "studies",
-    "exports": "files.exports",
+    "exports.to_onnx": "files.exports.onnx.Onnx",
+    "exports.to_torch_export": "files.exports.torch_export.TorchExport",
+    "files.exports.to_onnx": "files.exports.onnx.Onnx",
+    "files.exports.to_torch_export": "files.exports.torch_export.TorchExport",
 }
 
 # Arguments that are not settings: they come into being during the run and are passed when a `_partial_` is called.
@@ -45,7 +48,6 @@ _GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
     "evaluation": (
         "models", "evaluation_data", "calibration_data", "example", "device", "batch_size", "progress",
     ),
-    "export": ("model", "example", "path"),
     "schedule": ("sparsity",),
     "outside": (
         "model", "calibration", "sparsity", "target", "batchnorm", "exclude", "round_to", "batch_size", "device",

@@ -287,7 +287,7 @@ def examine(name: str, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         artifacts.save_model(Path(temporary), loaded, model)
         if asked["onnx"]:
-            found["onnx"] = _onnx(model, example, Path(temporary))
+            found["onnx"] = _onnx(loaded, example, Path(temporary))
         if kind == "detection":
             found["own_forward"] = _own_forward(model, example)
         del model
@@ -349,16 +349,16 @@ def _own_forward(model: Any, example: Any) -> bool:
         return False
 
 
-def _onnx(model: Any, example: Any, folder: Path) -> str:
+def _onnx(loaded: Any, example: Any, folder: Path) -> str:
     """``"ok"``, or why the narrow network was not exported."""
     try:
         import onnxruntime  # noqa: F401
     except ImportError:
         return "onnxruntime is not installed"
-    from modhifi_cli.files import exports
+    from modhifi_cli.files.exports.onnx import Onnx
 
     try:
-        exports.to_onnx(model, example[:1], folder / "model.onnx")
+        Onnx()(loaded, example=example[:1], path=folder / "model.onnx", facts={})
     except ModHiFiError as error:
         return " ".join(str(error).split())[:300]
     return "ok"

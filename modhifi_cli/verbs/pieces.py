@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ from modhifi_cli.console import Console
 from modhifi_cli.data.making import Making
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError, NumericsError
 from modhifi_cli.files import artifacts, cache
+from modhifi_cli.files.exports.written import ExportReport, Intent
 from modhifi_cli.pages import page as pages
 from modhifi_cli.pages import reports
 from modhifi_cli.pages import run as run_pages
@@ -190,14 +192,31 @@ def save_network(place: artifacts.RunDirectory, loaded: LoadedModel, model: nn.M
     artifacts.save_verification(place.path / "verification.safetensors", inputs, answers)
 
 
-def refuse_export(settings: Mapping[str, Any]) -> None:
-    """Refuse, before any work, to export a language model as one graph."""
-    if settings["export"] and is_decoder(settings):
-        raise ConfigError(
-            f"export=[{','.join(settings['export'])}] writes one graph for inputs of one shape, and a language model "
-            "generates with a cache that grows; leave export empty and convert the saved folder model/ with the tools "
-            "for transformers (optimum, llama.cpp)."
-        )
+def foresee_exports(settings: Mapping[str, Any], loaded: LoadedModel | None = None) -> None:
+    """Refuse exports that cannot be: of the other kind of network at the start, the rest once the network is there.
+
+    Args:
+        settings: Of the run.
+        loaded: The dense network, or None before it is loaded.
+
+    Raises:
+        ConfigError: If a format is for networks that read something else, or a setting of it is wrong.
+        UnsupportedModelError: If a format cannot hold the network.
+    """
+    reads = "tokens" if is_decoder(settings) else "images"
+    for name, node in settings["export"].items():
+        format_ = config.build(node)
+        if format_.reads != reads:
+            other = "gguf or leave export empty" if reads == "tokens" else "onnx, torch_export or plain"
+            what = (
+                "writes one graph for inputs of one shape, and a language model generates with a cache that grows"
+                if reads == "tokens"
+                else "is for language models, and this network reads images"
+            )
+            raise ConfigError(f"export=[{name}] {what}; choose {other}.")
+        if loaded is not None:
+            even = not getattr(config.build(settings["allocation"]), "needs_curves", False)
+            format_.foresee(loaded, Intent(even=even, round_to=settings["round_to"]))
 
 
 def told_overlap(
@@ -226,15 +245,28 @@ def told_overlap(
 
 
 def export(
-    place: artifacts.RunDirectory, settings: Mapping[str, Any], model: nn.Module, preprocess: Preprocess
-) -> list[Any]:
+    folder: Path, exports: Mapping[str, Any], loaded: LoadedModel, model: nn.Module, facts: Mapping[str, Any]
+) -> list[ExportReport]:
+    """Write a network in every format asked for.
+
+    Args:
+        folder: Where; made if absent.
+        exports: Settings by name.
+        loaded: The dense network's description.
+        model: The network to write.
+        facts: For the files' own metadata.
+    """
+    told = {key: str(value) for key, value in facts.items()}
+    images = not isinstance(loaded.preprocess, TextInput)
     reports_made = []
-    for node in settings["export"].values():
-        artifacts.make_folder(place.path / "export")
-        ours = copy.deepcopy(model).cpu().float().eval()
-        reports_made.append(
-            config.build(node)(model=ours, example=example_inputs(preprocess, 1), path=place.path / "export")
+    for node in exports.values():
+        artifacts.make_folder(folder)
+        # A language model is as large as memory allows and only read; a network for images is brought to the CPU.
+        ours = copy.deepcopy(model).cpu().float().eval() if images else model
+        made = config.build(node)(
+            dataclasses.replace(loaded, model=ours), example=example_inputs(loaded.preprocess, 1), path=folder, facts=told
         )
+        reports_made.append(made)
     return reports_made
 
 

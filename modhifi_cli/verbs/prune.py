@@ -30,7 +30,7 @@ def prune(
     from modhifi_cli.graph.surgery import describe_widths, weights_hash
 
     command = pieces.command_line("prune", facts["overrides"])
-    pieces.refuse_export(settings)
+    pieces.foresee_exports(settings)
     if pieces.team_of(settings)[0] > 0:
         return _follow(settings)
     resumed = settings["resume"]
@@ -42,6 +42,7 @@ def prune(
     with pieces.timed(seconds, "load"):
         found = pieces.sources(settings, console) if shared is None else shared.sources(settings)
         loaded, calibration, evaluation = found
+        pieces.foresee_exports(settings, loaded)
         # A second copy of a large language model is made only if somebody will look at it.
         kept = settings["measure_dense"] or not pieces.is_decoder(settings)
         dense = pieces.placed(copy.deepcopy(loaded.model), settings, device) if kept else None
@@ -94,7 +95,8 @@ def prune(
                 )
         with pieces.timed(seconds, "save"):
             pieces.save_network(place, loaded, model)
-            exported = pieces.export(place, settings, model, loaded.preprocess)
+            asked = {"sparsity": settings["sparsity"], "target": settings["target"]["name"]}
+            exported = pieces.export(place.path / "export", settings["export"], loaded, model, asked)
         with pieces.timed(seconds, "evaluate"):
             beside = {"dense": dense} if settings["measure_dense"] else {}
             models = {**beside, "pruned": model}

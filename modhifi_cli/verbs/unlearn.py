@@ -27,6 +27,7 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
 
     asked, settings = settings, dict(settings)
     command = pieces.command_line("unlearn", facts["overrides"])
+    pieces.foresee_exports(settings)
     resumed = settings["resume"]
     place = artifacts.RunDirectory.reopen(resumed) if resumed else None
     if place is not None:
@@ -68,7 +69,8 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
             )
         with pieces.timed(seconds, "save"):
             pieces.save_network(place, loaded, model)
-            exported = pieces.export(place, settings, model, loaded.preprocess)
+            told = {"forgotten": ", ".join(map(str, forget))}
+            exported = pieces.export(place.path / "export", settings["export"], loaded, model, told)
         # The audit reads every evaluation image through both networks; what they answer need not be computed again.
         answers = {"dense": RememberedLogits(dense), "edited": RememberedLogits(model)}
         audited = None

@@ -7,10 +7,20 @@ import torch
 from torch import nn
 
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
-from modhifi_cli.files import exports
+from modhifi_cli.files.exports import onnx
+from modhifi_cli.files.exports.onnx import Onnx
+from modhifi_cli.files.exports.torch_export import TorchExport
+from modhifi_cli.records import LoadedModel, Preprocess
 
-EXPORTS = {"onnx": (exports.to_onnx, "model.onnx"), "torch_export": (exports.to_torch_export, "model.pt2")}
+EXPORTS = {"onnx": (Onnx, "model.onnx"), "torch_export": (TorchExport, "model.pt2")}
 EXAMPLE = torch.zeros(1, 3, 8, 8)
+
+
+def export(kind, network, path, facts=None, **settings):
+    """Write a network of five classes in one format."""
+    preprocess = Preprocess((8, 8), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), resize=10)
+    loaded = LoadedModel(network, "tiny", preprocess, {}, "drawn", tuple("abcde"))
+    return EXPORTS[kind][0](**settings)(loaded, example=EXAMPLE, path=path, facts=facts or {})
 
 
 def _run(kind, file, images):
@@ -24,10 +34,10 @@ def _run(kind, file, images):
 
 @pytest.mark.parametrize("kind", EXPORTS)
 def test_exported_file_gives_the_logits_of_the_network_at_any_batch_size(tmp_path, tiny_convnet, kind):
-    export, name = EXPORTS[kind]
+    _, name = EXPORTS[kind]
     tiny_convnet.train()
 
-    report = export(tiny_convnet, EXAMPLE, tmp_path)
+    report = export(kind, tiny_convnet, tmp_path)
 
     assert tiny_convnet.training and all(parameter.requires_grad for parameter in tiny_convnet.parameters())
     assert (report.format, report.path, report.batch) == (kind, tmp_path / name, 3)
@@ -53,15 +63,15 @@ def test_option_a_shortcut_can_be_exported(tmp_path, randomise_, kind):
         def forward(self, images):
             return (self.conv(images) + self.shortcut(images)).mean((2, 3))
 
-    report = EXPORTS[kind][0](randomise_(Block()), EXAMPLE, tmp_path / "block.file")
+    report = export(kind, randomise_(Block()), tmp_path / "block.file")
 
     assert report.path == tmp_path / "block.file" and report.path.is_file()
 
 
 def test_weights_of_large_networks_lie_beside_the_onnx_file(tmp_path, tiny_convnet, monkeypatch):
-    monkeypatch.setattr(exports, "_LARGEST_SINGLE_FILE", 1)
+    monkeypatch.setattr(onnx, "_LARGEST_SINGLE_FILE", 1)
 
-    report = exports.to_onnx(tiny_convnet, EXAMPLE, tmp_path)
+    report = export("onnx", tiny_convnet, tmp_path)
 
     files = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
     assert set(files) == {"model.onnx", "model.onnx.data"}
@@ -72,7 +82,7 @@ def test_weights_of_large_networks_lie_beside_the_onnx_file(tmp_path, tiny_convn
 
 @pytest.mark.parametrize("kind", EXPORTS)
 def test_other_logits_are_refused_and_the_older_file_stays(tmp_path, tiny_convnet, kind):
-    export, name = EXPORTS[kind]
+    _, name = EXPORTS[kind]
     (tmp_path / name).write_bytes(b"older")
     class Drifts(nn.Module):
         """Gives other logits the second time, as a wrong export would."""
@@ -86,7 +96,7 @@ def test_other_logits_are_refused_and_the_older_file_stays(tmp_path, tiny_convne
             return self.network(images) + self.shift
 
     with pytest.raises(NumericsError, match=rf"export.{kind}: expected logits within 0.0001 of the largest \(.*got a"):
-        export(Drifts(), EXAMPLE, tmp_path)
+        export(kind, Drifts(), tmp_path)
 
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(name, b"older")]
 
@@ -97,7 +107,7 @@ def test_not_a_number_is_no_agreement(tmp_path, tiny_convnet, kind):
         tiny_convnet[-1].bias[0] = float("nan")
 
     with pytest.raises(NumericsError, match="got a difference of nan"):
-        EXPORTS[kind][0](tiny_convnet, EXAMPLE, tmp_path)
+        export(kind, tiny_convnet, tmp_path)
 
 
 @pytest.mark.parametrize("kind", EXPORTS)
@@ -112,7 +122,7 @@ def test_fixed_batch_size_is_refused(tmp_path, tiny_convnet, kind):
             return logits.reshape(2, 5) if len(images) == 2 else logits
 
     with pytest.raises(UnsupportedModelError, match=rf"export.{kind}: expected a network that can be traced .*batch"):
-        EXPORTS[kind][0](OnlyTwo(), EXAMPLE, tmp_path)
+        export(kind, OnlyTwo(), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,17 +132,52 @@ def test_network_with_several_outputs_is_refused(tmp_path):
             return images, images
 
     with pytest.raises(UnsupportedModelError, match="returns one tensor of logits, got tuple; leave onnx out"):
-        exports.to_onnx(Two(), EXAMPLE, tmp_path)
+        export("onnx", Two(), tmp_path)
 
 
 def test_folder_that_cannot_be_written_is_named(tmp_path, tiny_convnet):
     (tmp_path / "file").write_text("in the way")
 
     with pytest.raises(DataError, match=r"export.torch_export: expected to write .*/model.pt2, got 'File exists';"):
-        exports.to_torch_export(tiny_convnet, EXAMPLE, tmp_path / "file" / "model.pt2")
+        export("torch_export", tiny_convnet, tmp_path / "file" / "model.pt2")
 
 
 @pytest.mark.parametrize("tolerance", [0, -1.0, "high", True])
 def test_tolerance_out_of_range_is_refused(tmp_path, tiny_convnet, tolerance):
     with pytest.raises(ConfigError, match=r"export.onnx.tolerance: expected a number above 0, got"):
-        exports.to_onnx(tiny_convnet, EXAMPLE, tmp_path, tolerance=tolerance)
+        export("onnx", tiny_convnet, tmp_path, tolerance=tolerance)
+
+
+def test_an_onnx_file_says_what_it_is_and_names_its_free_size(tmp_path, tiny_convnet):
+    import json
+
+    import onnx as library
+
+    report = export("onnx", tiny_convnet, tmp_path, facts={"sparsity": "0.4", "target": "flops"})
+
+    file = library.load(report.path)
+    told = {entry.key: entry.value for entry in file.metadata_props}
+    assert (told["model"], told["weights"], told["sparsity"], told["target"]) == ("tiny", "drawn", "0.4", "flops")
+    assert json.loads(told["classes"]) == list("abcde")
+    preprocess = json.loads(told["preprocess"])
+    assert preprocess["mean"] == [0.5, 0.5, 0.5] and preprocess["crop"] == [8, 8] and preprocess["resize"] == 10
+    free = [value.type.tensor_type.shape.dim[0].dim_param for value in (*file.graph.input, *file.graph.output)]
+    assert free == ["batch", "batch"]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_openvino_gives_the_same_logits(tmp_path, tiny_convnet, batch):
+    openvino = pytest.importorskip("openvino", reason="pip install openvino")
+    report = export("onnx", tiny_convnet, tmp_path, runtimes=("onnxruntime", "openvino"))
+    assert "openvino" in report.runtime and "onnxruntime" in report.runtime
+    images = torch.randn(batch, 3, 8, 8)
+    compiled = openvino.Core().compile_model(os.fspath(report.path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = torch.from_numpy(compiled({"images": images.numpy()})["logits"].copy())
+    wanted = tiny_convnet(images)
+    assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("runtimes", [(), ("tensorrt",)])
+def test_a_runtime_that_cannot_check_is_refused(tmp_path, tiny_convnet, runtimes):
+    with pytest.raises(ConfigError, match=r"export.onnx.runtimes: expected some of onnxruntime, openvino, got"):
+        export("onnx", tiny_convnet, tmp_path, runtimes=runtimes)

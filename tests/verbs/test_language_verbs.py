@@ -67,6 +67,15 @@ def test_an_even_run_opens_with_plain_transformers_and_has_a_card(finished):
     assert 0 < results["achieved"]["model_params"] < results["achieved"]["params"]
 
 
+def test_a_decoder_is_written_as_gguf_with_the_run(words, here, capsys):
+    asked = ["export=[gguf]", "export.gguf.vocabulary=none", "export.gguf.type=f32", "preset=best_uneven"]
+    assert main(["prune", *words, *asked, "evaluation=[]"]) == 0
+    (run,) = (here / "outputs" / "prune" / "dense").iterdir()
+    (export,) = artifacts.read_results(run)["exports"]
+    assert export["max_difference"] == 0 and "architecture deci" in export["runtime"]
+    assert (run / "export" / "model.gguf").stat().st_size == export["bytes"]
+
+
 def test_verify_takes_both_readers_and_finds_damage(finished, here, capsys):
     assert main(["verify", f"run={finished}", "console=json"]) == 0
     assert '["modhifi", "transformers alone"]' in capsys.readouterr().out
@@ -156,6 +165,8 @@ def test_a_decoder_without_text_is_calibrated_on_what_it_says_itself(words, here
 
 @pytest.mark.parametrize("asked, said", [
     (["export=[onnx]"], "a language model generates with a cache that grows"),
+    (["export=[gguf]"], "the tokenizer is of type WordLevel"),
+    (["export=[gguf]", "export.gguf.type=q4_0"], "add round_to=32"),
     (["sparsity=0.95"], "cannot be reached"),
     (["sparsity=0.9", "components=[attention]", "target=components"], "cannot be reached"),
     (["data.length=1000"], "made for at most 64 tokens"),
