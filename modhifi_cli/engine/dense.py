@@ -11,7 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.engine.edit import Run, forget_refreshed_, mark_stale_, norm_behind, tensor_edits
+from modhifi_cli.engine.edit import (
+    Run,
+    forget_refreshed_,
+    mark_stale_,
+    norm_behind,
+    tensor_edits,
+)
 from modhifi_cli.engine.gathering import DepthwiseMoments, LayerMoments, TargetMoments
 from modhifi_cli.engine.image_walk import Activations, set_statistics_
 from modhifi_cli.errors import DataError
@@ -125,7 +131,9 @@ def _rebuild_layer_(
         target = _channels(theirs[name], alive, axis)
         if joined is not None and theirs[joined].shape == theirs[name].shape:
             lacking = _channels(theirs[joined], alive, axis) - ours[joined]
-            target = target + lacking * (scale if axis == -1 else scale[:, None, None])
+            if scale is not None:
+                lacking = lacking * (scale if axis == -1 else scale[:, None, None])
+            target = target + lacking
         if isinstance(moments, DepthwiseMoments):
             moments.update(read[name], target)
         else:
@@ -164,13 +172,13 @@ def _stand_before(run: Run, dense: DenseNetwork, name: str) -> Iterator[Progress
     forget_refreshed_(run, before=visits[name].enter)
 
 
-def _stream_scale(dense: DenseNetwork, norm: str | None, alive: Tensor | None) -> Tensor | float:
-    """What one unit of the residual stream is worth in the layer's output units: σ_c / γ_c, or 1 without BatchNorm.
+def _stream_scale(dense: DenseNetwork, norm: str | None, alive: Tensor | None) -> Tensor | None:
+    """What one unit of the residual stream is worth in the layer's output units: σ_c / γ_c, or None without BatchNorm.
 
     Outputs whose γ is next to nothing leave the residual part out of their target.
     """
     if norm is None:
-        return torch.ones(())[None]
+        return None
     behind = dense.model.get_submodule(norm)
     scale, _ = input_scale(behind.running_var, behind.eps, None if behind.weight is None else behind.weight.detach())
     return scale if alive is None else scale[alive.to(scale.device)]

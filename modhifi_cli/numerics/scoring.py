@@ -12,8 +12,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from modhifi_cli.errors import ConfigError, is_number, is_whole, nearest
-from modhifi_cli.numerics.contributions import ContributionMoments, contribution_energies, contribution_moments
+from modhifi_cli.errors import (
+    ConfigError,
+    UnsupportedModelError,
+    is_number,
+    is_whole,
+    nearest,
+)
+from modhifi_cli.numerics.contributions import (
+    ContributionMoments,
+    contribution_energies,
+    contribution_moments,
+)
 from modhifi_cli.numerics.discriminability import (
     BOUNDS,
     WITNESSES,
@@ -274,6 +284,11 @@ def _check_class_settings(witness: str, robust: float, least_images: int) -> Non
 
 def _moments_at(place: Place, witness: str) -> ClassMoments:
     features = WITNESSES[witness].features(place.summaries)
+    if len(features) != len(place.labels):  # windows of an image stand beside each other like images
+        raise UnsupportedModelError(
+            f"{place.name}: expected one map for each of {len(place.labels)} images, got {len(features)}, since this "
+            "layer reads images in parts; choose a scoring that asks for no classes, such as scoring=singleton."
+        )
     return class_moments(features, place.labels, place.classes, place=place.name)
 
 

@@ -225,3 +225,12 @@ def test_too_few_images_of_each_class_and_foreign_labels_are_refused(randomise_)
     model, images = setting("projected", randomise_, classes=6)
     with pytest.raises(DataError, match="expected labels 0 to 4 for the network's 5 logits, got 5"):
         run(model, images, TVSPrune())
+
+
+def test_a_layer_that_reads_images_in_parts_is_refused_in_one_sentence():
+    from tests.card.networks import labelled_images
+    from tests.graph import transformers
+
+    images, labels = (torch.cat(part) for part in zip(*labelled_images("swin", 20), strict=True))
+    with pytest.raises(UnsupportedModelError, match="expected one map for each of 20 images, got 320, since this layer"):
+        run(transformers.build("swin"), Images(images, labels), DisCEditSP(least_images=1))
