@@ -56,7 +56,7 @@ def test_a_config_that_is_no_mapping_is_refused():
 @pytest.mark.parametrize("verb", config.verbs())
 def test_help_of_a_verb_teaches_every_key_and_group(verb):
     text = config.verb_help(verb)
-    for key in config._top_level_keys(verb):
+    for key in config.top_level_keys(verb):
         assert key in text
     assert "modhifi " + verb in text
 

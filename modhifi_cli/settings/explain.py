@@ -1,0 +1,100 @@
+"""One sentence of ours in place of the errors of Hydra and OmegaConf."""
+
+import re
+from collections.abc import Sequence
+
+from modhifi_cli.errors import ConfigError, nearest
+from modhifi_cli.settings.words import first_line, flatten, spelled
+from modhifi_cli.settings.yamls import config_directory, groups, top_level_keys, verbs
+
+_NO_CHOICE = "Config group override must be"  # how Hydra begins to say that a group was given null or a number
+
+
+def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
+    """One sentence of ours in place of an error of Hydra or OmegaConf; other errors are returned as they are."""
+    from hydra.errors import (
+        HydraException,
+        MissingConfigException,
+        OverrideParseException,
+    )
+
+    if not is_hydra_error(error):
+        return error
+    text = str(error)
+    if text.startswith(_NO_CHOICE):
+        return ConfigError(
+            f"modhifi {verb}: a group takes the name of one of its choices (modhifi list group=NAME), not null or a number; "
+            "leave it out for the default."
+        )
+    if isinstance(error, OverrideParseException):
+        written = getattr(error, "override", "") or ""
+        return ConfigError(
+            f"cannot read '{written}': settings are written key=value; put quotes around values that hold spaces, "
+            "commas, brackets or = , such as 'data.path=\"my images\"'."
+        )
+    absent = error if isinstance(error, MissingConfigException) else error.__cause__
+    if isinstance(absent, MissingConfigException) and absent.missing_cfg_file:
+        group, _, choice = str(absent.missing_cfg_file).rpartition("/")
+        known = groups().get(group, ())
+        hint = nearest(choice, known) if known else "the group is empty."
+        (told,) = spelled(verb, [f"{group}={choice}"], for_people=True)
+        return ConfigError(f"{told}: there is no such choice; {hint}")
+    unknown = re.search(r"Could not override '([^']+)'|Could not append to config.*?'([^']+)'", text)
+    if unknown:
+        key = (unknown.group(1) or unknown.group(2)).split("@")[0]
+        group, _, leaf = key.partition(".")
+        if leaf == "path" and group in ("data", "evaluation_data"):
+            return ConfigError(
+                f"{key}: choose the kind of source too, e.g. {group}=folder {key}=FOLDER, or {group}=arrays."
+            )
+        known = _known_keys(verb, overrides)
+        choice = leaf.partition(".")[0]
+        if group in ("evaluation", "export") and choice in groups().get(group, ()):
+            return ConfigError(
+                f"{key} needs the choice {choice}, which is not made here; make it with {group}=[…,{choice}], or leave "
+                "the key out."
+            )
+        theirs = [other for other in verbs() if other != verb and group in top_level_keys(other)]
+        if theirs and group not in top_level_keys(verb):
+            whose = " and ".join(f"modhifi {other}" for other in theirs)
+            near = nearest(key, top_level_keys(verb))
+            near = f": {near}" if near.startswith("did you mean") else ""
+            return ConfigError(f"modhifi {verb} has no key '{key}', which is for {whose}{near} (modhifi {verb} --help)")
+        near = nearest(key, known)
+        return ConfigError(f"modhifi {verb} has no key '{key}': {near} (modhifi {verb} --help)")
+    if isinstance(error, HydraException) and "Ambiguous value" in text:
+        return ConfigError(f"{first_line(error)}: a value with commas is a sweep and needs -m, or brackets for a list.")
+    return ConfigError(f"modhifi {verb}: {first_line(error)}")
+
+
+def is_hydra_error(error: Exception) -> bool:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, ValueError) and str(error).startswith(_NO_CHOICE):
+        return True
+    return isinstance(error, (HydraException, OmegaConfBaseException))
+
+
+def _known_keys(verb: str, overrides: Sequence[str]) -> list[str]:
+    """Every key of the verb, with the user's choices of groups as far as they compose."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    names = groups()
+    spelt = spelled(verb, overrides)
+    choices = [text for text in spelt if text.partition("=")[0] in names and "," not in text]
+    for attempt in (choices, []):
+        try:
+            GlobalHydra.instance().clear()
+            with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+                plain = OmegaConf.to_container(hydra.compose(verb, attempt))
+        except Exception:  # only a hint is lost
+            continue
+        finally:
+            GlobalHydra.instance().clear()
+        assert isinstance(plain, dict)
+        own = [key for key, _ in flatten(plain) if not key.rpartition(".")[2].startswith("_")]
+        return sorted({*own, *(str(key) for key in plain), *names})
+    return sorted(top_level_keys(verb))
