@@ -119,7 +119,10 @@ def prune(
         NumericsError: If weights or activations are not finite.
         UnsupportedModelError: If the network cannot be traced or holds nothing that can be pruned.
     """
-    from modhifi_cli.engine.prune import Plan, Summary, prune_
+    from modhifi_cli.engine.image_walk import ImageWalk
+    from modhifi_cli.engine.plan import Plan, Summary
+    from modhifi_cli.engine.prune import prune_
+    from modhifi_cli.engine.walk import Budget, Recipe
     from modhifi_cli.graph.counting import count
 
     if target not in ("params", "flops", "components"):
@@ -138,21 +141,19 @@ def prune(
     if check_data:
         chosen["batchnorm"] = _batchnorm(edited, calibration, chosen["batchnorm"], batch_size, place, listen, warnings)
     plan, summary, edits = None, None, []
-    for event in prune_(
+    steps = {key: config.build(chosen[key]) for key in _STEPS}
+    walk = ImageWalk(
         edited,
-        calibration=calibration,
-        sparsity=sparsity,
-        target=target,
-        **{key: config.build(chosen[key]) for key in _STEPS},
-        batchnorm=chosen["batchnorm"],
-        classifier=chosen["classifier"],
-        gathering=config.build(chosen["statistics"]),
+        calibration,
         exclude=tuple(exclude) or tuple(chosen["exclude"]),
-        round_to=round_to,
+        batchnorm=chosen["batchnorm"],
         batch_size=batch_size,
         device=place,
+        gathering=config.build(chosen["statistics"]),
         seed=seed,
-    ):
+    )
+    recipe = Recipe(**steps, classifier=chosen["classifier"], seed=seed)
+    for event in prune_(walk, recipe, Budget(sparsity, target, round_to)):
         if isinstance(event, Plan):
             plan = event
         elif isinstance(event, Edit):
@@ -290,7 +291,7 @@ def groups(
         DataError: If `batches` holds no images that fit.
         UnsupportedModelError: If the network cannot be traced.
     """
-    from modhifi_cli.engine.prune import discover, example_of
+    from modhifi_cli.engine.plan import discover, example_of
 
     seen, calibration, place = _ready(model, batches, None, most=2)
     _, found, refused = discover(seen, example_of(calibration, place), exclude=exclude)

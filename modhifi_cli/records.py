@@ -59,7 +59,6 @@ class Consumer:
     in_group: int
     centred: bool
     held_out: Statistics | None = None
-    held_out: Statistics | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,20 @@ class ModuleEdit:
 
 
 @dataclass(frozen=True)
+class EditState:
+    """What a run that goes on behind an edit must know besides the edited network.
+
+    Attributes:
+        step: What the edit is: ``"cut"`` of a part, ``"dense"`` for a layer solved again towards the dense network,
+            ``"batchnorm"`` or ``"classifier"``.
+        stale: BatchNorms whose running statistics no longer describe their input, in execution order.
+    """
+
+    step: str = "cut"
+    stale: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Edit:
     """One saved step: the edit of one group of coupled components (or of statistics alone), replayable without data.
 
@@ -92,7 +105,8 @@ class Edit:
         modules: What happens to each module.
         kept: Kept components of the group before this edit, ``[kept]`` int64 sorted (empty for statistics alone).
         removed: The others, ``[removed]`` int64 sorted.
-        facts: JSON-able facts for the report and for resuming (fidelity, dead outputs, seconds, stale statistics).
+        facts: JSON-able facts for the report (fidelity, dead outputs, seconds).
+        state: What resuming needs.
     """
 
     name: str
@@ -101,6 +115,7 @@ class Edit:
     kept: Tensor
     removed: Tensor
     facts: Mapping[str, Any] = field(default_factory=dict)
+    state: EditState = EditState()
 
 
 @dataclass(frozen=True)

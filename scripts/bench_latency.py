@@ -15,7 +15,7 @@ import shutil
 
 import torch
 
-from modhifi_cli.engine.prune import discover
+from modhifi_cli.engine.plan import discover
 from modhifi_cli.evaluation import latency
 from modhifi_cli.evaluation.latency_probe import narrowed
 from modhifi_cli.graph.counting import CostModel

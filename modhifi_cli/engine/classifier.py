@@ -1,15 +1,18 @@
 """The last layer, refitted to the dense network's logits once everything in front of it has been edited (M9)."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.engine.edit import tensor_edits
 from modhifi_cli.engine.gathering import held_out_images
-from modhifi_cli.engine.image_walk import Activations
+from modhifi_cli.engine.walk import Walk
 from modhifi_cli.errors import UnsupportedModelError
+from modhifi_cli.graph.components import Refusal
 from modhifi_cli.numerics.refit import refit
-from modhifi_cli.records import Edit, ModuleEdit, Progress
+from modhifi_cli.records import Edit, EditState, Progress
 
 
 @torch.no_grad()
@@ -52,42 +55,58 @@ def find_classifier(
     return name
 
 
-class DenseLogits:
-    """The dense network's logits on the calibration images, taken before anything is edited.
+@dataclass(frozen=True)
+class Aims:
+    """What the last layer shall give: the dense network's logits, taken before anything is edited.
 
-    Args:
+    Attributes:
         layer: Name of the classifier.
+        logits: On all calibration images, ``[images, classes]``.
     """
 
-    def __init__(self, layer: str) -> None:
-        self.layer = layer
-        self.logits = torch.empty(0)
-
-    def gather(self, activations: Activations) -> Iterator[Progress]:
-        """Run the network as it stands over all images."""
-        found: list[Tensor] = []
-        yield from activations.outputs(self.layer, found.append, item="dense logits")
-        self.logits = torch.cat(found)
+    layer: str
+    logits: Tensor
 
 
-def refit_classifier_(
-    model: nn.Module, activations: Activations, aims: DenseLogits, result: list[Edit]
-) -> Iterator[Progress]:
-    """Refit the classifier of the edited network in place; the edit is appended to `result`.
+def aims_of(walk: Walk, classifier: str) -> Generator[Progress, None, tuple[Aims | None, tuple[Refusal, ...]]]:
+    """Aims for the last layer where it is to be refitted, and why it is left alone where it cannot be.
+
+    Args:
+        walk: The dense network.
+        classifier: ``"keep"``, ``"refit"``, or ``"auto"``: refit where the logits come out of a linear layer.
+
+    Raises:
+        UnsupportedModelError: If it must be refitted and cannot be.
+    """
+    if classifier == "keep":
+        return None, ()
+    try:
+        layer = find_classifier(walk.model, walk.example)
+    except UnsupportedModelError as error:
+        if classifier == "refit":
+            raise
+        why = str(error).partition(": ")[2].partition(";")[0]
+        return None, (Refusal("classifier", f"kept as it is: {why}"),)
+    found: list[Tensor] = []
+    yield from walk.activations.outputs(layer, found.append, item="dense logits")
+    return Aims(layer, torch.cat(found)), ()
+
+
+def refit_classifier_(walk: Walk, aims: Aims) -> Generator[Progress, None, Edit]:
+    """Refit the classifier of the edited network in place.
 
     Raises:
         NumericsError: If there are fewer than five images, or values are not finite.
     """
     rows: list[Tensor] = []
-    yield from activations.walk({aims.layer: lambda inputs: rows.append(inputs.clone())}, item="classifier")
+    yield from walk.activations.walk({aims.layer: lambda inputs: rows.append(inputs.clone())}, item="classifier")
     inputs = torch.cat(rows)
-    layer = model.get_submodule(aims.layer)
+    layer = walk.model.get_submodule(aims.layer)
     held_out = held_out_images(torch.arange(len(inputs), device=inputs.device))
     found = refit(inputs, aims.logits, layer.weight.detach(), layer.bias.detach(), held_out=held_out)
     with torch.no_grad():
         layer.weight.copy_(found.weight)
         layer.bias.copy_(found.bias)
-    tensors = {name: getattr(layer, name).detach().cpu().clone() for name in ("weight", "bias")}
     facts = {"ridge": found.ridge, "error_before": found.error_before, "error_after": found.error_after}
-    empty = torch.arange(0)
-    result.append(Edit("classifier", 0, (ModuleEdit(aims.layer, tensors=tensors),), empty, empty, facts))
+    nothing, state = torch.arange(0), EditState("classifier")
+    return Edit("classifier", 0, tensor_edits(walk.model, [aims.layer]), nothing, nothing, facts, state)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.engine.prune import discover
+from modhifi_cli.engine.plan import discover
 from modhifi_cli.errors import UnsupportedModelError
 from modhifi_cli.graph.answers import flattened
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal

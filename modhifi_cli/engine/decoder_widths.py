@@ -4,13 +4,20 @@ The residual width of a decoder never changes, so what a part saves does not dep
 of their own (one of every KV head, or a whole group), neurons in steps of `round_to`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch import nn
 
-from modhifi_cli.graph.components import input_size, output_size
+from modhifi_cli.engine.plan import Summary
+from modhifi_cli.engine.prices import COUNTED
+from modhifi_cli.engine.walk import Budget
+from modhifi_cli.engine.widths import NEAR
+from modhifi_cli.errors import ConfigError
+from modhifi_cli.graph.components import Layout, input_size, output_size
 from modhifi_cli.graph.decoder import Decoder, component_parameters
+from modhifi_cli.records import Progress
+from modhifi_cli.roles import Allocation
 
 
 class Widths:
@@ -20,16 +27,22 @@ class Widths:
         model: The dense network.
         decoder: Its layers and parts.
         length: Tokens of a sequence, for the work of attention.
-        round_to: MLP widths are multiples of it.
         allocation: From `modhifi_cli.numerics.allocation`.
-        target: What a share counts.
+        budget: What is asked for: ``"params"`` of the decoder layers, ``"flops"`` of the decoder layers for one token in
+            the middle of a calibration sequence, or ``"components"`` of the parts that may be pruned.
+
+    Raises:
+        ConfigError: If the budget's target is another.
     """
 
     def __init__(
-        self, model: nn.Module, decoder: Decoder, *, length: int, round_to: int, allocation: Callable, target: str
+        self, model: nn.Module, decoder: Decoder, *, length: int, allocation: Allocation, budget: Budget
     ) -> None:
         self.warnings: list[str] = []
-        self._decoder, self._allocation, self._target = decoder, allocation, target
+        self._decoder, self._allocation, self._target = decoder, allocation, budget.target
+        self._budget, round_to = budget, budget.round_to
+        if budget.target not in COUNTED:
+            raise ConfigError(f"target must be one of {', '.join(COUNTED)}, got '{budget.target}'.")
         parts = decoder.parts
         self._sizes = np.array([part.components for part in parts])
         self._steps = [min(round_to, part.components) if part.kind == "mlp" else part.balanced for part in parts]
@@ -67,6 +80,31 @@ class Widths:
             for number, part in enumerate(parts)
             if part.kind == "attention"
         }
+
+    def prepare(self) -> Iterator[Progress]:
+        """Nothing has to be measured."""
+        yield from ()
+
+    def settle(self, curves: Sequence[Sequence[float]]) -> Iterator[Progress]:
+        """What is counted needs no clock."""
+        yield from ()
+
+    def shares(self, keep: Sequence[int]) -> dict[str, float]:
+        """Shares that widths remove, of everything that is counted."""
+        return {name: self.removed_share(keep, name) for name in COUNTED}
+
+    def summary(self, layout: Layout) -> Summary:
+        """What the run achieved."""
+        alive = [layout.alive(part.group).numel() for part in self._decoder.parts]
+        achieved = {name: self.removed_share(alive, name) for name in self._cost}
+        warnings = ()
+        if abs(achieved[self._target] - self._budget.sparsity) > NEAR:
+            warnings = (
+                f"sparsity={self._budget.sparsity:g} of {self._target} was asked for and {achieved[self._target]:.3f} "
+                f"reached: widths come in steps of {self._budget.round_to} neurons or whole heads, the same in every "
+                "layer.",
+            )
+        return Summary(achieved, warnings)
 
     def removed_share(self, keep: Sequence[int], target: str) -> float:
         """Share removed of ``"params"`` or ``"flops"`` of the layers, of ``"model_params"`` or of ``"components"``."""

@@ -1,11 +1,18 @@
-"""Moments of the inputs of consumer layers, gathered while activations flow by: from modules to `Statistics`."""
+"""Moments of the inputs of consumer layers, gathered while activations flow by: from modules to `Statistics`.
 
+Every accumulator keeps one sample in five apart, by its number in the whole calibration set, so that neither the split
+into batches nor that into processes matters. Ridges are chosen, and trial cuts are tried, on what was held out.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.engine.team import Team
+from modhifi_cli.graph.components import input_size, reads_features
 from modhifi_cli.numerics.cross import CrossMoments, CrossStatistics, merge_cross
 from modhifi_cli.numerics.depthwise import FilterMoments, FilterStatistics
 from modhifi_cli.numerics.moments import ConvMoments, RowMoments, merge
@@ -15,7 +22,7 @@ _HELD_OUT_EVERY = 5  # one image in five chooses the ridge
 
 
 def held_out_images(numbers: Tensor) -> Tensor:
-    """Which images are held out of a fit, by their number in the calibration set: ``[images]`` bool."""
+    """Which samples are held out of a fit, by their number in the calibration set: ``[samples]`` bool."""
     return numbers % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
 
 
@@ -39,8 +46,8 @@ class Gathered:
     """Moments of one layer's input rows.
 
     Attributes:
-        statistics: Over all images.
-        held_out: Over every fifth image alone, or None where nobody asked for it or there are fewer than five.
+        statistics: Over all samples.
+        held_out: Over every fifth sample alone, or None where nobody asked for it or there are fewer than five.
         fitted: Over the others, or None in the same cases.
     """
 
@@ -49,26 +56,91 @@ class Gathered:
     fitted: Statistics | None = None
 
 
+Sums = TypeVar("Sums", ConvMoments | RowMoments, CrossMoments, FilterMoments)
+
+
+class HeldOutApart(Generic[Sums]):
+    """Two accumulators of one kind: of the samples that are fitted, and of those held out.
+
+    Args:
+        make: Makes an accumulator with ``update`` and ``result``; with several processes ``combine_``, too.
+        hold_out: Whether any sample is held out.
+        first: Number of the first sample that this process sees.
+        team: The processes that share the calibration set.
+        device: Where the sums are.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Sums],
+        *,
+        hold_out: bool = True,
+        first: int = 0,
+        team: Team | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._fitted, self._held_out = make(), make() if hold_out else None
+        self._next, self._any_held = first, False
+        self._team, self._device = team or Team(), torch.device(device)
+
+    def update(self, *batch: Tensor) -> None:
+        """Add one batch, every tensor with the samples along its first dimension.
+
+        Raises:
+            NumericsError: If a value that is looked at is not finite.
+        """
+        if self._held_out is None:
+            self._fitted.update(*batch)
+            return
+        held = held_out_images(torch.arange(self._next, self._next + len(batch[0])))
+        self._next += len(batch[0])
+        self._any_held |= bool(held.any())
+        for sums, chosen in ((self._fitted, ~held), (self._held_out, held)):
+            if bool(chosen.any()):
+                rows = chosen.to(batch[0].device)
+                sums.update(*(tensor[rows] for tensor in batch))
+
+    def results(self) -> tuple[Any, Any | None]:
+        """Of the fitted samples, and of the held-out ones (None where there are none), over all processes.
+
+        Raises:
+            NumericsError: If there was no sample.
+        """
+        if self._team.size > 1:
+            for sums in (self._fitted, self._held_out):
+                if sums is not None:
+                    sums.combine_(self._team.add_up_, self._device)
+            self._any_held = self._held_out is not None and self._held_out.rows > 0
+        held_out = self._held_out.result() if self._held_out is not None and self._any_held else None
+        return self._fitted.result(), held_out
+
+
 class LayerMoments:
     """Accumulates the moments of one conv or linear layer's input rows.
 
     Args:
         name: Module name, for messages.
-        module: `nn.Conv2d` without groups, `nn.Linear`, or a `nn.Conv1d` of one tap or a
-            `nn.ConvTranspose2d`, which are linear layers along another dimension.
+        module: `nn.Conv2d` without groups, a linear layer, or a `nn.Conv1d` of one tap or a `nn.ConvTranspose2d`, which
+            are linear layers along another dimension.
         positions_per_image: As in `Gathering`.
         seed: For the drawn positions.
-        hold_out: Whether every fifth image is also kept apart.
+        hold_out: Whether every fifth sample is also kept apart.
+        shared: ``first``, ``team`` and ``device`` of `HeldOutApart`, where several processes gather.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, *, positions_per_image: int | None, seed: int, hold_out: bool
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        positions_per_image: int | None,
+        seed: int,
+        hold_out: bool,
+        **shared: Any,
     ) -> None:
         def accumulator() -> ConvMoments | RowMoments:
-            if isinstance(module, nn.Linear):
-                return RowMoments(module.in_features, name=name)
-            if isinstance(module, nn.Conv1d | nn.ConvTranspose2d):
-                return RowMoments(module.in_channels, name=name)
+            if self._linear:
+                return _FlatRows(input_size(module), name=name)
             return ConvMoments(
                 module.in_channels,
                 kernel_size=module.kernel_size,
@@ -81,13 +153,9 @@ class LayerMoments:
                 generator=torch.Generator().manual_seed(seed),
             )
 
-        by_pixel = isinstance(module, nn.Conv1d | nn.ConvTranspose2d)
-        self._linear = isinstance(module, nn.Linear) or by_pixel
-        self._channels = 1 if by_pixel else -1  # dimension of the features of a row
-        self._fitted = accumulator()
-        self._held_out = accumulator() if hold_out else None
-        self._images = 0
-        self._held_images = 0
+        self._linear = reads_features(module) or isinstance(module, nn.Conv1d | nn.ConvTranspose2d)
+        self._channels = -1 if reads_features(module) else 1
+        self._sums = HeldOutApart(accumulator, hold_out=hold_out, **shared)
 
     def update(self, inputs: Tensor) -> None:
         """Add one batch: maps ``[batch, channels, height, width]``, or features ``[batch, …, features]``.
@@ -95,17 +163,7 @@ class LayerMoments:
         Raises:
             NumericsError: If a value is not finite.
         """
-        if self._held_out is None:
-            self._add(self._fitted, inputs)
-            return
-        # By the number of the image, so that the split into batches does not matter.
-        numbers = torch.arange(self._images, self._images + len(inputs), device=inputs.device)
-        held = held_out_images(numbers)
-        self._images += len(inputs)
-        self._held_images += int(held.sum())
-        self._add(self._fitted, inputs[~held])
-        if bool(held.any()):
-            self._add(self._held_out, inputs[held])
+        self._sums.update(inputs.movedim(self._channels, -1) if self._linear else inputs)
 
     def result(self) -> Gathered:
         """Moments of everything so far.
@@ -113,64 +171,34 @@ class LayerMoments:
         Raises:
             NumericsError: If there was no row.
         """
-        fitted = self._fitted.result()
-        if self._held_out is None or not self._held_images:
-            return Gathered(fitted, None)
-        held_out = self._held_out.result()
-        return Gathered(merge(fitted, held_out), held_out, fitted)
-
-    def _add(self, moments: ConvMoments | RowMoments, inputs: Tensor) -> None:
-        moments.update(inputs.movedim(self._channels, -1).flatten(0, -2) if self._linear else inputs)
+        fitted, held_out = self._sums.results()
+        return Gathered(fitted, None) if held_out is None else Gathered(merge(fitted, held_out), held_out, fitted)
 
 
-_Moments = TypeVar("_Moments", CrossMoments, FilterMoments)
-
-
-class _HeldOutApart(Generic[_Moments]):
-    """Two accumulators of inputs with wanted outputs: of the images that are fitted, and of those held out."""
-
-    def __init__(self, fitted: _Moments, held_out: _Moments) -> None:
-        self._fitted, self._held_out = fitted, held_out
-        self._images = 0
-
-    def update(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add one batch of inputs and of wanted outputs at the same rows.
-
-        Raises:
-            NumericsError: If a value that is looked at is not finite.
-        """
-        held = held_out_images(torch.arange(self._images, self._images + len(inputs), device=inputs.device))
-        self._images += len(inputs)
-        for moments, use in ((self._fitted, ~held), (self._held_out, held)):
-            if bool(use.any()):
-                moments.update(inputs[use], targets[use])
-
-
-class TargetMoments(_HeldOutApart[CrossMoments]):
-    """Accumulates the cross moments of one layer's input rows with wanted outputs, held-out images apart.
+class TargetMoments:
+    """Accumulates the cross moments of one layer's input rows with wanted outputs, held-out samples apart.
 
     Args:
         name: Module name, for messages.
-        module: `nn.Conv2d` without groups, or `nn.Linear`.
+        module: `nn.Conv2d` without groups, or a linear layer.
+        shared: ``first``, ``team`` and ``device`` of `HeldOutApart`, where several processes gather.
     """
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__(CrossMoments(module, name=name), CrossMoments(module, name=name))
+    def __init__(self, name: str, module: nn.Module, **shared: Any) -> None:
+        self._sums = HeldOutApart(lambda: CrossMoments(module, name=name), **shared)
+        self.update = self._sums.update
 
     def result(self) -> tuple[CrossStatistics, CrossStatistics | None]:
-        """Over all images, and over the held-out ones alone (None where there are fewer than five).
+        """Over all samples, and over the held-out ones alone (None where there are fewer than five).
 
         Raises:
-            NumericsError: If there was no image.
+            NumericsError: If there was no sample.
         """
-        fitted = self._fitted.result()
-        if self._images < _HELD_OUT_EVERY:
-            return fitted, None
-        held_out = self._held_out.result()
-        return merge_cross(fitted, held_out), held_out
+        fitted, held_out = self._sums.results()
+        return (fitted, None) if held_out is None else (merge_cross(fitted, held_out), held_out)
 
 
-class DepthwiseMoments(_HeldOutApart[FilterMoments]):
+class DepthwiseMoments:
     """Accumulates what a depthwise convolution's filters are fitted to, held-out images apart.
 
     Args:
@@ -179,7 +207,8 @@ class DepthwiseMoments(_HeldOutApart[FilterMoments]):
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__(FilterMoments(module, name=name), FilterMoments(module, name=name))
+        self._sums = HeldOutApart(lambda: FilterMoments(module, name=name))
+        self.update = self._sums.update
 
     def result(self) -> tuple[FilterStatistics, FilterStatistics | None, FilterStatistics]:
         """Over all images, over the held-out ones alone (None where there are fewer than five), and over the others.
@@ -187,8 +216,12 @@ class DepthwiseMoments(_HeldOutApart[FilterMoments]):
         Raises:
             NumericsError: If there was no image.
         """
-        fitted = self._fitted.result()
-        if self._images < _HELD_OUT_EVERY:
-            return fitted, None, fitted
-        held_out = self._held_out.result()
-        return fitted.merged(held_out), held_out, fitted
+        fitted, held_out = self._sums.results()
+        return (fitted, None, fitted) if held_out is None else (fitted.merged(held_out), held_out, fitted)
+
+
+class _FlatRows(RowMoments):
+    """Moments of the features along the last dimension, whatever lies in front of it."""
+
+    def update(self, rows: Tensor) -> None:
+        super().update(rows.flatten(0, -2))

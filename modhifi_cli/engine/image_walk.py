@@ -1,305 +1,460 @@
-"""Calibration activations carried from cut to cut, and the walks that look at them and refresh BatchNorm on the way.
+"""The walk over a network that reads images: from cut to cut of its data flow, group after group in forward order.
 
-Carrying makes a run's work grow linearly with depth: what lies in front of the group at work is never computed again.
-An activation is carried only while it fits the given memory; beyond that a walk starts further in front, which is
-slower and gives the same numbers.
+Activations are carried to the last cut in front of everything that is still to change. BatchNorms behind an edit are
+stale: a walk re-estimates them, in execution order, before anything behind them is looked at.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.engine.gathering import held_out_images
+from modhifi_cli.engine.activations import Activations, set_statistics_
+from modhifi_cli.engine.class_features import MapSummaries, map_summaries
+from modhifi_cli.engine.gathering import Gathering, LayerMoments, TargetMoments
+from modhifi_cli.engine.impact import Impact, images_for
+from modhifi_cli.engine.labelling import Labels, image_labels
+from modhifi_cli.engine.plan import check_weights, discover, example_of, limit_bytes, refuse_nothing
+from modhifi_cli.engine.site import features_kept
+from modhifi_cli.engine.walk import Budget, Cut, Looking, Pair, Recipe, Repair, Stop, Surveyed
+from modhifi_cli.engine.widths import GroupWidths
+from modhifi_cli.errors import ConfigError, UnsupportedModelError
+from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, has_weight, is_upsampling, reads_features
+from modhifi_cli.graph.parts import part_of
 from modhifi_cli.graph.segments import Look, Segments
-from modhifi_cli.numerics.batchnorm import BatchNormMoments, ChannelMoments
-from modhifi_cli.records import ImageSource, Progress
+from modhifi_cli.graph.surgery import slice_module_
+from modhifi_cli.numerics.batchnorm import input_scale, output_moments
+from modhifi_cli.numerics.moments import reorder
+from modhifi_cli.numerics.scoring import Place
+from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress
+from modhifi_cli.roles import Scoring
+
+_FEWEST_HELD_OUT = 8  # images; fewer say less than images that were fitted to
 
 
-class Activations:
-    """The calibration set inside one network, standing at a cut.
+class ImageWalk:
+    """A network that reads images, on its calibration images (`walk.Walk`).
 
     Args:
-        model: Network in evaluation mode on `device`; it may be edited behind the present cut at any time.
-        segments: Its cuts.
-        calibration: The images.
+        model: Dense network, evaluation mode. It is moved to `device`.
+        calibration: Images; labels are taken from it, or predicted, only for a scoring that needs them.
+        exclude: Names of modules to leave alone.
+        batchnorm: ``"reestimate"`` running statistics on the calibration images, or keep the ``"stored"`` ones
+            (shifted by what the repair of the consumers says).
         batch_size: Images a forward.
-        device: Where forwards run and activations are kept.
-        limit_bytes: Largest activation (over all images) that may be kept.
+        device: Where the forwards run.
+        gathering: How statistics are gathered.
+        seed: For drawn positions.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+        DataError: If there are no calibration images.
+        NumericsError: If a weight is not finite.
+        UnsupportedModelError: If the network cannot be run or traced.
     """
+
+    what = "groups"
+    trial_ridge = 1e-3
+    restores_always = False
 
     def __init__(
         self,
         model: nn.Module,
-        segments: Segments,
         calibration: ImageSource,
         *,
-        batch_size: int,
-        device: torch.device,
-        limit_bytes: float,
+        exclude: Sequence[str] = (),
+        batchnorm: str = "reestimate",
+        batch_size: int = 64,
+        device: torch.device | str = "cpu",
+        gathering: Gathering | None = None,
+        seed: int = 0,
     ) -> None:
-        self.model = model
-        self.segments = segments
+        if batchnorm not in ("reestimate", "stored"):
+            raise ConfigError(f"batchnorm must be 'reestimate' or 'stored', got '{batchnorm}'.")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
+        self.device = torch.device(device)
+        self.gathering = gathering or Gathering()
+        check_weights(model)
+        self.model = model.to(self.device).eval()
+        self.example = example_of(calibration, self.device)
+        self.segments, self.parts, self.refused = discover(model, self.example, exclude=exclude)
+        self.excluding = bool(exclude)
+        self.layout = Layout(model, self.parts)
+        self.stops = tuple(Stop(group.name, (group,)) for group in self.parts)
         self.samples = len(calibration)
-        self._source = calibration
-        self._batch_size = batch_size
-        self._device = device
-        self.limit_bytes = limit_bytes
-        self._images: list[Tensor] | None = None
-        self._cut: str | None = None
-        self._carried: list[Tensor] | None = None
+        self.reestimate = batchnorm == "reestimate"
+        self.labels: Labels | None = None
+        self.stale: list[str] = []
+        self._calibration, self._batch_size, self._seed = calibration, batch_size, seed
+        self._refreshed: list[str] = []
+        self._edits = 0
+        self._dense: Activations | None = None
+        self.activations = self._carried(self.model, self.segments, networks=1)
 
-    def restart(self) -> None:
-        """Go back to the images, for another round over the network."""
-        self._cut, self._carried = None, None
-
-    def position(self) -> tuple[str | None, list[Tensor] | None]:
-        """Where the calibration set stands, for `return_to`; valid as long as nothing in front of it is edited."""
-        return self._cut, self._carried
-
-    def return_to(self, position: tuple[str | None, list[Tensor] | None]) -> None:
-        """Go back to an earlier position, to try another edit of what lies behind it."""
-        self._cut, self._carried = position
-
-    def only(self, numbers: Tensor) -> "Activations":
-        """Some of the images, standing at the same cut; what is done with them leaves these activations alone.
-
-        Args:
-            numbers: Which images, ``[chosen]`` int64 sorted.
-        """
-        chosen = Activations(
-            self.model,
-            self.segments,
-            _Chosen(self._source, numbers),
+    def _carried(self, model: nn.Module, segments: Segments, *, networks: int) -> Activations:
+        return Activations(
+            model,
+            segments,
+            self._calibration,
             batch_size=self._batch_size,
-            device=self._device,
-            limit_bytes=self.limit_bytes,
+            device=self.device,
+            limit_bytes=limit_bytes(self.gathering) / networks,
         )
-        if self._carried is not None:
-            batches = zip(self._carried, numbers.new_tensor(range(self.samples)).split(self._batch_size), strict=True)
-            rows = (batch[torch.isin(of, numbers).to(batch.device)] for batch, of in batches)
-            chosen._cut, chosen._carried = self._cut, list(_rebatched(rows, self._batch_size))
-        return chosen
 
-    def walk(
-        self,
-        looks: Mapping[str, Look],
-        *,
-        stale: Sequence[str] = (),
-        item: str = "",
-    ) -> Iterator[Progress]:
-        """Show every look its module's inputs over all images; BatchNorms in `stale` that run before are refreshed.
+    def prepare(self, recipe: Recipe, passes: int) -> Iterator[Progress | Note]:
+        """Put the dense network beside this one, and find the images' classes, where the recipe asks for it."""
+        if recipe.compensation.reference == "dense":
+            untouched = copy.deepcopy(self.model)
+            self._dense = self._carried(untouched, Segments(untouched, self.example), networks=2)
+            self.activations = self._carried(self.model, self.segments, networks=2)
+        if recipe.scoring.needs_labels:
+            self.labels = yield from _labels(self.model, self._calibration, self.device, self._batch_size)
 
-        Args:
-            looks: Module name → function called with the module's first input, batch after batch.
-            stale: BatchNorm modules whose statistics no longer describe their input, in any order. Those that run
-                before the last look are re-estimated in place, in execution order, before anything behind them is
-                looked at.
-            item: What is at work, for progress.
+    def prices(self, recipe: Recipe, budget: Budget) -> GroupWidths:
+        """What widths cost.
+
+        Raises:
+            ConfigError: If nothing can be pruned because of what is excluded.
+            UnsupportedModelError: If nothing can be pruned.
         """
-        visits = self.segments.trace.visits
-        end = max((visits[name].enter for name in looks), default=0)
-        yield from self._go(dict(looks), self._between(stale, end), end, item, advance=None)
+        refuse_nothing(self.parts, self.refused, sparsity=budget.sparsity, excluding=self.excluding)
+        return GroupWidths(self.model, self.example[:1], self.parts, recipe.allocation, budget)
 
-    def advance(self, cut: str | None, *, stale: Sequence[str] = (), item: str = "") -> Iterator[Progress]:
-        """Carry the activations forward to `cut`, refreshing the stale BatchNorms in front of it on the way."""
-        if cut is None or cut == self._cut:
-            return
-        end = self.segments.trace.visits[cut].leave
-        yield from self._go({}, self._between(stale, end), end + 1, item, advance=cut)
+    def begin(self) -> Iterator[Progress]:
+        """Go back to the images, for a pass."""
+        self.activations.restart()
+        yield from ()
 
-    def refresh(self, stale: Sequence[str], *, item: str = "") -> Iterator[Progress]:
-        """Re-estimate all stale BatchNorms behind the present cut."""
-        visits = self.segments.trace.visits
-        if stale:
-            end = max(visits[name].enter for name in stale) + 1
-            yield from self._go({}, self._between(stale, end), end, item, advance=None)
+    def at(self, stop: Stop) -> AbstractContextManager[None]:
+        """Nothing has to be fetched for a group."""
+        return nullcontext()
 
-    def first_images(self, count: int) -> Tensor:
-        """The first calibration images, ``[at most count, channels, height, width]`` on the device."""
-        found: list[Tensor] = []
-        for batch in self._image_batches():
-            found.append(batch)
-            if sum(map(len, found)) >= count:
-                break
-        return torch.cat(found)[:count]
+    def leave(self, stop: Stop) -> Iterator[Progress]:
+        """Activations go on with the next group that is looked at."""
+        yield from ()
 
-    def held_out_images(self, count: int) -> Tensor:
-        """The first of the images that are held out of fits, as `first_images`; none where there are fewer than five."""
-        found: list[Tensor] = []
-        seen = 0
-        for batch in self._image_batches():
-            numbers = torch.arange(seen, seen + len(batch), device=batch.device)
-            found.append(batch[held_out_images(numbers)])
-            seen += len(batch)
-            if sum(map(len, found)) >= count:
-                break
-        return torch.cat(found)[:count]
+    def consumers(self, part: ComponentGroup) -> tuple[Slot, ...]:
+        """The group's consumers that have weights, each once."""
+        return tuple(slot for slot in part.consumers if has_weight(self.model.get_submodule(slot.module)))
 
-    def outputs(self, name: str, look: Look, *, item: str = "") -> Iterator[Progress]:
-        """Show a look the output of one module over all images, batch after batch."""
-        for batch, done, total in self._batches(self._carried):
-            look(self.segments.run(batch, start=self._cut, until=name))
-            yield Progress("images", item, done, total)
-
-    def seen(
-        self, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
-    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], int, int]]:
-        """Copies of what modules read and give, batch after batch, from where the activations stand.
-
-        Args:
-            inputs: Modules whose first input is wanted.
-            outputs: Modules whose output is wanted.
-
-        Returns:
-            For every batch inputs by name, outputs by name, its number from 1, and the number of batches.
-        """
-        for batch, done, total in self._batches(self._carried):
-            read: dict[str, Tensor] = {}
-            given: dict[str, Tensor] = {}
-            # Copies: the next layer may overwrite its input in place.
-            self.segments.run(
-                batch,
-                start=self._cut,
-                looks={name: _keep_in(read, name) for name in inputs},
-                outputs={name: _keep_in(given, name) for name in outputs},
-            )
-            yield read, given, done, total
-
-    def _between(self, stale: Sequence[str], end: int) -> list[str]:
-        visits = self.segments.trace.visits
-        return sorted((n for n in stale if visits[n].enter < end), key=lambda n: visits[n].enter)
-
-    def _go(
-        self, looks: dict[str, Look], stale: list[str], end: int, item: str, *, advance: str | None
-    ) -> Iterator[Progress]:
-        visits = self.segments.trace.visits
-        cut, carried = self._cut, self._carried
-        here = visits[cut].leave if cut is not None else 0
-        for stop, stop_clock in self._stops(here, end, [*looks, *stale], advance):
-            inside = [n for n in stale if here < visits[n].enter < stop_clock]
-            for name in inside:
-                yield from self._refresh_one(name, cut, carried, item)
-            seen = {n: look for n, look in looks.items() if here < visits[n].enter < stop_clock}
-            here = stop_clock
-            if stop is None and not seen:
-                continue
-            stored: list[Tensor] | None = [] if stop is not None else None
-            for batch, done, total in self._batches(carried):
-                output = self.segments.run(batch, start=cut, looks=seen, until=stop)
-                if stored is not None and output is not None:
-                    stored.append(output)
-                    if not self._fits(output):
-                        stored = None
-                        if not seen:
-                            break
-                yield Progress("images", item, done, total)
-            if stored is not None:
-                cut, carried = stop, stored
-        if advance is not None:
-            self._cut, self._carried = cut, carried
-
-    def _stops(
-        self, here: int, end: int, events: Sequence[str], advance: str | None
-    ) -> list[tuple[str | None, int]]:
-        """Cuts worth stopping at: those that something happened in front of, and the last that can still be reached."""
-        visits = self.segments.trace.visits
-        clocks = sorted(visits[name].enter for name in events)
-        stops: list[tuple[str | None, int]] = []
-        previous = here
-        for cut in self.segments.trace.cuts:
-            leave = visits[cut].leave
-            if not here < leave < end:
-                continue
-            happened = any(previous < clock < leave for clock in clocks)
-            if (happened or cut == advance) and self.segments.usable(cut):
-                stops.append((cut, leave))
-                previous = leave
-        if advance is None:
-            stops.append((None, end + 1))
-        return stops
-
-    def _refresh_one(
-        self, name: str, cut: str | None, carried: list[Tensor] | None, item: str
-    ) -> Iterator[Progress]:
+    def centred(self, name: str) -> bool:
+        """Whether the constant part of a layer's output can be restored."""
         module = self.model.get_submodule(name)
-        moments = BatchNormMoments(module.num_features, name=name)
-        for batch, done, total in self._batches(carried):
-            self.segments.run(batch, start=cut, looks={name: moments.update})
-            yield Progress("images", item, done, total)
-        set_statistics_(module, moments.result())
+        # Where patches overlap, a constant of each of their pixels is none of the outputs'.
+        return not is_upsampling(module) and (self.norm_behind(name) is not None or module.bias is not None)
 
-    def _fits(self, output: Tensor) -> bool:
-        per_image = output.numel() * output.element_size() / output.shape[0]
-        return per_image * self.samples <= self.limit_bytes
+    def draw(self, part: ComponentGroup) -> int:
+        """How many groups lie ahead, this one included."""
+        return len(self.parts) - self.parts.index(part)
 
-    def _batches(self, carried: list[Tensor] | None) -> Iterator[tuple[Tensor, int, int]]:
-        total = -(-self.samples // self._batch_size)
-        batches = self._image_batches() if carried is None else iter(carried)
-        for done, batch in enumerate(batches, start=1):
-            yield batch, done, total
+    def facts(self, part: ComponentGroup) -> dict[str, Any]:
+        """Where the classes of the images come from, where a score looked at them."""
+        return {} if self.labels is None else {"labels": self.labels.account}
 
-    def _image_batches(self) -> Iterator[Tensor]:
-        if self._images is not None:
-            yield from self._images
+    @property
+    def state(self) -> EditState:
+        """What resuming needs."""
+        return EditState(stale=tuple(self.stale))
+
+    def resume_(self, state: EditState) -> None:
+        """Take up the BatchNorms that are stale behind an applied edit."""
+        self.stale = list(state.stale)
+        self._edits += 1
+
+    def notes(self) -> Iterator[Note]:
+        """Nothing is to be said at the end."""
+        yield from ()
+
+    # ------------------------------------------------------------------------------------------------------ looking
+
+    def gather(self, part: ComponentGroup, slots: Sequence[Slot], *, hold_out: bool, also: Mapping[str, Any]) -> Looking:
+        """Moments of the consumers' inputs, from the last cut in front of everything that is still to change."""
+        visits = self.segments.trace.visits
+        ahead = self.parts[self.parts.index(part) :]
+        first = min(visits[name].enter for group in ahead for name in group.modules if name in visits)
+        start = self.segments.last_before(first)
+        if start is not None:
+            yield from self.activations.advance(start, stale=self.stale, item=part.name)
+            self._forget_refreshed(before=visits[start].leave)
+        looks = {name: summaries.update for name, summaries in also.items()}
+        return (yield from self.look(slots, part.name, hold_out=hold_out, also=looks))
+
+    def look(
+        self, slots: Sequence[Slot], item: str, *, hold_out: bool, also: Mapping[str, Look] | None = None
+    ) -> Looking:
+        """Moments of the given consumers' inputs in one walk from where the activations stand, by module.
+
+        Args:
+            slots: The consumers.
+            item: What is at work, for progress.
+            hold_out: Whether every fifth image is kept apart, too.
+            also: Further looks that ride on the walk: module → function of its first input.
+        """
+        visits = self.segments.trace.visits
+        moments = {slot.module: self.sums(slot.module, hold_out=hold_out) for slot in slots}
+        looks: dict[str, Look] = {name: accumulator.update for name, accumulator in moments.items()}
+        for name, extra in (also or {}).items():
+            looks[name] = _both(looks[name], extra) if name in looks else extra
+        last = max(visits[name].enter for name in looks)
+        yield from self.activations.walk(looks, stale=self.stale, item=item)
+        self._forget_refreshed(before=last)
+        return {name: accumulator.result() for name, accumulator in moments.items()}
+
+    def survey(self) -> Iterator[Progress | Surveyed]:
+        """Every group of the network as it stands, from one walk over the images.
+
+        Weights are fitted without the held-out images and tried on these alone, where there are enough: a layer with
+        fewer rows than features (a classifier behind global pooling has one row for an image) is rebuilt without any
+        error by as many components as there are images, on those images.
+        """
+        slots = {slot.module: slot for group in self.parts for slot in self.consumers(group)}
+        gathered = yield from self.look(tuple(slots.values()), "error curves", hold_out=True)
+        count = images_for(self.samples)
+        images = self.activations.held_out_images(count)
+        if all(one.fitted is not None for one in gathered.values()) and len(images) >= _FEWEST_HELD_OUT:
+            gathered = {name: replace(one, statistics=one.fitted) for name, one in gathered.items()}
+        else:
+            images = self.activations.first_images(count)
+        trial = Impact(self.segments, images, limit_bytes=self.activations.limit_bytes)
+        for group in self.parts:
+            yield Surveyed(group, gathered, trial)
+
+    def class_looks(self, part: ComponentGroup, scoring: Scoring) -> dict[str, MapSummaries]:
+        """What a score of classes has to look at, by module; nothing for any other score.
+
+        Raises:
+            UnsupportedModelError: If a layer that reads the group runs more than once, so that an image has several
+                maps.
+        """
+        if self.labels is None:
+            return {}
+        slots = self.consumers(part)
+        several = next((slot.module for slot in slots if slot.module in self.segments.trace.calls), None)
+        if several is not None:
+            raise UnsupportedModelError(
+                f"a score of classes looks at one map of each image, and {several} runs more than once in one forward; "
+                f"choose another score, or leave its group alone with exclude=[{several}]."
+            )
+        norm = self.norm_behind(part.producers[0].module) if len(part.producers) == 1 else None
+        return map_summaries(self.model, self.layout, part, slots, norm, scoring.summary)
+
+    def places(self, looks: Mapping[str, MapSummaries]) -> tuple[Place, ...]:
+        """What those looks have seen, with the images' classes."""
+        labels = self.labels
+        assert labels is not None, "a score of classes is prepared for"
+        return tuple(Place(name, look.result(), labels.values, labels.classes) for name, look in looks.items())
+
+    # ------------------------------------------------------------------------------------------------------ editing
+
+    def cut_(self, part: ComponentGroup, kept: Tensor) -> Cut:
+        """Slice everything that the group touches."""
+        outputs, inputs = self.layout.keep_(part, kept)
+        for name in dict.fromkeys((*outputs, *inputs)):
+            slice_module_(part_of(self.model, name), outputs=outputs.get(name), inputs=inputs.get(name))
+        self._edits += 1
+        return Cut(outputs, inputs, {})
+
+    def settle_(self, slot: Slot, consumer: Consumer, kept: Tensor, repair: Repair, *, alone: bool) -> list[str]:
+        """Put the constant of a repaired consumer right, in its bias or in the BatchNorm behind it."""
+        module = self.model.get_submodule(slot.module)
+        norm = self.norm_behind(slot.module)
+        if norm is None:
+            if repair.constant is not None:
+                with torch.no_grad():
+                    module.bias.add_(repair.constant.to(module.bias.device))
+            return []
+        behind = self.model.get_submodule(norm)
+        if not self.reestimate:
+            if repair.constant is None:
+                return []
+            behind.running_mean.sub_(repair.constant.to(behind.running_mean.device))
+            return [norm]
+        known = alone and repair.fidelity is not None and not is_upsampling(module)
+        if known and self.gathering.positions_per_image is None:
+            # The consumer's input is what was gathered, so its output's moments follow without another forward.
+            inputs = reorder(consumer.statistics, features_kept(consumer, kept))
+            bias = None if module.bias is None else module.bias.detach().to(repair.weight)
+            set_statistics_(behind, output_moments(inputs, repair.weight, bias))
+            return [norm]
+        return []
+
+    def edited_(self, sources: Sequence[str], changed: Sequence[str]) -> None:
+        """Every BatchNorm behind one of the edited layers is stale now, unless it is among those that were just set."""
+        if not self.reestimate:
             return
-        kept: list[Tensor] | None = []
-        for inputs, _ in self._source.batches(self._batch_size):
-            inputs = inputs.to(self._device)
-            if kept is not None:
-                kept = [*kept, inputs] if self._fits(inputs) else None
-            yield inputs
-        self._images = kept
+        trace = self.segments.trace
+        self.stale = [name for name in self.stale if name not in changed]
+        for name in trace.visits:
+            module = self.model.get_submodule(name)
+            if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
+                continue
+            behind = any(trace.depends(name, source) for source in sources)
+            if behind and name not in changed and name not in self.stale:
+                self.stale.append(name)
+        self.stale.sort(key=lambda name: trace.visits[name].enter)
+
+    def take_refreshed_(self) -> list[str]:
+        """BatchNorms that walks have re-estimated since this was last asked."""
+        refreshed, self._refreshed = self._refreshed, []
+        return refreshed
+
+    def finish_(self) -> Generator[Progress, None, list[str]]:
+        """Re-estimate the BatchNorms that still are stale."""
+        yield from self.activations.refresh(list(self.stale), item="batchnorm")
+        self._forget_refreshed()
+        return self.take_refreshed_()
+
+    def norm_behind(self, name: str) -> str | None:
+        """The BatchNorm with running statistics that reads exactly this layer's output."""
+        norm = self.segments.trace.norm_of.get(name)
+        if norm is None or self.model.get_submodule(norm).running_mean is None:
+            return None
+        return norm
+
+    def _forget_refreshed(self, *, before: float = float("inf")) -> None:
+        """Strike BatchNorms that were re-estimated (they run before the given clock) off the stale list."""
+        visits = self.segments.trace.visits
+        fresh = [name for name in self.stale if visits[name].enter < before]
+        self.stale = [name for name in self.stale if name not in fresh]
+        self._refreshed.extend(name for name in fresh if name not in self._refreshed)
+
+    # ------------------------------------------------------------------------------------ towards the dense network
+
+    def solvable(self, stop: Stop, cut: Sequence[ComponentGroup]) -> list[str]:
+        """After the last group: every convolution (depthwise ones, too) and linear layer whose input has changed.
+
+        Groups are streams that layers far behind read, too, so nothing is final before all are cut.
+        """
+        if self._dense is None or stop is not self.stops[-1] or not self._edits:
+            return []
+        trace = self.segments.trace
+        edited = [slot.module for group in cut for slot in self.consumers(group)]
+        found = []
+        for name in trace.visits:
+            module = self.model.get_submodule(name)
+            plain = type(module) in (nn.Conv2d, nn.Linear) and (
+                getattr(module, "groups", 1) == 1 or is_depthwise(module)
+            )
+            known = plain and getattr(module, "padding_mode", "zeros") == "zeros"
+            if known and (name in edited or any(trace.depends(name, source) for source in edited)):
+                found.append(name)
+        self.activations.restart()
+        self._dense.restart()
+        return found
+
+    def pairs(self, name: str) -> Iterator[Progress | Pair]:
+        """What a layer reads beside what it gives in the dense network.
+
+        Where the layer closes a residual block, what the edited stream lacks there is added to the target, in the units
+        of the layer's output (M9).
+        """
+        assert self._dense is not None
+        yield from self._stand_before(name)
+        module, norm = self.model.get_submodule(name), self.norm_behind(name)
+        joined = self.segments.trace.joins.get(norm or name)
+        alive = self.layout.alive_outputs(name)
+        streams = () if joined is None else (joined,)
+        scale = self._stream_scale(norm, alive)
+        axis = -1 if reads_features(module) else 1
+        both = zip(
+            self.activations.seen(inputs=(name,), outputs=streams),
+            self._dense.seen(outputs=(name, *streams)),
+            strict=True,
+        )
+        for (read, ours, done, total), (_, theirs, _, _) in both:
+            target = _channels(theirs[name], alive, axis)
+            if joined is not None and theirs[joined].shape == theirs[name].shape:
+                lacking = _channels(theirs[joined], alive, axis) - ours[joined]
+                target = target + lacking * (scale if axis == -1 or scale.dim() == 0 else scale[:, None, None])
+            yield Pair(read[name], target, done, total)
+
+    def sums(self, name: str, *, hold_out: bool = True, exact: bool = False) -> LayerMoments:
+        """An accumulator of a layer's inputs; an exact one takes every position."""
+        module = self.model.get_submodule(name)
+        positions = None if exact else self.gathering.positions_per_image
+        return LayerMoments(name, module, positions_per_image=positions, seed=self._seed, hold_out=hold_out)
+
+    def aims(self, name: str) -> TargetMoments:
+        """An accumulator of a layer's inputs against its targets."""
+        return TargetMoments(name, self.model.get_submodule(name))
+
+    def settle_dense_(self, name: str, mean: Callable[[], Tensor], moments: Callable[[], Any]) -> list[str]:
+        """Put the constant right behind a layer that was solved again towards the dense network."""
+        assert self._dense is not None
+        module, norm = self.model.get_submodule(name), self.norm_behind(name)
+        if norm is None:
+            if module.bias is not None:
+                with torch.no_grad():
+                    module.bias.copy_(mean())
+            return []
+        behind = self.model.get_submodule(norm)
+        if self.reestimate:
+            set_statistics_(behind, moments())
+        else:
+            was = self._dense.model.get_submodule(norm).running_mean
+            alive = self.layout.alive_outputs(name)
+            was = was if alive is None else was[alive.to(was.device)]
+            lacking = mean()
+            behind.running_mean.copy_(was - (lacking if module.bias is None else lacking - module.bias.detach().double()))
+        return [norm]
+
+    def residual(self, name: str) -> str | None:
+        """What is added to the output of a layer that closes a residual block."""
+        return self.segments.trace.joins.get(self.norm_behind(name) or name)
+
+    def _stand_before(self, name: str) -> Iterator[Progress]:
+        """Carry both networks to the last cut in front of a layer and put the BatchNorms between them right."""
+        assert self._dense is not None
+        visits = self.segments.trace.visits
+        cut = self.segments.last_before(visits[name].enter, also=self._dense.segments)
+        if cut is not None:
+            yield from self.activations.advance(cut, stale=self.stale, item=name)
+            self._forget_refreshed(before=visits[cut].leave)
+            yield from self._dense.advance(cut, item=name)
+        between = [stale for stale in self.stale if visits[stale].enter < visits[name].enter]
+        yield from self.activations.refresh(between, item=name)
+        self._forget_refreshed(before=visits[name].enter)
+
+    def _stream_scale(self, norm: str | None, alive: Tensor | None) -> Tensor:
+        """What one unit of the residual stream is worth in the layer's output units: σ_c / γ_c, or 1 without BatchNorm.
+
+        Outputs whose γ is next to nothing leave the residual part out of their target.
+        """
+        if norm is None:
+            return torch.ones((), device=self.device)
+        assert self._dense is not None
+        behind = self._dense.model.get_submodule(norm)
+        scale, _ = input_scale(behind.running_var, behind.eps, None if behind.weight is None else behind.weight.detach())
+        return scale if alive is None else scale[alive.to(scale.device)]
 
 
-class _Chosen:
-    """Some images of a source, in its order."""
-
-    def __init__(self, source: ImageSource, numbers: Tensor) -> None:
-        self.protocol = source.protocol
-        self._source = source
-        self._numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, None]]:
-        """Full batches but for the last; labels are not handed on."""
-
-        def rows() -> Iterator[Tensor]:
-            start = 0
-            for inputs, _ in self._source.batches(batch_size):
-                of = torch.arange(start, start + len(inputs))
-                yield inputs[torch.isin(of, self._numbers)]
-                start += len(inputs)
-
-        for batch in _rebatched(rows(), batch_size):
-            yield batch, None
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution with one filter for each channel."""
+    return type(module) is nn.Conv2d and 1 < module.groups == module.in_channels == module.out_channels
 
 
-def _rebatched(parts: Iterator[Tensor], batch_size: int) -> Iterator[Tensor]:
-    waiting: Tensor | None = None
-    for part in parts:
-        waiting = part if waiting is None else torch.cat([waiting, part])
-        while len(waiting) >= batch_size:
-            yield waiting[:batch_size]
-            waiting = waiting[batch_size:]
-    if waiting is not None and len(waiting):
-        yield waiting
+def _labels(
+    model: nn.Module, calibration: ImageSource, device: torch.device, batch_size: int
+) -> Generator[Progress, None, Labels]:
+    for event in image_labels(model, calibration, device=device, batch_size=batch_size):
+        if isinstance(event, Labels):
+            return event
+        yield event
+    raise AssertionError("labelling ends with labels")
 
 
-def _keep_in(found: dict[str, Tensor], name: str) -> Look:
-    def look(tensor: Tensor) -> None:
-        found[name] = tensor.clone()
+def _both(first: Look, second: Look) -> Look:
+    def look_twice(inputs: Tensor) -> None:
+        first(inputs)
+        second(inputs)
 
-    return look
+    return look_twice
 
 
-def set_statistics_(module: nn.Module, moments: ChannelMoments) -> None:
-    """Give a BatchNorm new running statistics, in place.
-
-    The variance over the rows is stored, not the one over rows − 1: evaluation then standardises the calibration set
-    exactly as a training-mode forward over all of it at once would.
-    """
-    module.running_mean.copy_(moments.mean)
-    module.running_var.copy_(moments.variance)
+def _channels(maps: Tensor, alive: Tensor | None, axis: int) -> Tensor:
+    return maps if alive is None else maps.index_select(axis, alive.to(maps.device))

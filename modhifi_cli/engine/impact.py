@@ -2,12 +2,13 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from modhifi_cli.graph.components import ComponentGroup
 from modhifi_cli.graph.segments import Segments
 
 TRIAL_DEPTHS = (0.2, 0.5, 0.8)  # shares of a group whose removal is tried
@@ -50,6 +51,22 @@ def scaled_curve(errors: Sequence[float], moved: Mapping[int, float]) -> list[fl
     return curve
 
 
+@contextmanager
+def restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it the own parameters and buffers of some modules may be overwritten in place."""
+    before = [(tensor, tensor.detach().clone()) for module in modules for tensor in _own(module)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
 class Impact:
     """Compares a network under trial edits with itself.
 
@@ -62,7 +79,6 @@ class Impact:
 
     def __init__(self, segments: Segments, images: Tensor, *, limit_bytes: float = 0.0) -> None:
         self._segments = segments
-        self._model = segments.model
         self._batches = images.split(_BATCH)
         self._limit = limit_bytes
         self._cut: str | None = None
@@ -72,23 +88,22 @@ class Impact:
         self._spread = float(spread.clamp(min=torch.finfo(spread.dtype).tiny))
 
     @torch.no_grad()
-    def stand_before(self, modules: Iterable[str]) -> None:
-        """Carry the images to the last cut in front of all the given modules, as long as nothing is edited.
+    def stand_before(self, part: ComponentGroup) -> None:
+        """Carry the images to the last cut in front of whoever reads the part, as long as nothing is edited.
 
         Args:
-            modules: Names of everything that the next trials overwrite.
+            part: Next trials overwrite what reads it.
         """
         visits = self._segments.trace.visits
-        end = min(visits[name].enter for name in modules if name in visits)
+        end = min(visits[slot.module].enter for slot in part.consumers if slot.module in visits)
         if self._cut is not None and visits[self._cut].leave >= end:
             self._cut, self._carried = None, self._batches
         here = -1 if self._cut is None else visits[self._cut].leave
-        for cut in reversed(self._segments.trace.cuts):
-            if not here < visits[cut].leave < end:
-                continue
-            if self._segments.usable(cut) and (carried := self._carry(cut)) is not None:
+        while (cut := self._segments.last_before(end, behind=here)) is not None:
+            if (carried := self._carry(cut)) is not None:
                 self._cut, self._carried = cut, carried
                 return
+            end = visits[cut].leave  # too large to be kept: a cut further in front may fit
 
     def _carry(self, cut: str) -> list[Tensor] | None:
         carried: list[Tensor] = []
@@ -100,14 +115,9 @@ class Impact:
             carried.append(output)
         return carried
 
-    @contextmanager
-    def edited(self) -> Iterator[None]:
-        """Within it parameters and buffers may be overwritten in place; afterwards they are as before."""
-        before = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
-        try:
-            yield
-        finally:
-            self._model.load_state_dict(before)
+    def edited(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """Within it parameters and buffers of these modules may be overwritten in place; afterwards they are as before."""
+        return restored(modules)
 
     def measure(self) -> float:
         """Squared change of the logits as a share of their variance over the images, from 0."""

@@ -1,26 +1,24 @@
 """Scores of all components of a network as it stands, without cutting anything."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.engine.edit import Run, consumer_of, filters_of, look, weighted_consumers
 from modhifi_cli.engine.gathering import Gathered, Gathering
-from modhifi_cli.engine.image_walk import Activations
-from modhifi_cli.engine.prune import discover, example_of, limit_bytes
+from modhifi_cli.engine.image_walk import ImageWalk
+from modhifi_cli.engine.site import consumers_of, producers_of
 from modhifi_cli.errors import ConfigError
-from modhifi_cli.graph.components import ComponentGroup, Layout
-from modhifi_cli.numerics.compensation import NoCompensation
-from modhifi_cli.numerics.selection import TopK
+from modhifi_cli.graph.components import ComponentGroup
 from modhifi_cli.records import ImageSource, Progress
+from modhifi_cli.roles import Scoring
 
 
 def component_scores(
     model: nn.Module,
     *,
     calibration: ImageSource,
-    scoring: Callable,
+    scoring: Scoring,
     exclude: Sequence[str] = (),
     batch_size: int = 64,
     device: torch.device | str = "cpu",
@@ -48,29 +46,22 @@ def component_scores(
         NumericsError: If activations are not finite, or a layer is dead.
         UnsupportedModelError: If the network cannot be traced.
     """
-    if getattr(scoring, "needs_labels", False):
+    if scoring.needs_labels:
         raise ConfigError(f"{type(scoring).__name__} tells classes apart and scores while it prunes; choose another.")
-    gathering = gathering or Gathering()
-    device = torch.device(device)
-    model.to(device).eval()
-    segments, groups, _ = discover(model, example_of(calibration, device), exclude=exclude)
-    walker = Activations(
-        model, segments, calibration, batch_size=batch_size, device=device, limit_bytes=limit_bytes(gathering)
-    )
-    run = Run(
-        model, segments, walker, Layout(model, groups), scoring, TopK(), NoCompensation(), False, gathering, seed
+    walk = ImageWalk(
+        model, calibration, exclude=exclude, batchnorm="stored", batch_size=batch_size, device=device, gathering=gathering,
+        seed=seed,
     )  # fmt: skip
     gathered: dict[str, Gathered] = {}
-    slots = {slot.module: slot for group in groups for slot in weighted_consumers(run, group)}
+    slots = {slot.module: slot for part in walk.parts for slot in walk.consumers(part)}
     if scoring.needs_statistics and slots:
-        yield from look(run, tuple(slots.values()), gathered, "scores")
-    yield {group.name: _scores(run, group, number, gathered) for number, group in enumerate(groups)}
+        gathered = yield from walk.look(tuple(slots.values()), "scores", hold_out=False)
+    yield {part.name: _scores(walk, scoring, part, number, seed, gathered) for number, part in enumerate(walk.parts)}
 
 
-def _scores(run: Run, group: ComponentGroup, number: int, gathered: dict[str, Gathered]) -> Tensor:
-    alive = run.layout.alive(group)
-    consumers = [consumer_of(run, slot, alive, gathered) for slot in weighted_consumers(run, group)]
-    producers = [weights for slot in group.producers if (weights := filters_of(run, slot, alive)) is not None]
-    generator = torch.Generator().manual_seed(run.seed + 7_919 * number)
-    votes = run.scoring(consumers, producers, generator=generator).votes
+def _scores(
+    walk: ImageWalk, scoring: Scoring, part: ComponentGroup, number: int, seed: int, gathered: dict[str, Gathered]
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 7_919 * number)
+    votes = scoring(consumers_of(walk, part, gathered), producers_of(walk, part), generator=generator).votes
     return torch.cat([rows.cpu() for rows in votes]).mean(0)

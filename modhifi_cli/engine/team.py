@@ -30,11 +30,3 @@ class Team:
         """Replace a tensor by its sum over all processes, bit by bit the same in each."""
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
-
-    def first(self, value: float, device: torch.device) -> float:
-        """The first process's value, for what is measured on a few tokens alone."""
-        if self.size == 1:
-            return value
-        told = torch.tensor([value], dtype=torch.float64, device=device)
-        torch.distributed.broadcast(told, 0)
-        return float(told)

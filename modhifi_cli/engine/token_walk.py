@@ -1,243 +1,462 @@
-"""Calibration tokens on their way through a decoder, standing in front of one layer, and what is looked at there.
+"""The walk over a causal decoder: layer after layer, each on the device while it is at work.
 
-Only the layer at work is on the device; the network stays where it was. Hidden states wait in the network's own
-precision, on the device or offloaded. What lies in front of the layer at work is never computed again.
+Heads of attention and hidden neurons of the MLP are the parts of a layer. Several processes may share the calibration
+set; only sums are exchanged, so that all decide and edit alike.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import copy
+import resource
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.engine.gathering import Gathered, held_out_images
+from modhifi_cli.engine.decoder_widths import Widths
+from modhifi_cli.engine.flow import Flow
+from modhifi_cli.engine.gathering import LayerMoments, TargetMoments, held_out_images
+from modhifi_cli.engine.impact import restored
+from modhifi_cli.engine.plan import check_weights
 from modhifi_cli.engine.team import Team
-from modhifi_cli.errors import ConfigError
-from modhifi_cli.graph.decoder import Call, enter, run_layer
-from modhifi_cli.numerics.moments import RowMoments, merge
-from modhifi_cli.records import ImageSource, Progress
+from modhifi_cli.engine.walk import Budget, Cut, Looking, Pair, Recipe, Repair, Stop, Surveyed
+from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, output_size
+from modhifi_cli.graph.decoder import KINDS, UNITS, Call, Part, find_parts, leave, run_layer, slice_part_
+from modhifi_cli.models.hf import accepts_heads
+from modhifi_cli.numerics.scoring import Place
+from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress
+from modhifi_cli.roles import Scoring
 
-_TOKENS_AT_ONCE = 8192  # of one forward through a layer
-# (number of the first sequence, inputs [batch, length, features], weights of the tokens [batch, length] or None)
-Look = Callable[[int, Tensor, Tensor | None], None]
-
-
-class _Seen(Exception):
-    """Everything that was to be looked at has been seen."""
+_TRIAL_TOKENS = 1536  # held-out tokens on which a trial runs: each costs half a forward on average
 
 
-class Flow:
-    """The calibration set inside a decoder.
+@dataclass(frozen=True)
+class DecoderOptions:
+    """What is special to decoders. Named in configs/decoder.
 
-    Args:
-        model: Network in evaluation mode; its layers may be edited when the flow stands in front of them.
-        layers: Names of its decoder layers.
-        calibration: Token windows.
-        batch_size: Sequences a forward, at most; never more than 8,192 tokens.
-        device: Where layers run.
-        offload: Whether hidden states wait on the CPU instead.
-        team: Other processes with a share of the calibration set.
+    Attributes:
+        components: Which of ``"mlp"`` (hidden neurons, the paper) and ``"attention"`` (heads) are pruned.
+        unit: What goes of attention: ``"kv_group"`` a KV head with its query heads, ``"query_head"`` the same number of
+            query heads from every KV head, ``"auto"`` the former from 4 KV heads on.
+        add_bias: Give consumers without a bias one that carries the mean of what was removed. It changes the
+            architecture, so the folder then needs `modhifi_cli.load_model`.
+        native: With even widths, whether head counts are chosen among those that the family's configuration accepts.
+        offload: Whether the hidden states of the calibration tokens wait on the CPU.
 
     Raises:
-        ConfigError: If there are more processes than sequences.
+        ConfigError: If a value is unknown.
     """
+
+    components: Sequence[str] = ("mlp",)
+    unit: str = "auto"
+    add_bias: bool = False
+    native: bool = True
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.components or not set(self.components) <= set(KINDS):
+            raise ConfigError(f"decoder.components must name mlp, attention or both, got {list(self.components)}.")
+        if self.unit not in UNITS:
+            raise ConfigError(f"decoder.unit must be one of {', '.join(UNITS)}, got '{self.unit}'.")
+
+
+class TokenWalk:
+    """A causal decoder on its calibration tokens (`walk.Walk`).
+
+    Args:
+        model: Dense causal decoder, evaluation mode. It stays on the device it is on; layers visit `device` one by one.
+        calibration: Token windows.
+        options: What is special to decoders.
+        exclude: Names of modules to leave alone.
+        batch_size: Sequences a forward, at most.
+        device: Where layers run.
+        team: Other processes that run the same with their share of the calibration set; None for none.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+        DataError: If there are no calibration tokens.
+        NumericsError: If a weight is not finite.
+        UnsupportedModelError: If nothing in the network can be pruned.
+    """
+
+    what = "layers"
+    trial_ridge = 1e-2  # tokens are few and alike
 
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[str],
         calibration: ImageSource,
         *,
-        batch_size: int,
-        device: torch.device,
-        offload: bool,
-        team: Team,
+        options: DecoderOptions | None = None,
+        exclude: Sequence[str] = (),
+        batch_size: int = 8,
+        device: torch.device | str = "cpu",
+        team: Team | None = None,
     ) -> None:
-        if team.size > len(calibration):
-            raise ConfigError(
-                f"{team.size} processes share {len(calibration)} calibration sequences; start fewer of them, or raise "
-                "data.sequences."
-            )
-        self.team = team
-        self._first, self._behind = team.share(len(calibration))
-        self.model = model
-        self.layers = layers
-        self.device = device
-        self._home = next(model.parameters()).device
-        self._store = torch.device("cpu") if offload else device
-        self._source = calibration
-        self._batch_size = batch_size
-        self._calls: dict[tuple[int, int], list[Call]] = {}
-        self._hidden: list[Tensor] = []
-        self.tokens = 0
+        if len(calibration) == 0:
+            raise DataError("the calibration data holds no tokens; give data.sequences at least 1.")
+        self.options = options or DecoderOptions()
+        check_weights(model)
+        self.model, self.samples = model, len(calibration)
+        self.decoder = find_parts(model, components=self.options.components, unit=self.options.unit, exclude=exclude)
+        self.refused = self.decoder.refused
+        self.parts = tuple(part.group for part in self.decoder.parts)
+        self._part = {part.name: part for part in self.decoder.parts}
+        self._of_layer = [
+            tuple(part.group for part in self.decoder.parts if part.layer == number)
+            for number in range(len(self.decoder.layers))
+        ]
+        self.stops = tuple(Stop(n, parts) for n, parts in zip(self.decoder.layers, self._of_layer, strict=True))
+        self.layout = Layout(model, self.parts)
+        self.restores_always = self.options.add_bias
+        self.length = next(iter(calibration.batches(1)))[0].shape[1]
+        self.flow = Flow(
+            model,
+            self.decoder.layers,
+            calibration,
+            batch_size=batch_size,
+            device=torch.device(device),
+            offload=self.options.offload,
+            team=team or Team(),
+        )
+        self._dense: Flow | None = None
+        self._twin: nn.Module | None = None  # the whole dense network, where layers are cut more than once
+        self._towards_dense = False
+        self._number, self._layer, self._dense_layer = 0, nn.Module(), nn.Module()
+        self._added: set[str] = set()
 
-    def restart(self) -> Iterator[Progress]:
+    def prepare(self, recipe: Recipe, passes: int) -> Iterator[Progress | Note]:
+        """Say what memory will be needed; keep the dense network where layers are cut in several passes."""
+        self._towards_dense = recipe.compensation.reference == "dense"
+        self._twin = copy.deepcopy(self.model) if self._towards_dense and passes > 1 else None
+        yield Note(self._memory_estimate())
+
+    def prices(self, recipe: Recipe, budget: Budget) -> Widths:
+        """What widths cost."""
+        widths = Widths(self.model, self.decoder, length=self.length, allocation=recipe.allocation, budget=budget)
+        if self.options.native and not recipe.allocation.needs_curves:
+            widths.restrict_heads(lambda heads, kv_heads: accepts_heads(self.model, heads, kv_heads))
+        return widths
+
+    def begin(self) -> Iterator[Progress]:
         """Stand in front of the first layer."""
-        self._hidden, self.tokens = [], 0
-        total, number = self._behind - self._first, 0
-        for batch, _ in self._source.batches(self._batch_size):
-            own = batch[max(self._first - number, 0) : max(self._behind - number, 0)]
-            number += len(batch)
-            for part in own.split(max(1, _TOKENS_AT_ONCE // batch.shape[1])) if len(own) else ():
-                hidden, calls = enter(self.model, self.layers, part.to(self._home))
-                self._hidden.append(hidden.to(self._store))
-                self._calls.setdefault(tuple(part.shape), [call.to(self.device) for call in calls])
-                self.tokens += part.numel()
-            yield Progress("tokens", "embedding", sum(map(len, self._hidden)), total)
-
-    @property
-    def bytes_waiting(self) -> int:
-        """Memory of all hidden states."""
-        return sum(hidden.numel() * hidden.element_size() for hidden in self._hidden)
-
-    def copied(self) -> "Flow":
-        """Another flow standing at the same place, for the dense network beside the edited one."""
-        other = object.__new__(Flow)
-        other.__dict__ |= self.__dict__
-        other._hidden = list(self._hidden)
-        return other
+        yield from self.flow.restart()
+        self._dense = self.flow.copied() if self._towards_dense else None
 
     @contextmanager
-    def at_work(self, number: int, *, keep: bool = False) -> Iterator[nn.Module]:
-        """The layer on the device; afterwards it is back where it was, unless it is to be kept there."""
-        layer = self.model.get_submodule(self.layers[number])
-        layer.to(self.device)
-        try:
-            yield layer
-        finally:
-            if not keep:
-                layer.to(self._home)
+    def at(self, stop: Stop) -> Iterator[None]:
+        """The layer on the device, the dense one beside it where it is looked at."""
+        self._number = self.stops.index(stop)
+        with self.flow.at_work(self._number) as layer:
+            self._layer = layer
+            if self._dense is not None:
+                twin = layer if self._twin is None else self._twin.get_submodule(stop.name)
+                self._dense_layer = copy.deepcopy(twin).to(self.flow.device)
+            yield
+            self._dense_layer = nn.Module()
 
-    def call(self, number: int, hidden: Tensor) -> Call:
-        """How a layer is called for hidden states of any number of sequences, on the device."""
-        shape = tuple(hidden.shape[:2])
-        if shape not in self._calls:
-            tokens = torch.zeros(shape, dtype=torch.int64, device=self._home)
-            self._calls[shape] = [call.to(self.device) for call in enter(self.model, self.layers, tokens)[1]]
-        return self._calls[shape][number]
+    def leave(self, stop: Stop) -> Iterator[Progress]:
+        """Let the tokens go on through the layer as it is now."""
+        if stop is self.stops[-1]:
+            return
+        yield from self.flow.advance(self._layer, self._number, stop.name)
+        if self._dense is not None:
+            yield from self._dense.advance(self._dense_layer, self._number, stop.name)
 
-    @torch.no_grad()
-    def look(
-        self, layer: nn.Module, number: int, looks: Mapping[nn.Module, tuple[str, Look]], item: str, *, weighted: bool
-    ) -> Iterator[Progress]:
-        """Show looks the inputs of modules of one layer, over all tokens.
+    def consumers(self, part: ComponentGroup) -> tuple[Slot, ...]:
+        """Whoever reads the part: one linear layer."""
+        return part.consumers
 
-        Args:
-            layer: The layer at work.
-            number: Its number.
-            looks: For each module the kind of its part, and who looks at its input.
-            item: For progress.
-            weighted: Whether tokens are weighted by the residual stream (`stream_weights`); the layer is then run to
-                its end. Otherwise it stops when all have seen.
+    def centred(self, name: str) -> bool:
+        """Whether the constant part of a layer's output can be restored."""
+        return self.model.get_submodule(name).bias is not None or self.options.add_bias
+
+    def norm_behind(self, name: str) -> str | None:
+        """Decoders have no BatchNorm."""
+        return None
+
+    def draw(self, part: ComponentGroup) -> int:
+        """Number of the part's layer."""
+        return self._part[part.name].layer
+
+    def facts(self, part: ComponentGroup) -> dict[str, Any]:
+        """What a component of the part is."""
+        return {"kind": self._part[part.name].kind, "unit": self._part[part.name].unit}
+
+    def class_looks(self, part: ComponentGroup, scoring: Scoring) -> dict[str, Any]:
+        """Text has no classes."""
+        return {}
+
+    def places(self, looks: Mapping[str, Any]) -> tuple[Place, ...]:
+        """Text has no classes."""
+        return ()
+
+    @property
+    def state(self) -> EditState:
+        """Nothing is left open behind an edit."""
+        return EditState()
+
+    def resume_(self, state: EditState) -> None:
+        """An applied edit brings its layer's tensors from the disk: back onto the device with them."""
+        self._layer.to(self.flow.device)
+
+    def notes(self) -> Iterator[Note]:
+        """What memory was needed."""
+        device = self.flow.device
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) / 1e9
+            yield Note(f"memory on the card, measured: {peak:.2f} GB at most")
+            return
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        yield Note(f"memory of the process, measured: {peak:.2f} GB at most, network and libraries included")
+
+    # ------------------------------------------------------------------------------------------------------ looking
+
+    def gather(self, part: ComponentGroup, slots: Sequence[Slot], *, hold_out: bool, also: Mapping[str, Any]) -> Looking:
+        """Moments of what the part's reader reads, in front of the layer at work."""
+        return (yield from self._look(slots, part.name, hold_out=hold_out))
+
+    def survey(self) -> Iterator[Progress | Surveyed]:
+        """Every part of the network as it stands, one layer at a time.
+
+        Weights are fitted without the held-out sequences and tried on these, where there is one.
         """
-        for start, hidden, call, done in self.batches(number):
-            seen: dict[nn.Module, Tensor] = {}
-            shape = hidden.shape[:2]  # some families flatten sequences and tokens before their MLP
+        self._dense = None
+        yield from self.flow.restart()
+        numbers = torch.arange(self.samples)
+        held = numbers[held_out_images(numbers)]
+        held_out = len(held) > 0
+        trial = TokenTrial(self, (held if held_out else numbers)[: max(1, _TRIAL_TOKENS // self.length)])
+        for stop in self.stops:
+            with self.at(stop):
+                if stop.parts:
+                    slots = [part.consumers[0] for part in stop.parts]
+                    gathered = yield from self._look(slots, stop.name, hold_out=held_out)
+                    if held_out:
+                        gathered = {name: replace(one, statistics=one.fitted) for name, one in gathered.items()}
+                    for part in stop.parts:
+                        yield Surveyed(part, gathered, trial)
+                yield from self.leave(stop)
+            trial.advance()
 
-            def keep(module: nn.Module, inputs: tuple, seen: dict = seen, shape: tuple = shape) -> None:
-                seen[module] = inputs[0].reshape(*shape, -1)
-                if len(seen) == len(looks) and not weighted:
-                    raise _Seen
+    def _look(self, slots: Sequence[Slot], item: str, *, hold_out: bool) -> Looking:
+        moments = {slot.module: self.sums(slot.module, hold_out=hold_out) for slot in slots}
+        looks = {self.model.get_submodule(name): own.update for name, own in moments.items()}
+        yield from self.flow.look(self._layer, self._number, looks, item)
+        return {name: own.result() for name, own in moments.items()}
 
-            handles = [module.register_forward_pre_hook(keep) for module in looks]
-            behind = None
-            try:
-                behind = run_layer(layer, hidden, call)
-            except _Seen:
-                pass
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for module, (kind, show) in looks.items():
-                show(start, seen[module], stream_weights(kind, hidden, behind) if weighted else None)
-            yield Progress("tokens", item, done, len(self._hidden))
+    # ------------------------------------------------------------------------------------------------------ editing
 
-    @torch.no_grad()
-    def advance(self, layer: nn.Module, number: int, item: str) -> Iterator[Progress]:
-        """Go on to behind a layer, as it is now."""
-        for place, (_, hidden, call, done) in enumerate(self.batches(number)):
-            self._hidden[place] = run_layer(layer, hidden, call).to(self._store)
-            yield Progress("tokens", item, done, len(self._hidden))
+    def cut_(self, part: ComponentGroup, kept: Tensor) -> Cut:
+        """Slice the part's writers and reader, and set the head counts that follow."""
+        own = self._part[part.name]
+        outputs, inputs, attributes = slice_part_(self.model, self.layout, own, kept)
+        return Cut(outputs, inputs, {own.parent: attributes} if attributes else {})
 
-    def batches(self, number: int) -> Iterator[tuple[int, Tensor, Call, int]]:
-        """Number of the first sequence, hidden states on the device, how the layer is called, batches done."""
-        start = self._first
-        for done, hidden in enumerate(list(self._hidden), start=1):
-            yield start, hidden.to(self.device), self._calls[tuple(hidden.shape[:2])][number], done
-            start += len(hidden)
+    def settle_(self, slot: Slot, consumer: Consumer, kept: Tensor, repair: Repair, *, alone: bool) -> list[str]:
+        """Put the constant of a repaired reader into its bias, which it may be given for that."""
+        if repair.constant is not None:
+            self._set_bias_(slot.module, repair.constant, add=True)
+        return []
+
+    def _set_bias_(self, name: str, constant: Tensor, *, add: bool) -> None:
+        reader = self.model.get_submodule(name)
+        with torch.no_grad():
+            if reader.bias is None:
+                reader.bias = nn.Parameter(constant.to(reader.weight), requires_grad=False)
+            elif add:
+                reader.bias.add_(constant.to(reader.bias))
+            else:
+                reader.bias.copy_(constant)
+
+    def edited_(self, sources: Sequence[str], changed: Sequence[str]) -> None:
+        """Nothing behind a layer depends on statistics of the past."""
+
+    def take_refreshed_(self) -> list[str]:
+        """Nothing is refreshed on the way."""
+        return []
+
+    def finish_(self) -> Generator[Progress, None, list[str]]:
+        """Nothing is left to put right."""
+        yield from ()
+        return []
+
+    # ------------------------------------------------------------------------------------ towards the dense network
+
+    def solvable(self, stop: Stop, cut: Sequence[ComponentGroup]) -> list[str]:
+        """The readers of the layer at work that write into the residual stream, once anything in front or here was cut.
+
+        What is cut in a layer changes nothing in front of it, so a layer is final as soon as its parts are.
+        """
+        if self._dense is None or not cut:
+            return []
+        first = min(self._part[part.name].layer for part in cut)
+        return [part.consumers[0].module for part in stop.parts] if self._number >= first else []
+
+    def pairs(self, name: str) -> Iterator[Progress | Pair]:
+        """What a reader reads beside what it should give: y_dense plus what the stream in front of it lacks.
+
+        For an MLP that closes the layer this is y + (out_dense − out_edited), for attention
+        y_dense + (in_dense − in_edited), with in and out the streams in front of and behind the layer (M9).
+
+        Raises:
+            ConfigError: If the layer's output is not added to the stream as it is.
+        """
+        assert self._dense is not None
+        part = self._part[name]
+        local = name.removeprefix(self.stops[self._number].name).removeprefix(".")
+        reader, dense_reader = self._layer.get_submodule(local), self._dense_layer.get_submodule(local)
+        both = zip(self.flow.batches(self._number), self._dense.batches(self._number), strict=True)
+        for (hidden, call, done), (dense_hidden, _, _) in both:
+            with torch.no_grad():
+                inputs, output, behind = _watched(self._layer, reader, hidden, call)
+                _, dense_output, dense_behind = _watched(self._dense_layer, dense_reader, dense_hidden, call)
+                if name not in self._added:
+                    self._check_added(part, reader, hidden, call, output)
+                if part.kind == "attention":
+                    target = dense_output.float() + (dense_hidden.float() - hidden.float())
+                else:
+                    target = output.float() + (dense_behind.float() - behind.float())
+            bias = 0.0 if reader.bias is None else reader.bias.detach().float()
+            yield Pair(inputs.float(), target - bias, done, self.flow.parts)
+
+    def sums(self, name: str, *, hold_out: bool = True, exact: bool = False) -> LayerMoments:
+        """An accumulator of a layer's inputs, over all processes."""
+        module = self.model.get_submodule(name)
+        return LayerMoments(name, module, positions_per_image=None, seed=0, hold_out=hold_out, **self._shared)
+
+    def aims(self, name: str) -> TargetMoments:
+        """An accumulator of a layer's inputs against its targets, over all processes."""
+        return TargetMoments(name, self.model.get_submodule(name), **self._shared)
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        return {"first": self.flow.first, "team": self.flow.team, "device": self.flow.device}
+
+    def settle_dense_(self, name: str, mean: Callable[[], Tensor], moments: Callable[[], Any]) -> list[str]:
+        """Put the constant of a reader that was solved again into its bias."""
+        reader = self.model.get_submodule(name)
+        if self.centred(name):
+            before = 0.0 if reader.bias is None else reader.bias.detach().double()
+            self._set_bias_(name, mean() + before, add=False)
+        return []
+
+    def residual(self, name: str) -> str | None:
+        """The stream behind the layer."""
+        return self.stops[self._part[name].layer].name
+
+    def _check_added(self, part: Part, reader: nn.Module, hidden: Tensor, call: Call, output: Tensor) -> None:
+        """The reader's output must be added to the residual stream as it is."""
+        others = [
+            self.model.get_submodule(other.consumer.module)
+            for other in self.decoder.parts
+            if other.layer == part.layer and other.kind == "mlp" and part.kind == "attention"
+        ]
+        whole = _silenced(self._layer, others, hidden, call)
+        without = _silenced(self._layer, [*others, reader], hidden, call)
+        # Streams hundreds of times as large as an output round it away in half precision: that much is no norm's doing.
+        rounding = 2 * torch.finfo(whole.dtype).eps * whole.abs().double()
+        error = ((whole.double() - without.double() - output.double()).abs() - rounding).max()
+        if error > 1e-2 * output.abs().max():
+            raise ConfigError(
+                f"compensation.reference=dense needs layers that add their output to the residual stream as it is, and "
+                f"{part.name} does not (a normalisation follows it); set compensation.reference=current."
+            )
+        self._added.add(part.name)
+
+    def _memory_estimate(self) -> str:
+        """What the run will need where the layers run: one layer, the waiting tokens, and the widest statistics."""
+        layer = self.model.get_submodule(self.decoder.layers[0])
+        layer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in layer.parameters())
+        size = next(self.model.parameters()).element_size()
+        width = output_size(self.model.get_submodule(self.parts[0].consumers[0].module))
+        waiting = self.samples * self.length * width * size * (2 if self._towards_dense else 1)
+        features = max(part.consumers[0].index.numel() for part in self.parts)
+        # Moments of all, fitted and held-out tokens, and as much again for one solve.
+        statistics = 6 * 8 * features**2
+        batch = 8192 * (features * 3 + width * 4) * size
+        total = layer_bytes + waiting * (not self.options.offload) + statistics + batch
+        whole = sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
+        return (
+            f"memory where the layers run, estimated: {total / 1e9:.2f} GB (one layer {layer_bytes / 1e9:.2f}, waiting "
+            f"tokens {waiting / 1e9:.2f}{' offloaded' if self.options.offload else ''}, statistics "
+            f"{statistics / 1e9:.2f}, one batch {batch / 1e9:.2f}); the whole network has {whole / 1e9:.2f} GB"
+        )
 
 
-def stream_weights(kind: str, front: Tensor, behind: Tensor) -> Tensor:
-    """How much a layer's error at each token counts: the inverse mean square of the residual stream it goes into.
-
-    The norm in front of whatever reads the stream divides by that stream's size, so an error of the same length weighs
-    less where the stream is long. It takes the say from the few tokens with outputs hundreds of times as large (the first
-    of a sequence in most decoders), on which attention leans all the same.
+class TokenTrial:
+    """Some calibration tokens in the dense network, which are tried from the layer at work to the logits.
 
     Args:
-        kind: Of the part: an MLP's error goes into the stream behind the layer, attention's into that in front.
-        front: ``[batch, length, width]``, in front of the layer.
-        behind: The same behind it.
-
-    Returns:
-        ``[batch, length]`` float32 > 0, mean 1 over each sequence, so that batches add up in any split.
-    """
-    square = (behind if kind == "mlp" else front).float().square().mean(-1)
-    inverse = 1 / square.clamp(min=1e-6 * square.mean(-1, keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
-    return inverse / inverse.mean(-1, keepdim=True)
-
-
-@dataclass
-class TokenMoments:
-    """Moments of the tokens at one module's input, those of every fifth sequence also apart.
-
-    Attributes:
-        name: Module name, for messages.
-        features: Of a token.
-        hold_out: Whether every fifth sequence is kept apart.
+        walk: Standing in front of its first layer.
+        numbers: Of the sequences, in the whole calibration set; each process tries its own.
     """
 
-    name: str
-    features: int
-    hold_out: bool
+    def __init__(self, walk: TokenWalk, numbers: Tensor) -> None:
+        self._walk, self._flow = walk, walk.flow
+        self._hidden = self._flow.chosen(numbers)
+        self._tokens = len(numbers) * walk.length
+        self._at = 0
+        if len(self._hidden):
+            self._calls = [self._flow.call(number, self._hidden) for number in range(len(walk.stops))]
+            self._dense = self._predictions(0)
 
-    def __post_init__(self) -> None:
-        self._fitted = RowMoments(self.features, name=self.name)
-        self._held = RowMoments(self.features, name=self.name)
-        self._any_held = False
+    def stand_before(self, part: ComponentGroup) -> None:
+        """The trial stands in front of the layer at work."""
 
-    def update(self, start: int, inputs: Tensor, weights: Tensor | None) -> None:
-        """Add the tokens of one batch, ``[batch, length, features]``, with weights ``[batch, length]`` or without.
+    def edited(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """Within it parameters of these modules may be overwritten in place."""
+        return restored(modules)
 
-        Raises:
-            NumericsError: If a value is not finite.
-        """
+    def measure(self) -> float:
+        """Mean KL(dense ‖ present) over the trial's tokens, nats, when the layer at work is edited."""
+        total = torch.zeros(1, dtype=torch.float64, device=self._flow.device)
+        if len(self._hidden):
+            changed = self._predictions(self._at)
+            total += (self._dense.exp() * (self._dense - changed)).sum(dtype=torch.float64).to(total.device)
+        self._flow.team.add_up_(total)
+        return max(float(total) / self._tokens, 0.0)
 
-        def add(moments: RowMoments, chosen: Tensor | slice) -> None:
-            moments.update(inputs[chosen].flatten(0, 1), None if weights is None else weights[chosen].flatten())
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Go on behind the layer at work, which is dense again."""
+        if len(self._hidden):
+            with self._flow.at_work(self._at) as layer:
+                self._hidden = run_layer(layer, self._hidden, self._calls[self._at])
+        self._at += 1
 
-        if not self.hold_out:
-            add(self._fitted, slice(None))
-            return
-        held = held_out_images(torch.arange(start, start + len(inputs), device=inputs.device))
-        add(self._fitted, ~held)
-        if bool(held.any()):
-            self._any_held = True
-            add(self._held, held)
+    @torch.no_grad()
+    def _predictions(self, number: int) -> Tensor:
+        hidden, layers = self._hidden, self._walk.decoder.layers
+        for later in range(number, len(layers)):
+            with self._flow.at_work(later, keep=later == self._at) as layer:
+                hidden = run_layer(layer, hidden, self._calls[later])
+        home = next(self._walk.model.parameters()).device
+        return leave(self._walk.model, layers, hidden.to(home)).float().log_softmax(-1)
 
-    def result(self, team: Team, device: torch.device) -> Gathered:
-        """Moments of everything so far, of all processes.
 
-        Raises:
-            NumericsError: If there was no token.
-        """
-        if team.size > 1:
-            for moments in (self._fitted, self._held) if self.hold_out else (self._fitted,):
-                moments.combine_(team.add_up_, device)
-            self._any_held = self._held.rows > 0
-        fitted = self._fitted.result()
-        if not self._any_held:
-            return Gathered(fitted, None)
-        held = self._held.result()
-        return Gathered(merge(fitted, held), held)
+def _watched(layer: nn.Module, reader: nn.Module, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Input and output of one module, and what is behind the layer."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        seen.extend(tensor.reshape(*hidden.shape[:2], -1) for tensor in (inputs[0], output))
+
+    handle = reader.register_forward_hook(hook)
+    try:
+        behind = run_layer(layer, hidden, call)
+    finally:
+        handle.remove()
+    return seen[0], seen[1], behind
+
+
+def _silenced(layer: nn.Module, modules: Sequence[nn.Module], hidden: Tensor, call: Call) -> Tensor:
+    """What is behind the layer when some modules answer zero."""
+    handles = [module.register_forward_hook(lambda *args: torch.zeros_like(args[2])) for module in modules]
+    try:
+        return run_layer(layer, hidden, call)
+    finally:
+        for handle in handles:
+            handle.remove()

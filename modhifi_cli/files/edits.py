@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modhifi_cli.errors import DataError
 from modhifi_cli.files.disk import as_json, read_json, read_metadata, read_tensors
-from modhifi_cli.records import Edit, ModuleEdit
+from modhifi_cli.records import Edit, EditState, ModuleEdit
 
 
 def load_edits(run: str | os.PathLike[str]) -> tuple[tuple[Edit, ...], str | None]:
@@ -62,7 +62,8 @@ def pack_edit(edit: Edit) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 plain[field.name] = value
         modules.append(plain)
     facts = json.loads(json.dumps(dict(edit.facts), default=as_json))
-    return tensors, {"name": edit.name, "iteration": edit.iteration, "modules": modules, "facts": facts}
+    described = {"name": edit.name, "iteration": edit.iteration, "modules": modules, "facts": facts}
+    return tensors, {**described, "state": dataclasses.asdict(edit.state)}
 
 
 def unpack_edit(tensors: Mapping[str, Tensor], described: Mapping[str, Any], path: Path) -> Edit:
@@ -87,6 +88,16 @@ def unpack_edit(tensors: Mapping[str, Tensor], described: Mapping[str, Any], pat
             kept=tensors["kept"],
             removed=tensors["removed"],
             facts=described["facts"],
+            state=_unpack_state(described),
         )
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged edit ({error}); restore the run folder.") from error
+
+
+def _unpack_state(described: Mapping[str, Any]) -> EditState:
+    """The state of a saved edit; earlier versions kept it among the facts."""
+    if "state" in described:
+        return EditState(str(described["state"]["step"]), tuple(described["state"]["stale"]))
+    facts, name = described["facts"], described["name"]
+    step = "dense" if facts.get("step") == "dense_reference" else name if name in ("batchnorm", "classifier") else "cut"
+    return EditState(step, tuple(facts.get("stale_batchnorms", ())))

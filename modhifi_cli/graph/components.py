@@ -47,6 +47,8 @@ class ComponentGroup:
             (components of the last two are whole groups), along the heads of attention modules and their parts, and
             what modules hold for these channels besides: bare parameters and numbers.
         consumers: Slots along the input dimension of conv, linear or shortcut modules.
+        balanced: The components come in so many equal runs (query heads of each KV head), each of which must keep the
+            same number of components; 1 for no such constraint.
     """
 
     name: str
@@ -54,6 +56,7 @@ class ComponentGroup:
     producers: tuple[Slot, ...]
     followers: tuple[Slot, ...]
     consumers: tuple[Slot, ...]
+    balanced: int = 1
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -134,6 +137,15 @@ def is_upsampling(module: object) -> bool:
     return isinstance(module, nn.ConvTranspose2d)
 
 
+def reads_features(module: object) -> bool:
+    """Whether a module is a linear layer, of either orientation: its features lie along the input's last dimension."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def _inputs_first(module: object) -> bool:
+    return is_upsampling(module) or is_transposed(module)
+
+
 def reading_weight(module: nn.Module) -> Tensor:
     """A consumer's weight as the matrix that its input rows meet, ``[numbers written, features]``.
 
@@ -141,12 +153,18 @@ def reading_weight(module: nn.Module) -> Tensor:
     overlap is left aside.
     """
     weight = module.weight.detach()
-    return weight.flatten(1).T if is_upsampling(module) else weight.flatten(1)
+    return weight.flatten(1).T if _inputs_first(module) else weight.flatten(1)
+
+
+def write_reading_weight_(module: nn.Module, weight: Tensor) -> None:
+    """Put such a matrix, ``[numbers written, features]``, in the place of a consumer's weight."""
+    with torch.no_grad():
+        module.weight.copy_((weight.T if _inputs_first(module) else weight).reshape(module.weight.shape))
 
 
 def taps_of(module: nn.Module) -> int:
     """Features per input channel of a conv or linear layer: k·k, or 1."""
-    return 1 if is_upsampling(module) else module.weight[0, 0].numel()
+    return 1 if _inputs_first(module) else module.weight[0, 0].numel()
 
 
 def output_weights(module: nn.Module) -> Tensor | None:
@@ -156,7 +174,7 @@ def output_weights(module: nn.Module) -> Tensor | None:
     if head_count(module) is not None:
         return head_weights(module)
     weight = module.weight.detach()
-    return (weight.transpose(0, 1) if is_upsampling(module) else weight).flatten(1)
+    return (weight.transpose(0, 1) if _inputs_first(module) else weight).flatten(1)
 
 
 def has_weight(module: nn.Module) -> bool:

@@ -57,8 +57,6 @@ class Part:
         layer: Number of the decoder layer.
         unit: What one component is, in words.
         parent: Name of the module that holds the attributes (head counts) which change with the widths.
-        balanced: The components come in so many equal runs (one for each KV head), each of which must keep the same
-            number of components; 1 for no such constraint.
         heads: Dense query heads, 0 for an MLP.
         kv_heads: Dense key/value heads, 0 for an MLP.
     """
@@ -68,7 +66,6 @@ class Part:
     layer: int
     unit: str
     parent: str
-    balanced: int = 1
     heads: int = 0
     kv_heads: int = 0
 
@@ -81,6 +78,11 @@ class Part:
     def components(self) -> int:
         """Number of components in the dense network."""
         return self.group.components
+
+    @property
+    def balanced(self) -> int:
+        """Equal runs of components that must keep the same number each (`ComponentGroup`)."""
+        return self.group.balanced
 
     @property
     def consumer(self) -> Slot:
@@ -464,18 +466,19 @@ def _attention_candidates(
         else:
             slots, consumed, count = [Slot(names[0], queries)], query, heads
             said = f"query head, the same number of each of {kv_heads} KV heads"
-        group = _group(reader, count, slots, Slot(reader, consumed))
-        balanced = 1 if whole else kv_heads
-        parts.append(Part(group, "attention", number, said, parent, balanced, heads, kv_heads))
+        group = _group(reader, count, slots, Slot(reader, consumed), balanced=1 if whole else kv_heads)
+        parts.append(Part(group, "attention", number, said, parent, heads, kv_heads))
     return parts
 
 
-def _group(reader: str, count: int, producers: Sequence[Slot], consumer: Slot) -> ComponentGroup:
+def _group(
+    reader: str, count: int, producers: Sequence[Slot], consumer: Slot, *, balanced: int = 1
+) -> ComponentGroup:
     merged: dict[str, list[Tensor]] = {}
     for slot in producers:
         merged.setdefault(slot.module, []).append(slot.index)
     slots = tuple(Slot(name, torch.cat(indices, 1)) for name, indices in merged.items())
-    return ComponentGroup(reader, count, slots, (), (consumer,))
+    return ComponentGroup(reader, count, slots, (), (consumer,), balanced)
 
 
 def _touches(part: Part, asked: str) -> bool:

@@ -102,6 +102,19 @@ class Segments:
         """Names of the cuts that can be resumed from, in execution order; each is tried once."""
         return tuple(cut for cut in self.trace.cuts if self.usable(cut))
 
+    def last_before(self, clock: float, *, behind: float = -1, also: "Segments | None" = None) -> str | None:
+        """The last cut that can be resumed from among those that end before a clock; None where there is none.
+
+        Args:
+            clock: Of the trace's visits.
+            behind: Cuts that end at this clock or before it are passed over.
+            also: Segments of another network of the same modules, in which the cut must be usable, too.
+        """
+        for cut in reversed(self.trace.cuts):
+            if behind < self.trace.visits[cut].leave < clock and self.usable(cut) and (also is None or also.usable(cut)):
+                return cut
+        return None
+
     def usable(self, cut: str) -> bool:
         """Whether resuming from `cut` gives the logits of the whole forward; tried once, on the network as it is."""
         if cut not in self._usable:

@@ -26,19 +26,46 @@ _RIDGE_UNMEASURED = 1e-2
 
 
 @dataclass(frozen=True)
-class NoCompensation:
-    """Leave the kept weights as they are: plain slicing."""
+class Solution:
+    """A compensated weight.
 
-    needs_statistics: ClassVar[bool] = False
+    Attributes:
+        weight: ``[outputs, kept features]`` float64.
+        ridge: λ of a joint solve, times the mean diagonal of S[C,C]; None where the method has none for the layer.
+    """
+
+    weight: Tensor
+    ridge: float | None = None
+
+
+class _Compensation:
+    """What compensations share: called, they give the weight alone."""
+
     wants_held_out: ClassVar[bool] = False
+    reference: ClassVar[str] = "current"
+
+    def solve(self, consumer: Consumer, kept: Tensor) -> Solution:
+        """The weight on the features of the kept components."""
+        raise NotImplementedError
 
     def __call__(self, consumer: Consumer, kept: Tensor) -> Tensor:
-        """The sliced weight, ``[outputs, kept features]`` float64, for kept components ``[kept]`` int64."""
-        return consumer.weight.double()[:, _kept_features(consumer, kept)]
+        """The weight of `solve`, ``[outputs, kept features]`` float64."""
+        return self.solve(consumer, kept).weight
 
 
 @dataclass(frozen=True)
-class PerKernel:
+class NoCompensation(_Compensation):
+    """Leave the kept weights as they are: plain slicing."""
+
+    needs_statistics: ClassVar[bool] = False
+
+    def solve(self, consumer: Consumer, kept: Tensor) -> Solution:
+        """The sliced weight, ``[outputs, kept features]`` float64, for kept components ``[kept]`` int64."""
+        return Solution(kept_weight(consumer, kept))
+
+
+@dataclass(frozen=True)
+class PerKernel(_Compensation):
     """One scale for every kept kernel, the paper's compensation (M5): Q_c[C,C] δ_c = r_c[C], w_{ci} ← δ_{ci} w_{ci}.
 
     Attributes:
@@ -53,7 +80,6 @@ class PerKernel:
     ridge: float = 1e-4
     towards: str = "weights"
     needs_statistics: ClassVar[bool] = True
-    wants_held_out: ClassVar[bool] = False
 
     def __post_init__(self):
         if not (math.isfinite(self.ridge) and self.ridge >= 0):
@@ -64,7 +90,7 @@ class PerKernel:
                 f"paper's ridge is wanted."
             )
 
-    def __call__(self, consumer: Consumer, kept: Tensor) -> Tensor:
+    def solve(self, consumer: Consumer, kept: Tensor) -> Solution:
         """The compensated weight on the kept features.
 
         Args:
@@ -86,7 +112,7 @@ class PerKernel:
         r, d = moments.r[alive][:, kept], moments.d[alive][:, kept]
         scales = torch.ones(len(weight), len(kept), dtype=torch.float64, device=weight.device)
         scales[alive] = self._scales(consumer, kept, alive, r, self.ridge * d.mean(1))
-        return weight * scales.repeat_interleave(len(features) // max(len(kept), 1), dim=1)
+        return Solution(weight * scales.repeat_interleave(len(features) // max(len(kept), 1), dim=1))
 
     def _scales(self, consumer: Consumer, kept: Tensor, alive: Tensor, r: Tensor, ridge: Tensor) -> Tensor:
         # Rows of `r` and `ridge` belong to the outputs `alive`.
@@ -109,20 +135,7 @@ class PerKernel:
 
 
 @dataclass(frozen=True)
-class JointSolution:
-    """A jointly compensated weight and the ridge it was solved with.
-
-    Attributes:
-        weight: ``[outputs, kept features]`` float64.
-        ridge: λ, times the mean diagonal of S[C,C].
-    """
-
-    weight: Tensor
-    ridge: float
-
-
-@dataclass(frozen=True)
-class Joint:
+class Joint(_Compensation):
     """Free change of all kept weights, joint least squares (M8): W'_C = W_C + W_R S[R,C] (S[C,C] + λ m I)⁻¹.
 
     m is the mean diagonal of S[C,C]; moments are centred where the consumer is. The ridge pulls towards the
@@ -174,11 +187,7 @@ class Joint:
         """Whether some of the rows should be set aside to choose the ridge on."""
         return self.ridge == "auto"
 
-    def __call__(self, consumer: Consumer, kept: Tensor) -> Tensor:
-        """The weight of `solve`, ``[outputs, kept features]`` float64."""
-        return self.solve(consumer, kept).weight
-
-    def solve(self, consumer: Consumer, kept: Tensor) -> JointSolution:
+    def solve(self, consumer: Consumer, kept: Tensor) -> Solution:
         """The compensated weight on the kept features, and the ridge that was used.
 
         Args:
@@ -196,7 +205,7 @@ class Joint:
         parts = () if self.ridge != "auto" or consumer.held_out is None else (consumer.held_out,)
         every, *held_out = regressions(consumer, kept, *parts)
         change, ridge, _ = self.fit(every, *held_out, centred=consumer.centred, weight=weight)
-        return JointSolution(self.rebuilt(weight, every, change), ridge)
+        return Solution(self.rebuilt(weight, every, change), ridge)
 
     def rebuilt(self, weight: Tensor, every: Regression, change: Tensor) -> Tensor:
         """The kept weight ``[outputs, kept features]`` with a change of `fit`, ``[outputs, n]``.

@@ -54,6 +54,7 @@ class Singleton:
     """Singleton fidelity (M4), the paper's score: what each component rebuilds alone of each output."""
 
     needs_statistics: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -71,6 +72,7 @@ class Saliency:
     """Unnormalised saliency (M6), the score of the paper's vision appendix: E[y_c a_{ci}], output units²."""
 
     needs_statistics: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -92,6 +94,7 @@ class Energy:
     """
 
     needs_statistics: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -113,6 +116,7 @@ class Fluctuation:
     """
 
     needs_statistics: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -135,6 +139,7 @@ class Magnitude:
 
     order: int = 2
     needs_statistics: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
 
     def __call__(
         self, consumers: Sequence[Consumer], producers: Sequence[Tensor], *, generator: torch.Generator | None = None
@@ -149,6 +154,7 @@ class Random:
     """A seeded random order: the baseline without knowledge."""
 
     needs_statistics: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
 
     def __call__(
         self, consumers: Sequence[Consumer], producers: Sequence[Tensor] = (), *, generator: torch.Generator

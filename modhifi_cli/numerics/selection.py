@@ -13,14 +13,26 @@ from torch import Tensor
 
 from modhifi_cli.errors import ConfigError, is_whole
 from modhifi_cli.numerics.elimination import Elimination, elimination
-from modhifi_cli.numerics.exchange import exchange
 from modhifi_cli.numerics.fidelity import joint_fidelity
 from modhifi_cli.numerics.scoring import Scores
 from modhifi_cli.records import Consumer
 
 
+class _Selection:
+    """What selections share: an order of the components, from the sets that they keep."""
+
+    def ranked(self, scores: Scores, consumers: Sequence[Consumer] = ()) -> list[int]:
+        """All components: a component's rank is the smallest width at which the rule keeps it, then its number."""
+        size = scores.votes[0].shape[1]
+        first: dict[int, int] = {}
+        for width in range(1, size + 1):
+            for component in self(scores, consumers, keep=width).tolist():
+                first.setdefault(component, width)
+        return sorted(range(size), key=lambda component: (first[component], component))
+
+
 @dataclass(frozen=True)
-class Union:
+class Union(_Selection):
     """The paper's union rule: keep a component that is among the top p of *any* voter, p as large as `keep` allows.
 
     The last p rarely fits exactly; its newcomers are ordered by how many voters hold them in their top p, then by
@@ -51,7 +63,7 @@ class Union:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(_Selection):
     """Keep the largest summed scores, every consumer's scores first divided by their total size.
 
     Top-k by singleton fidelity is the best subset where contributions are uncorrelated.
@@ -79,7 +91,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class Greedy:
+class Greedy(_Selection):
     """Backward elimination (M10): always remove the component whose loss the rest can make up for best.
 
     The loss is the summed relative error over all consumers of the group. Going backwards is blind to what is best for
@@ -90,16 +102,14 @@ class Greedy:
         ridge: λ > 0, times the mean diagonal of S.
         against_scores: Take the scores' top-k instead where its joint fidelity, summed over the consumers, is higher.
             So the set is never worse than top-k in the fidelity that is recorded.
-        swaps: Rounds of local search after that, 0 for none (`exchange`).
 
     Raises:
-        ConfigError: For a block below 1, a ridge that is not above 0 or a negative number of swaps.
+        ConfigError: For a block below 1 or a ridge that is not above 0.
     """
 
     block: int | str = "auto"
     ridge: float = 1e-4
     against_scores: bool = True
-    swaps: int = 0
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -110,8 +120,6 @@ class Greedy:
             )
         if not (math.isfinite(self.ridge) and self.ridge > 0):
             raise ConfigError(f"selection.ridge must be a number above 0, got {self.ridge}: set it to 1e-4.")
-        if not isinstance(self.swaps, int) or isinstance(self.swaps, bool) or self.swaps < 0:
-            raise ConfigError(f"selection.swaps must be a whole number of at least 0, got {self.swaps}: set it to 0.")
 
     def __call__(self, scores: Scores | None, consumers: Sequence[Consumer], *, keep: int) -> Tensor:
         """Kept components.
@@ -132,7 +140,12 @@ class Greedy:
             rival = TopK()(scores, consumers, keep=keep).to(kept.device)
             if not torch.equal(rival, kept) and _joint(consumers, rival) > _joint(consumers, kept):
                 kept = rival
-        return exchange(consumers, kept, rounds=self.swaps, ridge=self.ridge).kept if self.swaps else kept
+        return kept
+
+    def ranked(self, scores: Scores, consumers: Sequence[Consumer] = ()) -> list[int]:
+        """All components, those first that elimination removes last."""
+        order = self.eliminate(consumers, keep=1).order.tolist()
+        return [last for last in range(consumers[0].in_group) if last not in order] + order[::-1]
 
     def eliminate(self, consumers: Sequence[Consumer], *, keep: int = 1) -> Elimination:
         """The whole order of removal and its error curve, for widths that are chosen later (M11)."""

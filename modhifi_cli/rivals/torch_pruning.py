@@ -17,9 +17,10 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from modhifi_cli.engine.image_walk import Activations
+from modhifi_cli.engine.activations import Activations
+from modhifi_cli.engine.plan import Plan, PlannedGroup, Summary, discover, free_memory
 from modhifi_cli.engine.prices import COUNTED, TARGETS, LatencySettings, Pricing
-from modhifi_cli.engine.prune import NEAR, Plan, PlannedGroup, Summary, discover, free_memory
+from modhifi_cli.engine.widths import NEAR
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, nearest
 from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.counting import CostModel, count

@@ -17,7 +17,7 @@ PACKAGE = "modhifi_cli."
 # Where rooms, files and classes of earlier versions are now; saved runs name what made them by the old places.
 _MOVED: Mapping[str, str] = {
     "tasks.outside": "rivals.torch_pruning",
-    "tasks.prune_decoder": "engine.prune_decoder",
+    "tasks.prune_decoder": "engine.token_walk",
     "tasks.gathering": "engine.gathering",
     "tasks.forgetting.ContrastU": "unlearning.contrast.ContrastU",
     "tasks.forgetting.DisCEditU": "unlearning.discedit_u.DisCEditU",

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from modhifi_cli.engine.prune import Summary, prune_
+from modhifi_cli.engine.image_walk import ImageWalk
+from modhifi_cli.engine.plan import Summary
+from modhifi_cli.engine.prune import prune_
+from modhifi_cli.engine.walk import Budget, Recipe
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.numerics.compensation import NoCompensation
 from modhifi_cli.numerics.schedule import geometric
@@ -74,22 +77,24 @@ class Ablation:
             return [row | {"quality": (yield from subject.quality(subject.model, item="dense")), "achieved": 0.0}]
         repair, reestimate = _ARMS[cell["arm"]]
         model, summary = copy.deepcopy(subject.model), None
-        for event in prune_(
+        walk = ImageWalk(
             model,
-            calibration=subject.draw("", cell["seed"]),
-            sparsity=cell["share"],
-            target=subject.steps["target"],
+            subject.draw("", cell["seed"]),
+            batchnorm="reestimate" if reestimate else "stored",
+            batch_size=subject.batch_size,
+            device=subject.device,
+            gathering=subject.steps["statistics"],
+            seed=cell["seed"],
+        )
+        recipe = Recipe(
             scoring=subject.steps["scoring"],
             selection=subject.steps["selection"],
             compensation=subject.steps["compensation"] if repair else NoCompensation(),
             allocation=subject.steps["allocation"],
             schedule=functools.partial(geometric, iterations=1),
-            batchnorm="reestimate" if reestimate else "stored",
-            batch_size=subject.batch_size,
-            device=subject.device,
             seed=cell["seed"],
-            gathering=subject.steps["statistics"],
-        ):
+        )
+        for event in prune_(walk, recipe, Budget(cell["share"], subject.steps["target"])):
             if isinstance(event, Progress):
                 yield event
             elif isinstance(event, Summary):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.engine.image_walk import Activations
+from modhifi_cli.engine.activations import Activations
 from modhifi_cli.graph.segments import Segments, inputs_seen
 from modhifi_cli.records import Progress
 

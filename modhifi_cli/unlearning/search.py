@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from modhifi_cli.engine.classifier import find_classifier
 from modhifi_cli.engine.gathering import Gathering
-from modhifi_cli.engine.image_walk import Activations
-from modhifi_cli.engine.prune import example_of, limit_bytes
+from modhifi_cli.engine.activations import Activations
+from modhifi_cli.engine.plan import example_of, limit_bytes
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_

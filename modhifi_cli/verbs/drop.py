@@ -75,7 +75,7 @@ def search_(
     """
     from modhifi_cli.data.parts import Part
     from modhifi_cli.engine.max_drop import DropSearch, Trial, measured_drop, predicted_drop, predicted_share
-    from modhifi_cli.engine.prune import Summary
+    from modhifi_cli.engine.plan import Summary
     from modhifi_cli.graph.surgery import apply_edit_
     from modhifi_cli.numerics.allocation import UnreachableShare
 

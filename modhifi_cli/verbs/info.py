@@ -11,7 +11,7 @@ from modhifi_cli.verbs import pieces
 
 
 def info(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> None:
-    from modhifi_cli.engine.prune import discover
+    from modhifi_cli.engine.plan import discover
     from modhifi_cli.graph.counting import CostModel
 
     if pieces.is_decoder(settings):

@@ -104,7 +104,7 @@ def wants_labels(settings: Mapping[str, Any]) -> bool:
         ConfigError: If it does and the network reads text, which has no classes.
     """
     node = None if settings.get("outside") else settings.get("scoring")
-    if node is None or not getattr(config.build(node), "needs_labels", False):
+    if node is None or not config.build(node).needs_labels:
         return False
     if is_decoder(settings):
         raise ConfigError(

@@ -17,6 +17,7 @@ from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Not
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import comparison, drop, pieces, quality, timing
 
+_STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
 _GROUP_FACTS = ("dead_outputs", "fidelity", "subset_fidelity", "rows", "seconds")
 
 
@@ -153,7 +154,7 @@ def _edit_(
     times: timing.Times,
 ) -> tuple[Any, list[Edit], dict[str, float]]:
     """Run the task; every edit is on disk before the next group starts. Summary, edits, and the errors it predicted."""
-    from modhifi_cli.engine.prune import Plan, Summary
+    from modhifi_cli.engine.plan import Plan, Summary
     from modhifi_cli.evaluation.latency_table import LatencyTable
 
     events = _events(model, settings, calibration, device, done, times.latency())
@@ -196,7 +197,7 @@ def _plan(
     times: timing.Times,
 ) -> Any:
     """The plan of a run, which is then abandoned before its first edit; the latency table it measured is kept."""
-    from modhifi_cli.engine.prune import Plan
+    from modhifi_cli.engine.plan import Plan
     from modhifi_cli.evaluation.latency_table import LatencyTable
 
     for event in _events(model, settings, calibration, device, (), times.latency()):
@@ -219,10 +220,11 @@ def _events(
 ) -> Iterator[Any]:
     """The run of our method, or of an outside one where the settings name it; both tell the same kinds of records."""
     from modhifi_cli.engine.prune import prune_
+    from modhifi_cli.engine.walk import Budget, Recipe
 
-    if pieces.is_decoder(settings):
-        return _decoder_events(model, settings, calibration, device, done)
     if settings.get("outside"):
+        if pieces.is_decoder(settings):
+            raise ConfigError("outside methods are for networks that read images; set outside=null.")
         return config.build(settings["outside"])(
             model,
             calibration=calibration,
@@ -236,56 +238,30 @@ def _events(
             done=done,
             latency=latency,
         )
-    return prune_(
-        model,
-        calibration=calibration,
-        sparsity=float(settings["sparsity"]),
-        target=settings["target"]["name"],
-        scoring=config.build(settings["scoring"]),
-        selection=config.build(settings["selection"]),
-        compensation=config.build(settings["compensation"]),
-        allocation=config.build(settings["allocation"]),
-        schedule=config.build(settings["schedule"]),
-        batchnorm=settings["batchnorm"],
-        classifier=settings["classifier"],
-        exclude=tuple(settings["exclude"]),
-        round_to=settings["round_to"],
-        batch_size=settings["runtime"]["batch_size"],
-        device=device,
-        seed=settings["runtime"]["seed"],
-        gathering=config.build(settings["statistics"]),
-        done=done,
-        latency=latency,
+    steps = {key: config.build(settings[key]) for key in _STEPS}
+    keep = pieces.is_decoder(settings)  # the head of a language model is no linear layer behind a pooling
+    recipe = Recipe(
+        **steps, classifier="keep" if keep else settings["classifier"], seed=settings["runtime"]["seed"]
     )
+    budget = Budget(float(settings["sparsity"]), settings["target"]["name"], settings["round_to"], latency)
+    return prune_(_walk(model, settings, calibration, device), recipe, budget, done=done)
 
 
-def _decoder_events(
-    model: nn.Module, settings: Mapping[str, Any], calibration: ImageSource, device: torch.device, done: Sequence[Edit]
-) -> Iterator[Any]:
-    from modhifi_cli.engine.prune_decoder import prune_decoder_
-    from modhifi_cli.engine.team import Team
+def _walk(model: nn.Module, settings: Mapping[str, Any], calibration: ImageSource, device: torch.device) -> Any:
+    """The network on its calibration data, walked as its kind asks for."""
+    given = {
+        "exclude": tuple(settings["exclude"]), "batch_size": settings["runtime"]["batch_size"], "device": device,
+    }  # fmt: skip
+    if pieces.is_decoder(settings):
+        from modhifi_cli.engine.team import Team
+        from modhifi_cli.engine.token_walk import TokenWalk
 
-    if settings.get("outside"):
-        raise ConfigError("outside methods are for networks that read images; set outside=null.")
-    return prune_decoder_(
-        model,
-        calibration=calibration,
-        sparsity=float(settings["sparsity"]),
-        target=settings["target"]["name"],
-        scoring=config.build(settings["scoring"]),
-        selection=config.build(settings["selection"]),
-        compensation=config.build(settings["compensation"]),
-        allocation=config.build(settings["allocation"]),
-        schedule=config.build(settings["schedule"]),
-        options=config.build(settings["decoder"], components=tuple(settings["components"])),
-        exclude=tuple(settings["exclude"]),
-        round_to=settings["round_to"],
-        batch_size=settings["runtime"]["batch_size"],
-        device=device,
-        seed=settings["runtime"]["seed"],
-        done=done,
-        team=Team(*pieces.team_of(settings)),
-    )
+        options = config.build(settings["decoder"], components=tuple(settings["components"]))
+        return TokenWalk(model, calibration, options=options, team=Team(*pieces.team_of(settings)), **given)
+    from modhifi_cli.engine.image_walk import ImageWalk
+
+    gathering, seed = config.build(settings["statistics"]), settings["runtime"]["seed"]
+    return ImageWalk(model, calibration, batchnorm=settings["batchnorm"], gathering=gathering, seed=seed, **given)
 
 
 def _show_plan(console: Console, plan: Any) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from modhifi_cli.engine.prune import Plan, prune_
+from modhifi_cli.engine.plan import Plan
 from modhifi_cli.errors import DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 from modhifi_cli.numerics.allocation import Uniform
@@ -16,6 +16,7 @@ from modhifi_cli.numerics.schedule import geometric
 from modhifi_cli.numerics.scoring import DisCEditSP, Magnitude, TVSPrune
 from modhifi_cli.numerics.selection import TopK, Union
 from modhifi_cli.records import Edit
+from tests.engine.test_prune import pruning
 from tests.graph import networks
 
 
@@ -61,7 +62,7 @@ def run(model, images, scoring, **settings):
         "sparsity": 0.4, "target": "params", "selection": TopK(), "compensation": NoCompensation(),
         "allocation": Uniform(), "schedule": functools.partial(geometric, iterations=1), "batch_size": 8, **settings,
     }  # fmt: skip
-    events = list(prune_(model, calibration=images, scoring=scoring, **settings))
+    events = list(pruning(model, images, scoring=scoring, **settings))
     return [event for event in events if isinstance(event, Edit)], events
 
 

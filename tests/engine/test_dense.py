@@ -13,8 +13,8 @@ from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 from modhifi_cli.graph.trace import trace
 from modhifi_cli.numerics.compensation import Joint
 from modhifi_cli.records import Edit
-from tests.graph import networks
 from tests.engine.test_prune import run, setting
+from tests.graph import networks
 
 
 def seen(model, images, *, inputs=(), outputs=()):
@@ -41,7 +41,7 @@ def test_edits_replay_and_a_resumed_run_ends_with_the_same_weights(name, batchno
     dense = copy.deepcopy(model)
     settings = {"compensation": Joint(reference="dense"), "sparsity": 0.3, "batchnorm": batchnorm}
     edits, _ = run(model, images, **settings)
-    steps = [edit for edit in edits if edit.facts.get("step") == STEP]
+    steps = [edit for edit in edits if edit.state.step == STEP]
     assert steps and all(edit.facts["error_after"] <= edit.facts["error_before"] + 1e-6 for edit in steps)
     if name == "grouped":
         assert "layers.8" in [edit.name for edit in steps], "filters of depthwise convolutions are fitted, too"
@@ -142,7 +142,7 @@ def test_edits_of_another_layer_are_not_taken_up():
     dense = copy.deepcopy(model)
     settings = {"compensation": Joint(reference="dense"), "sparsity": 0.3}
     edits, _ = run(model, images, **settings)
-    first = next(number for number, edit in enumerate(edits) if edit.facts.get("step") == STEP)
+    first = next(number for number, edit in enumerate(edits) if edit.state.step == STEP)
     swapped = [*edits[:first], edits[first + 1]]
     with pytest.raises(DataError, match="solve '.*' again towards the dense network; it is another run's"):
         run(dense, images, **settings, done=swapped)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from modhifi_cli.engine.impact import Impact, images_for, scaled_curve
-from modhifi_cli.engine.prune import Plan
+from modhifi_cli.engine.plan import Plan
+from modhifi_cli.graph.components import ComponentGroup, Slot
 from modhifi_cli.graph.law import randomise_
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import weights_hash
@@ -23,7 +24,7 @@ def test_a_trial_edit_is_undone_also_after_an_exception():
     impact = Impact(Segments(model, images.images[:2]), images.images)
     assert impact.measure() == 0
     try:
-        with impact.edited():
+        with impact.edited([model.conv1]):
             model.conv1.weight.data.zero_()
             moved = impact.measure()
             raise ValueError
@@ -36,11 +37,15 @@ def test_the_measure_is_the_squared_change_over_the_variance():
     model, images = setting("flattened")
     logits = model(images.images).detach().double()
     impact = Impact(Segments(model, images.images[:2]), images.images)
-    with impact.edited(), torch.no_grad():
+    with impact.edited([model.head]), torch.no_grad():
         model.head.bias += 1.0
         moved = impact.measure()
     expected = logits.numel() / float((logits - logits.mean(0)).square().sum())
     assert abs(moved - expected) < 1e-4 * expected
+
+
+def read_by(name):
+    return ComponentGroup(name, 1, (), (), (Slot(name, torch.arange(1)[:, None]),))
 
 
 @pytest.mark.parametrize("limit", [0.0, 1e9])
@@ -51,9 +56,10 @@ def test_a_trial_behind_a_cut_moves_the_logits_as_a_whole_forward_says(limit):
     whole = Impact(Segments(model, images.images[:2]), images.images)
     carried = Impact(Segments(model, images.images[:2]), images.images, limit_bytes=limit)
     for name in layers:
-        carried.stand_before([name])
-        with whole.edited(), torch.no_grad():
-            model.get_submodule(name).weight *= 0.5
+        module = model.get_submodule(name)
+        carried.stand_before(read_by(name))
+        with whole.edited([module]), torch.no_grad():
+            module.weight *= 0.5
             expected, moved = whole.measure(), carried.measure()
         assert expected > 1e-4 and moved == pytest.approx(expected, rel=1e-3)
 

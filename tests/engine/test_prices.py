@@ -5,16 +5,16 @@ import copy
 import pytest
 import torch
 
+from modhifi_cli.engine.plan import Plan, Summary
 from modhifi_cli.engine.prices import LatencySettings
-from modhifi_cli.engine.prune import Plan, Summary
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.numerics.allocation import Global, Uniform
 from modhifi_cli.records import Edit
 from modhifi_cli.rivals.torch_pruning import torch_pruning_
-from tests.machines import Machine
 from tests.engine.test_prune import run, setting
+from tests.machines import Machine
 
 
 def timed(machine, **settings):

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from modhifi_cli.engine.gathering import Gathering
-from modhifi_cli.engine.prune import Plan, Summary, prune_
+from modhifi_cli.engine.image_walk import ImageWalk
+from modhifi_cli.engine.plan import Plan, Summary
+from modhifi_cli.engine.prune import prune_
+from modhifi_cli.engine.walk import Budget, Recipe
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.graph.law import randomise_
 from modhifi_cli.graph.segments import inputs_seen
@@ -44,13 +47,24 @@ def setting(name, count=24):
     return model, Images(torch.randn(count, 3, 16, 16))
 
 
+RECIPE = ("scoring", "selection", "compensation", "allocation", "schedule", "classifier")
+BUDGET = ("sparsity", "target", "round_to", "latency")
+
+
+def pruning(model, images, *, done=(), seed=0, **settings):
+    """The generator of a run, from settings by name."""
+    recipe = Recipe(**{key: settings.pop(key) for key in RECIPE if key in settings}, seed=seed)
+    budget = Budget(**{key: settings.pop(key) for key in BUDGET if key in settings})
+    yield from prune_(ImageWalk(model, images, seed=seed, **settings), recipe, budget, done=done)
+
+
 def run(model, images, *, iterations=1, **settings):
     settings = {
         "sparsity": 0.4, "target": "params", "scoring": Singleton(), "selection": Union(), "compensation": PerKernel(),
         "allocation": Uniform(), "schedule": functools.partial(geometric, iterations=iterations), "batch_size": 8,
         **settings,
     }  # fmt: skip
-    events = list(prune_(model, calibration=images, **settings))
+    events = list(pruning(model, images, **settings))
     return [e for e in events if isinstance(e, Edit)], events
 
 
@@ -382,7 +396,7 @@ def test_a_network_without_a_linear_classifier_cannot_be_refitted():
         ({"target": "memory"}, "target must be one of params, flops, components, latency, got 'memory'"),
         ({"batchnorm": "train"}, "batchnorm must be 'reestimate' or 'stored', got 'train'"),
         ({"classifier": "train"}, "classifier must be 'keep', 'refit' or 'auto', got 'train'"),
-        ({"round_to": 0}, "round_to and batch_size must be at least 1, got 0 and 8"),
+        ({"round_to": 0}, "round_to must be at least 1, got 0"),
     ],
 )
 def test_settings_out_of_range_are_named(setting_, message):

@@ -13,8 +13,8 @@ from modhifi_cli.numerics.compensation import Joint, NoCompensation
 from modhifi_cli.numerics.scoring import Magnitude
 from modhifi_cli.numerics.selection import Greedy, TopK
 from tests import reference
-from tests.graph import transformers
 from tests.engine.test_prune import Images, run
+from tests.graph import transformers
 
 
 def setting(name, count=40):

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from modhifi_cli.engine.prune_decoder import DecoderOptions
 from modhifi_cli.engine.team import Team
+from modhifi_cli.engine.token_walk import DecoderOptions
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.numerics.allocation import Global
+from modhifi_cli.numerics.compensation import Joint
 from tests.decoders import tiny
 from tests.engine.test_prune_decoder import prune
 
@@ -17,8 +18,9 @@ from tests.engine.test_prune_decoder import prune
 def pruned(team: Team):
     """Everything that is exchanged: error curves, held-out moments, and the cross moments of the dense reference."""
     model = tiny("llama")
-    options = DecoderOptions(components=("mlp", "attention"), reference="dense")
-    prune(model, options=options, allocation=Global(floor=0.1), team=team)
+    options = DecoderOptions(components=("mlp", "attention"))
+    joint = Joint(reference="dense")
+    prune(model, options=options, compensation=joint, allocation=Global(floor=0.1), walked={"team": team})
     return model.state_dict()
 
 
@@ -55,4 +57,4 @@ def test_shares_are_a_partition():
 
 def test_more_processes_than_sequences_are_refused():
     with pytest.raises(ConfigError, match="21 processes share 20 calibration sequences"):
-        prune(tiny("llama"), team=Team(0, 21))
+        prune(tiny("llama"), walked={"team": Team(0, 21)})

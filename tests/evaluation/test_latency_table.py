@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from modhifi_cli.engine.prune import discover
+from modhifi_cli.engine.plan import discover
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation import latency_probe
 from modhifi_cli.evaluation.latency_probe import Saved, fit, measure_table, narrowed, saved_share, widths_of

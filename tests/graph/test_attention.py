@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from modhifi_cli.engine.prune import discover
+from modhifi_cli.engine.plan import discover
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.graph import law
 from modhifi_cli.graph.counting import CostModel, count

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from modhifi_cli.cli import main
-from modhifi_cli.engine.prune import discover
+from modhifi_cli.engine.plan import discover
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
 from modhifi_cli.files import artifacts
 from modhifi_cli.graph.law import Verdict
@@ -177,7 +177,7 @@ def test_a_group_that_fails_the_law_is_named_with_its_modules(monkeypatch):
     def unlawful(model, candidates, example, **_):
         return (), {ways[0].name: Verdict(0.25, 1.0) for ways in candidates}
 
-    monkeypatch.setattr("modhifi_cli.engine.prune.lawful", unlawful)
+    monkeypatch.setattr("modhifi_cli.engine.plan.lawful", unlawful)
     _, groups, refused = discover(load("Small").model, torch.randn(2, 3, 8, 8))
     assert groups == ()
     assert [(r.name, r.reason) for r in refused] == [
@@ -213,8 +213,8 @@ TRAINED = {"densenet": ("cifar10_densenet", 90.23, 84.0), "resnet": ("cifar10_re
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_networks_keep_their_accuracy_and_most_of_it_without_30_percent_of_their_flops(name, test_data):
     from modhifi_cli.data import arrays
-    from modhifi_cli.engine.prune import prune_
     from modhifi_cli.settings import config
+    from tests.engine.test_prune import pruning
 
     file, top1, least = TRAINED[name]
     loaded = load(name, weights=str(test_data / f"weights/{file}.safetensors"), preprocess=CIFAR)
@@ -233,8 +233,8 @@ def test_trained_networks_keep_their_accuracy_and_most_of_it_without_30_percent_
     )
     settings = config.compose("prune", ["preset=best"])
     steps = ("scoring", "selection", "compensation", "allocation", "schedule")
-    for event in prune_(
-        loaded.model, calibration=calibration, sparsity=0.3, target="flops", batchnorm=settings["batchnorm"],
+    for event in pruning(
+        loaded.model, calibration, sparsity=0.3, target="flops", batchnorm=settings["batchnorm"],
         classifier=settings["classifier"], batch_size=128, **{key: config.build(settings[key]) for key in steps},
     ):  # fmt: skip
         last = event

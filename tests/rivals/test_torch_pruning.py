@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from modhifi_cli.engine.prune import Plan, Summary
+from modhifi_cli.engine.plan import Plan, Summary
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
 from modhifi_cli.graph.counting import count
 from modhifi_cli.graph.modules import ChannelPadShortcut

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from modhifi_cli.engine.gathering import Gathering
-from modhifi_cli.engine.prune import Summary, prune_
+from modhifi_cli.engine.plan import Summary
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
 from modhifi_cli.numerics.allocation import Uniform
 from modhifi_cli.numerics.compensation import NoCompensation, PerKernel
@@ -15,6 +15,7 @@ from modhifi_cli.numerics.schedule import geometric
 from modhifi_cli.numerics.scoring import Singleton
 from modhifi_cli.numerics.selection import Union
 from modhifi_cli.studies.ablation import Ablation
+from tests.engine.test_prune import pruning
 from tests.studies import helpers
 
 STEPS = {
@@ -36,8 +37,8 @@ def test_arms_are_runs_with_the_repair_and_the_statistics_on_and_off(randomise_)
         steps = STEPS | {"compensation": compensation, "gathering": STEPS["statistics"]}
         del steps["statistics"]
         events = list(
-            prune_(
-                model, calibration=about.draw("", 0), sparsity=0.3, batchnorm=batchnorm, batch_size=16,
+            pruning(
+                model, about.draw("", 0), sparsity=0.3, batchnorm=batchnorm, batch_size=16,
                 schedule=functools.partial(geometric, iterations=1), **steps,
             )
         )  # fmt: skip

@@ -1,0 +1,305 @@
+"""Calibration activations carried from cut to cut, and the walks that look at them and refresh BatchNorm on the way.
+
+Carrying makes a run's work grow linearly with depth: what lies in front of the group at work is never computed again.
+An activation is carried only while it fits the given memory; beyond that a walk starts further in front, which is
+slower and gives the same numbers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.engine.gathering import held_out_images
+from modhifi_cli.graph.segments import Look, Segments
+from modhifi_cli.numerics.batchnorm import BatchNormMoments, ChannelMoments
+from modhifi_cli.records import ImageSource, Progress
+
+
+class Activations:
+    """The calibration set inside one network, standing at a cut.
+
+    Args:
+        model: Network in evaluation mode on `device`; it may be edited behind the present cut at any time.
+        segments: Its cuts.
+        calibration: The images.
+        batch_size: Images a forward.
+        device: Where forwards run and activations are kept.
+        limit_bytes: Largest activation (over all images) that may be kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        segments: Segments,
+        calibration: ImageSource,
+        *,
+        batch_size: int,
+        device: torch.device,
+        limit_bytes: float,
+    ) -> None:
+        self.model = model
+        self.segments = segments
+        self.samples = len(calibration)
+        self._source = calibration
+        self._batch_size = batch_size
+        self._device = device
+        self.limit_bytes = limit_bytes
+        self._images: list[Tensor] | None = None
+        self._cut: str | None = None
+        self._carried: list[Tensor] | None = None
+
+    def restart(self) -> None:
+        """Go back to the images, for another round over the network."""
+        self._cut, self._carried = None, None
+
+    def position(self) -> tuple[str | None, list[Tensor] | None]:
+        """Where the calibration set stands, for `return_to`; valid as long as nothing in front of it is edited."""
+        return self._cut, self._carried
+
+    def return_to(self, position: tuple[str | None, list[Tensor] | None]) -> None:
+        """Go back to an earlier position, to try another edit of what lies behind it."""
+        self._cut, self._carried = position
+
+    def only(self, numbers: Tensor) -> "Activations":
+        """Some of the images, standing at the same cut; what is done with them leaves these activations alone.
+
+        Args:
+            numbers: Which images, ``[chosen]`` int64 sorted.
+        """
+        chosen = Activations(
+            self.model,
+            self.segments,
+            _Chosen(self._source, numbers),
+            batch_size=self._batch_size,
+            device=self._device,
+            limit_bytes=self.limit_bytes,
+        )
+        if self._carried is not None:
+            batches = zip(self._carried, numbers.new_tensor(range(self.samples)).split(self._batch_size), strict=True)
+            rows = (batch[torch.isin(of, numbers).to(batch.device)] for batch, of in batches)
+            chosen._cut, chosen._carried = self._cut, list(_rebatched(rows, self._batch_size))
+        return chosen
+
+    def walk(
+        self,
+        looks: Mapping[str, Look],
+        *,
+        stale: Sequence[str] = (),
+        item: str = "",
+    ) -> Iterator[Progress]:
+        """Show every look its module's inputs over all images; BatchNorms in `stale` that run before are refreshed.
+
+        Args:
+            looks: Module name → function called with the module's first input, batch after batch.
+            stale: BatchNorm modules whose statistics no longer describe their input, in any order. Those that run
+                before the last look are re-estimated in place, in execution order, before anything behind them is
+                looked at.
+            item: What is at work, for progress.
+        """
+        visits = self.segments.trace.visits
+        end = max((visits[name].enter for name in looks), default=0)
+        yield from self._go(dict(looks), self._between(stale, end), end, item, advance=None)
+
+    def advance(self, cut: str | None, *, stale: Sequence[str] = (), item: str = "") -> Iterator[Progress]:
+        """Carry the activations forward to `cut`, refreshing the stale BatchNorms in front of it on the way."""
+        if cut is None or cut == self._cut:
+            return
+        end = self.segments.trace.visits[cut].leave
+        yield from self._go({}, self._between(stale, end), end + 1, item, advance=cut)
+
+    def refresh(self, stale: Sequence[str], *, item: str = "") -> Iterator[Progress]:
+        """Re-estimate all stale BatchNorms behind the present cut."""
+        visits = self.segments.trace.visits
+        if stale:
+            end = max(visits[name].enter for name in stale) + 1
+            yield from self._go({}, self._between(stale, end), end, item, advance=None)
+
+    def first_images(self, count: int) -> Tensor:
+        """The first calibration images, ``[at most count, channels, height, width]`` on the device."""
+        found: list[Tensor] = []
+        for batch in self._image_batches():
+            found.append(batch)
+            if sum(map(len, found)) >= count:
+                break
+        return torch.cat(found)[:count]
+
+    def held_out_images(self, count: int) -> Tensor:
+        """The first of the images that are held out of fits, as `first_images`; none where there are fewer than five."""
+        found: list[Tensor] = []
+        seen = 0
+        for batch in self._image_batches():
+            numbers = torch.arange(seen, seen + len(batch), device=batch.device)
+            found.append(batch[held_out_images(numbers)])
+            seen += len(batch)
+            if sum(map(len, found)) >= count:
+                break
+        return torch.cat(found)[:count]
+
+    def outputs(self, name: str, look: Look, *, item: str = "") -> Iterator[Progress]:
+        """Show a look the output of one module over all images, batch after batch."""
+        for batch, done, total in self._batches(self._carried):
+            look(self.segments.run(batch, start=self._cut, until=name))
+            yield Progress("images", item, done, total)
+
+    def seen(
+        self, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], int, int]]:
+        """Copies of what modules read and give, batch after batch, from where the activations stand.
+
+        Args:
+            inputs: Modules whose first input is wanted.
+            outputs: Modules whose output is wanted.
+
+        Returns:
+            For every batch inputs by name, outputs by name, its number from 1, and the number of batches.
+        """
+        for batch, done, total in self._batches(self._carried):
+            read: dict[str, Tensor] = {}
+            given: dict[str, Tensor] = {}
+            # Copies: the next layer may overwrite its input in place.
+            self.segments.run(
+                batch,
+                start=self._cut,
+                looks={name: _keep_in(read, name) for name in inputs},
+                outputs={name: _keep_in(given, name) for name in outputs},
+            )
+            yield read, given, done, total
+
+    def _between(self, stale: Sequence[str], end: int) -> list[str]:
+        visits = self.segments.trace.visits
+        return sorted((n for n in stale if visits[n].enter < end), key=lambda n: visits[n].enter)
+
+    def _go(
+        self, looks: dict[str, Look], stale: list[str], end: int, item: str, *, advance: str | None
+    ) -> Iterator[Progress]:
+        visits = self.segments.trace.visits
+        cut, carried = self._cut, self._carried
+        here = visits[cut].leave if cut is not None else 0
+        for stop, stop_clock in self._stops(here, end, [*looks, *stale], advance):
+            inside = [n for n in stale if here < visits[n].enter < stop_clock]
+            for name in inside:
+                yield from self._refresh_one(name, cut, carried, item)
+            seen = {n: look for n, look in looks.items() if here < visits[n].enter < stop_clock}
+            here = stop_clock
+            if stop is None and not seen:
+                continue
+            stored: list[Tensor] | None = [] if stop is not None else None
+            for batch, done, total in self._batches(carried):
+                output = self.segments.run(batch, start=cut, looks=seen, until=stop)
+                if stored is not None and output is not None:
+                    stored.append(output)
+                    if not self._fits(output):
+                        stored = None
+                        if not seen:
+                            break
+                yield Progress("images", item, done, total)
+            if stored is not None:
+                cut, carried = stop, stored
+        if advance is not None:
+            self._cut, self._carried = cut, carried
+
+    def _stops(
+        self, here: int, end: int, events: Sequence[str], advance: str | None
+    ) -> list[tuple[str | None, int]]:
+        """Cuts worth stopping at: those that something happened in front of, and the last that can still be reached."""
+        visits = self.segments.trace.visits
+        clocks = sorted(visits[name].enter for name in events)
+        stops: list[tuple[str | None, int]] = []
+        previous = here
+        for cut in self.segments.trace.cuts:
+            leave = visits[cut].leave
+            if not here < leave < end:
+                continue
+            happened = any(previous < clock < leave for clock in clocks)
+            if (happened or cut == advance) and self.segments.usable(cut):
+                stops.append((cut, leave))
+                previous = leave
+        if advance is None:
+            stops.append((None, end + 1))
+        return stops
+
+    def _refresh_one(
+        self, name: str, cut: str | None, carried: list[Tensor] | None, item: str
+    ) -> Iterator[Progress]:
+        module = self.model.get_submodule(name)
+        moments = BatchNormMoments(module.num_features, name=name)
+        for batch, done, total in self._batches(carried):
+            self.segments.run(batch, start=cut, looks={name: moments.update})
+            yield Progress("images", item, done, total)
+        set_statistics_(module, moments.result())
+
+    def _fits(self, output: Tensor) -> bool:
+        per_image = output.numel() * output.element_size() / output.shape[0]
+        return per_image * self.samples <= self.limit_bytes
+
+    def _batches(self, carried: list[Tensor] | None) -> Iterator[tuple[Tensor, int, int]]:
+        total = -(-self.samples // self._batch_size)
+        batches = self._image_batches() if carried is None else iter(carried)
+        for done, batch in enumerate(batches, start=1):
+            yield batch, done, total
+
+    def _image_batches(self) -> Iterator[Tensor]:
+        if self._images is not None:
+            yield from self._images
+            return
+        kept: list[Tensor] | None = []
+        for inputs, _ in self._source.batches(self._batch_size):
+            inputs = inputs.to(self._device)
+            if kept is not None:
+                kept = [*kept, inputs] if self._fits(inputs) else None
+            yield inputs
+        self._images = kept
+
+
+class _Chosen:
+    """Some images of a source, in its order."""
+
+    def __init__(self, source: ImageSource, numbers: Tensor) -> None:
+        self.protocol = source.protocol
+        self._source = source
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, None]]:
+        """Full batches but for the last; labels are not handed on."""
+
+        def rows() -> Iterator[Tensor]:
+            start = 0
+            for inputs, _ in self._source.batches(batch_size):
+                of = torch.arange(start, start + len(inputs))
+                yield inputs[torch.isin(of, self._numbers)]
+                start += len(inputs)
+
+        for batch in _rebatched(rows(), batch_size):
+            yield batch, None
+
+
+def _rebatched(parts: Iterator[Tensor], batch_size: int) -> Iterator[Tensor]:
+    waiting: Tensor | None = None
+    for part in parts:
+        waiting = part if waiting is None else torch.cat([waiting, part])
+        while len(waiting) >= batch_size:
+            yield waiting[:batch_size]
+            waiting = waiting[batch_size:]
+    if waiting is not None and len(waiting):
+        yield waiting
+
+
+def _keep_in(found: dict[str, Tensor], name: str) -> Look:
+    def look(tensor: Tensor) -> None:
+        found[name] = tensor.clone()
+
+    return look
+
+
+def set_statistics_(module: nn.Module, moments: ChannelMoments) -> None:
+    """Give a BatchNorm new running statistics, in place.
+
+    The variance over the rows is stored, not the one over rows − 1: evaluation then standardises the calibration set
+    exactly as a training-mode forward over all of it at once would.
+    """
+    module.running_mean.copy_(moments.mean)
+    module.running_var.copy_(moments.variance)

@@ -1,0 +1,173 @@
+"""Calibration tokens on their way through a decoder, standing in front of one layer, and what is looked at there.
+
+Only the layer at work is on the device; the network stays where it was. Hidden states wait in the network's own
+precision, on the device or offloaded. What lies in front of the layer at work is never computed again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from modhifi_cli.engine.team import Team
+from modhifi_cli.errors import ConfigError
+from modhifi_cli.graph.decoder import Call, enter, run_layer
+from modhifi_cli.records import ImageSource, Progress
+
+_TOKENS_AT_ONCE = 8192  # of one forward through a layer
+Look = Callable[[Tensor], None]
+
+
+class _Seen(Exception):
+    """Everything that was to be looked at has been seen."""
+
+
+class Flow:
+    """The calibration set inside a decoder.
+
+    Args:
+        model: Network in evaluation mode; its layers may be edited when the flow stands in front of them.
+        layers: Names of its decoder layers.
+        calibration: Token windows.
+        batch_size: Sequences a forward, at most; never more than 8,192 tokens.
+        device: Where layers run.
+        offload: Whether hidden states wait on the CPU instead.
+        team: Other processes with a share of the calibration set.
+
+    Raises:
+        ConfigError: If there are more processes than sequences.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        calibration: ImageSource,
+        *,
+        batch_size: int,
+        device: torch.device,
+        offload: bool,
+        team: Team,
+    ) -> None:
+        if team.size > len(calibration):
+            raise ConfigError(
+                f"{team.size} processes share {len(calibration)} calibration sequences; start fewer of them, or raise "
+                "data.sequences."
+            )
+        self.team = team
+        self.first, self._behind = team.share(len(calibration))
+        self.model = model
+        self.layers = layers
+        self.device = device
+        self._home = next(model.parameters()).device
+        self._store = torch.device("cpu") if offload else device
+        self._source = calibration
+        self._batch_size = batch_size
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._hidden: list[Tensor] = []
+        self.tokens = 0
+
+    def restart(self) -> Iterator[Progress]:
+        """Stand in front of the first layer."""
+        self._hidden, self.tokens = [], 0
+        total, number = self._behind - self.first, 0
+        for batch, _ in self._source.batches(self._batch_size):
+            own = batch[max(self.first - number, 0) : max(self._behind - number, 0)]
+            number += len(batch)
+            for part in own.split(max(1, _TOKENS_AT_ONCE // batch.shape[1])) if len(own) else ():
+                hidden, calls = enter(self.model, self.layers, part.to(self._home))
+                self._hidden.append(hidden.to(self._store))
+                self._calls.setdefault(tuple(part.shape), [call.to(self.device) for call in calls])
+                self.tokens += part.numel()
+            yield Progress("tokens", "embedding", sum(map(len, self._hidden)), total)
+
+    def copied(self) -> "Flow":
+        """Another flow standing at the same place, for the dense network beside the edited one."""
+        other = object.__new__(Flow)
+        other.__dict__ |= self.__dict__
+        other._hidden = list(self._hidden)
+        return other
+
+    @contextmanager
+    def at_work(self, number: int, *, keep: bool = False) -> Iterator[nn.Module]:
+        """The layer on the device; afterwards it is back where it was, unless it is to be kept there."""
+        layer = self.model.get_submodule(self.layers[number])
+        layer.to(self.device)
+        try:
+            yield layer
+        finally:
+            if not keep:
+                layer.to(self._home)
+
+    def call(self, number: int, hidden: Tensor) -> Call:
+        """How a layer is called for hidden states of any number of sequences, on the device."""
+        shape = tuple(hidden.shape[:2])
+        if shape not in self._calls:
+            tokens = torch.zeros(shape, dtype=torch.int64, device=self._home)
+            self._calls[shape] = [call.to(self.device) for call in enter(self.model, self.layers, tokens)[1]]
+        return self._calls[shape][number]
+
+    @torch.no_grad()
+    def look(
+        self, layer: nn.Module, number: int, looks: Mapping[nn.Module, Look], item: str
+    ) -> Iterator[Progress]:
+        """Show looks the inputs of modules of one layer, over all tokens; the layer stops when all have seen.
+
+        Args:
+            layer: The layer at work.
+            number: Its number.
+            looks: For each module who looks at its input, ``[batch, length, features]``.
+            item: For progress.
+        """
+        for hidden, call, done in self.batches(number):
+            seen: dict[nn.Module, Tensor] = {}
+            shape = hidden.shape[:2]  # some families flatten sequences and tokens before their MLP
+
+            def keep(module: nn.Module, inputs: tuple, seen: dict = seen, shape: tuple = shape) -> None:
+                seen[module] = inputs[0].reshape(*shape, -1)
+                if len(seen) == len(looks):
+                    raise _Seen
+
+            handles = [module.register_forward_pre_hook(keep) for module in looks]
+            try:
+                run_layer(layer, hidden, call)
+            except _Seen:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for module, show in looks.items():
+                show(seen[module])
+            yield Progress("tokens", item, done, self.parts)
+
+    @torch.no_grad()
+    def advance(self, layer: nn.Module, number: int, item: str) -> Iterator[Progress]:
+        """Go on to behind a layer, as it is now."""
+        for place, (hidden, call, done) in enumerate(self.batches(number)):
+            self._hidden[place] = run_layer(layer, hidden, call).to(self._store)
+            yield Progress("tokens", item, done, self.parts)
+
+    @property
+    def parts(self) -> int:
+        """Number of batches."""
+        return len(self._hidden)
+
+    def batches(self, number: int) -> Iterator[tuple[Tensor, Call, int]]:
+        """Hidden states on the device, how the layer is called, batches done."""
+        for done, hidden in enumerate(list(self._hidden), start=1):
+            yield hidden.to(self.device), self._calls[tuple(hidden.shape[:2])][number], done
+
+    def chosen(self, numbers: Tensor) -> Tensor:
+        """Hidden states of those of the given sequences that are this process's own.
+
+        Args:
+            numbers: In the whole calibration set, ``[chosen]`` int64.
+
+        Returns:
+            ``[own, length, width]`` on the device.
+        """
+        own = torch.arange(self.first, self.first + sum(map(len, self._hidden)))
+        wanted = torch.isin(own, numbers).split([len(hidden) for hidden in self._hidden])
+        rows = [hidden[some.to(hidden.device)] for hidden, some in zip(self._hidden, wanted, strict=True)]
+        return torch.cat(rows).to(self.device)
