@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.engine.activations import Activations
 from modhifi_cli.engine.classifier import find_classifier
 from modhifi_cli.engine.gathering import Gathering
-from modhifi_cli.engine.activations import Activations
 from modhifi_cli.engine.plan import example_of, limit_bytes
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.graph.segments import Segments
@@ -148,7 +148,7 @@ def unlearn_(
     activations = Activations(
         model, segments, calibration, batch_size=batch_size, device=device, limit_bytes=limit_bytes(gathering)
     )
-    yield from activations.advance(_cut_before(segments, names[0]), item="calibration images")
+    yield from activations.advance(_in_front(segments, names[0]), item="calibration images")
     logits = yield from _outputs(activations, classifier, "dense logits")
     samples = samples_of(logits, labels, forget, hold_out=method.edits_classifier and method.given is None)
     run = _Run(model, activations, samples, chosen, method, classifier, batch_size, gathering, seed, goals)
@@ -344,7 +344,7 @@ def _edit_layers(run: _Run, strength: float) -> Generator[Progress, None, list[E
         fit = run.first if number == 0 else None
         if fit is None:
             if number:
-                yield from run.looked.advance(_cut_before(run.looked.segments, layer.name), item=layer.name)
+                yield from run.looked.advance(_in_front(run.looked.segments, layer.name), item=layer.name)
             fit = yield from _fit(run, layer)
             if number == 0:
                 run.first = fit
@@ -419,13 +419,6 @@ def _check_weights(model: nn.Module) -> None:
             raise NumericsError(f"the weights of '{name}' hold NaN or infinite values; use another weights file.")
 
 
-def _cut_before(segments: Segments, name: str) -> str | None:
-    """The last cut in front of a module that can be resumed from."""
-    visits = segments.trace.visits
-    in_front = [cut for cut in segments.trace.cuts if visits[cut].leave < visits[name].enter]
-    return next((cut for cut in reversed(in_front) if segments.usable(cut)), None)
-
-
 def trials_as_rows(trials: Sequence[Trial], strength: str) -> list[Mapping[str, Any]]:
     """Trials for a table: strength, forget and retain accuracy in percent."""
     return [
@@ -437,3 +430,8 @@ def trials_as_rows(trials: Sequence[Trial], strength: str) -> list[Mapping[str, 
         }
         for trial in trials
     ]
+
+
+def _in_front(segments: Segments, name: str) -> str | None:
+    """The last cut in front of a module that can be resumed from."""
+    return segments.last_before(segments.trace.visits[name].enter)
