@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import modhifi_cli
-from modhifi_cli.engine.prune_decoder import DecoderOptions, prune_decoder_
+from modhifi_cli.engine.prune import prune_
+from modhifi_cli.engine.token_walk import DecoderOptions, TokenWalk
+from modhifi_cli.engine.walk import Budget, Recipe
 from modhifi_cli.records import Edit
 from modhifi_cli.settings import config
 from tests.card import pretend
@@ -72,15 +74,13 @@ def test_every_way_to_forget_runs_on_the_card(kind, method):
     assert record.forgotten == (3,) and record.layers
 
 
-def edits_of(family: str, preset: str, device: str, **options) -> tuple[torch.nn.Module, list[Edit]]:
-    chosen = config.steps("prune", [f"preset={preset}", "model=hf", "model.path=x"])
+def edits_of(family: str, preset: str, device: str, words: tuple[str, ...] = (), **options):
+    chosen = config.steps("prune", [f"preset={preset}", "model=hf", "model.path=x", *words])
     model = tiny(family)
-    events = prune_decoder_(
-        model, calibration=tokens(), sparsity=0.3, target="params", batch_size=8, device=device,
-        options=DecoderOptions(**{"components": ("mlp", "attention"), **options}),
-        **{key: config.build(chosen[key]) for key in STEPS},
-    )  # fmt: skip
-    return model, [event for event in events if isinstance(event, Edit)]
+    asked = DecoderOptions(**{"components": ("mlp", "attention"), **options})
+    walk = TokenWalk(model, tokens(), options=asked, device=device)
+    recipe = Recipe(**{key: config.build(chosen[key]) for key in STEPS})
+    return model, [event for event in prune_(walk, recipe, Budget(0.3)) if isinstance(event, Edit)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gemma2"])
@@ -93,8 +93,8 @@ def test_every_recipe_for_text_keeps_the_same_on_the_card(family, preset):
     assert seen.peak > 0 and [edit.kept.tolist() for edit in there] == [edit.kept.tolist() for edit in here]
 
 
-@pytest.mark.parametrize("options", [{"reference": "dense"}, {"weighting": "stream", "offload": True}], ids=str)
-def test_the_ways_of_repair_of_a_decoder_run_on_the_card(options):
+@pytest.mark.parametrize(("words", "options"), [(("compensation=joint_dense",), {}), ((), {"offload": True})], ids=str)
+def test_the_ways_of_repair_of_a_decoder_run_on_the_card(words, options):
     with pretend.card():
-        _, edits = edits_of("llama", "best_language", "cuda", **options)
-    assert len(edits) == 4
+        _, edits = edits_of("llama", "best_language", "cuda", words, **options)
+    assert sum(edit.state.step == "cut" for edit in edits) == 4
