@@ -1,13 +1,12 @@
 """A folder of image files, at any depth.
 
-Without labels every image below the folder is taken. With labels the class is the first folder on the way to the image,
-in the sorted order of the folders (for ImageNet that is the order of the logits), or what a JSON file says.
+Without labels every image below the folder is taken. With labels the class is that of the first folder on the way to the
+image (`classes.classes_of_folders`), or what a JSON file says.
 Sets whose prepared pixels fit in memory are decoded once, at the start; larger ones are decoded on every walk.
 """
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -16,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from modhifi_cli.data.classes import ORDERS, Folders, Known, classes_of_folders, instead
 from modhifi_cli.data.sources import (
     ArrayImages,
     FileImages,
     choose,
-    decode,
+    decode_turned,
     labels_to_read,
     samples_wanted,
     settings_group,
@@ -31,7 +31,6 @@ from modhifi_cli.records import ImageSource, Preprocess
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 _LABELS_FILE = "labels.json"
-_ORDERS = ("auto", "sorted", "imagenet")
 _IN_MEMORY_BYTES = 1024**3
 _DECODERS = 4
 
@@ -47,6 +46,7 @@ def load(
     skip_corrupt: bool = False,
     class_order: str = "auto",
     labels_path: str | None = None,
+    known: Known = Known(),
 ) -> ImageSource:
     """Images, and labels if asked for, of a folder.
 
@@ -59,14 +59,16 @@ def load(
         seed: Of the draw.
         skip_corrupt: Whether images that cannot be decoded are left out and counted in the protocol; otherwise the
             first one is an error.
-        class_order: Of class folders. ``"sorted"``: by name. ``"imagenet"``: by WordNet id among ImageNet's 1,000
-            classes, for folders that hold only some of them. ``"auto"``: by name, except that some but not all of the
-            1,000 WordNet ids are refused, because the right index is then not clear.
+        class_order: Which class a folder is: ``"auto"``, ``"sorted"``, ``"text"`` or ``"imagenet"``
+            (`classes.classes_of_folders`).
         labels_path: JSON ``{file: class_index}`` or ``{file: {"class_index": class_index}}``, files relative to `path`;
             None takes ``labels.json`` of the folder where there is one.
+        known: What is known of the network's classes.
 
     Returns:
-        The source; its protocol counts ``skipped`` images and names the first ones.
+        The source; its protocol counts ``skipped`` images and names the first ones, says how many were
+        ``turned`` as their cameras noted (None where images are decoded on the way, and turned there), and in
+        ``class_folders`` which folder is which class and how that was found.
 
     Raises:
         ConfigError: If `class_order` or `num_samples` is out of range.
@@ -75,13 +77,13 @@ def load(
     """
     group = settings_group(labelled=labelled, labels=labels)
     reads = labels_to_read(labelled=labelled, labels=labels)
-    if class_order not in _ORDERS:
-        raise ConfigError(f"{group}.class_order: unknown order '{class_order}', {nearest(class_order, _ORDERS)}")
+    if class_order not in ORDERS:
+        raise ConfigError(f"{group}.class_order: unknown order '{class_order}', {nearest(class_order, ORDERS)}")
     root = Path(path).expanduser()
     files = _find(root, group)
-    targets, classes = None, None
+    targets, folders = None, None
     if reads == "required" or reads == "optional" and _has_labels(root, files, labels_path):
-        targets, classes = _labels(root, files, class_order, labels_path, group)
+        targets, folders = _labels(root, files, class_order, labels_path, group, known)
     num_samples = samples_wanted(len(files), num_samples)
     drawn = choose(len(files), num_samples, seed=seed, place=path)
     wanted = len(drawn)
@@ -91,8 +93,9 @@ def load(
     fits = wanted * preprocess.size[0] * preprocess.size[1] * len(preprocess.mean) <= _IN_MEMORY_BYTES
     pixels: np.ndarray | None = None
     skipped: list[str] = []
+    turned: int | None = None
     if fits or skip_corrupt:
-        drawn, pixels, skipped = _decode(root, files, drawn, wanted, preprocess, skip_corrupt=skip_corrupt, keep=fits)
+        drawn, pixels, skipped, turned = _decode(root, files, drawn, wanted, preprocess, skip_corrupt=skip_corrupt, keep=fits)
         if not len(drawn) or (num_samples is not None and len(drawn) < num_samples):
             raise DataError(
                 f"{path}: only {len(drawn)} images can be decoded ({len(skipped)} cannot, {skipped[0]} the first), "
@@ -106,9 +109,14 @@ def load(
         "available": len(files),
         "seed": None if num_samples is None else seed,
         "skipped": len(skipped),
+        "turned": turned,
         "skipped_files": skipped[:10],
         **_digest(root, names, content=fits),
     }
+    if folders is not None:
+        protocol["class_folders"] = {"taken_by": folders.how, **folders.classes}
+        protocol["labels"] = folders.account
+    classes = None if folders is None else folders.count
     chosen_labels = None if targets is None else targets[drawn]
     if pixels is not None:
         return ArrayImages(pixels, chosen_labels, preprocess, protocol, prepared=True, classes=classes)
@@ -142,9 +150,9 @@ def _has_labels(root: Path, files: Sequence[str], labels_path: str | None) -> bo
 
 
 def _labels(
-    root: Path, files: Sequence[str], class_order: str, labels_path: str | None, group: str
-) -> tuple[np.ndarray, int | None]:
-    """The label of every file, and how many classes they count (None where a file of labels does not say)."""
+    root: Path, files: Sequence[str], class_order: str, labels_path: str | None, group: str, known: Known
+) -> tuple[np.ndarray, Folders | None]:
+    """The label of every file, and what the class folders stand for (None where a file of labels says it)."""
     file = root / _LABELS_FILE if labels_path is None else Path(labels_path).expanduser()
     if labels_path is not None or file.is_file():
         return _labels_from_json(file, files), None
@@ -153,41 +161,14 @@ def _labels(
         if folder is None:
             raise DataError(
                 f"{root}: {name} lies in no class folder and there is no {_LABELS_FILE}, so its label is unknown; put "
-                f"images into one folder per class, or set {group}.labels_path=FILE.json{_instead(group)}."
+                f"images into one folder per class, or set {group}.labels_path=FILE.json{instead(group)}."
             )
-    ordered = _ordered(root, sorted({f for f in folders if f}), class_order, group)
-    classes = {name: index for index, name in enumerate(ordered)}
-    missing = next((folder for folder in folders if folder not in classes), None)
-    if missing is not None:
-        raise DataError(
-            f"{root}: the folder {missing} is not the WordNet id of an ImageNet class; set "
-            f"{group}.class_order=sorted if the network was trained on these folders."
-        )
-    return np.array([classes[folder] for folder in folders if folder], dtype=np.int64), len(classes)
-
-
-def _ordered(root: Path, folders: list[str], class_order: str, group: str) -> Sequence[str]:
-    all_ids = all(re.fullmatch(r"n\d{8}", folder) for folder in folders)
-    if class_order == "imagenet":
-        return _imagenet_ids()
-    if class_order == "auto" and all_ids and len(folders) != 1000 and set(folders) <= set(_imagenet_ids()):
-        raise DataError(
-            f"{root}: holds {len(folders)} of ImageNet's 1,000 class folders, so the class indices are not clear; set "
-            f"{group}.class_order=imagenet for a network with all 1,000 classes, or sorted for one trained on "
-            f"these folders alone{_instead(group)}."
-        )
-    return folders
-
-
-def _instead(group: str) -> str:
-    """What else calibration images can do; evaluation needs true labels."""
-    return "" if group == "evaluation_data" else ", or take the network's own predictions with data.labels=model"
-
-
-def _imagenet_ids() -> Sequence[str]:
-    from timm.data import ImageNetInfo
-
-    return ImageNetInfo("imagenet-1k").label_names()
+    named = sorted({folder for folder in folders if folder})
+    beside = {one.name for one in root.iterdir() if one.is_dir() and not one.name.startswith((".", "__"))}
+    found = classes_of_folders(
+        named, known, order=class_order, root=root, group=group, empty=sorted(beside.difference(named))
+    )
+    return np.array([found.classes[folder] for folder in folders if folder], dtype=np.int64), found
 
 
 def _labels_from_json(file: Path, files: Sequence[str]) -> np.ndarray:
@@ -220,17 +201,22 @@ def _decode(
     *,
     skip_corrupt: bool,
     keep: bool,
-) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
-    """Decodes in the order of the draw until `wanted` images are good: their indices, pixels if kept, skipped names."""
+) -> tuple[np.ndarray, np.ndarray | None, list[str], int]:
+    """Decodes in the order of the draw until `wanted` images are good.
+
+    Returns:
+        Their indices, pixels if kept, names of skipped images, and how many had to be turned.
+    """
     shape = (wanted, *preprocess.size, len(preprocess.mean))
     pixels = np.empty(shape, dtype=np.uint8) if keep else None
     good: list[int] = []
     skipped: list[str] = []
+    turned, first = 0, ""
     remaining = iter(drawn.tolist())
 
-    def attempt(index: int) -> tuple[int, np.ndarray | DataError]:
+    def attempt(index: int) -> tuple[int, tuple[np.ndarray, bool] | DataError]:
         try:
-            return index, decode(root / files[index], preprocess)
+            return index, decode_turned(root / files[index], preprocess)
         except DataError as error:
             return index, error
 
@@ -245,12 +231,20 @@ def _decode(
                     if not skip_corrupt:
                         raise result
                     skipped.append(files[index])
+                    first = first or str(result).partition("; ")[0]
                     continue
                 if pixels is not None:
-                    pixels[len(good)] = result
+                    pixels[len(good)] = result[0]
+                turned += result[1]
                 good.append(index)
+    tried = len(good) + len(skipped)
+    if len(skipped) > tried / 2:
+        raise DataError(
+            f"{root}: {len(skipped)} of {tried} images cannot be used, so something is wrong with all of them rather than "
+            f"with some; the first: {first}; convert them to 8-bit PNG or JPEG."
+        )
     indices = np.array(good, dtype=np.int64)
-    return indices, None if pixels is None else pixels[: len(good)], skipped
+    return indices, None if pixels is None else pixels[: len(good)], skipped, turned
 
 
 def _digest(root: Path, names: Sequence[str], *, content: bool) -> dict[str, str]:

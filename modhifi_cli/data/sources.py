@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from modhifi_cli.errors import ConfigError, DataError, is_whole, nearest
 from modhifi_cli.records import Preprocess
 
+_ORIENTATION = 0x0112  # EXIF's tag
 _DECODERS = 4  # Threads; PIL lets go of the interpreter lock while it decodes.
 
 
@@ -167,27 +168,63 @@ def choose(available: int, num_samples: int | None, *, seed: int, place: str) ->
 
 
 def decode(file: Path, preprocess: Preprocess) -> np.ndarray:
-    """One image file as pixels of the network's input size.
+    """One image file as pixels of the network's input size; `decode_turned` without its second answer."""
+    return decode_turned(file, preprocess)[0]
+
+
+def decode_turned(file: Path, preprocess: Preprocess) -> tuple[np.ndarray, bool]:
+    """One image file as pixels of the network's input size, and whether it had to be turned.
+
+    A camera's orientation (EXIF) is applied, as browsers do. Pixels of 16 bits are scaled to 8; floating ones are taken
+    where they lie in 0..1, and everything whose scale is not known is refused instead of being cut off.
 
     Args:
         file: Any format that Pillow reads.
         preprocess: What the model wants; one channel in `mean` means grey.
 
     Returns:
-        ``[height, width, channels]`` uint8.
+        ``[height, width, channels]`` uint8, and whether the camera's orientation was another than the picture's.
 
     Raises:
         DataError: Naming the file, if it cannot be decoded.
     """
     try:
         with Image.open(file) as image:
-            return _to_size(_with_channels(image, len(preprocess.mean)), preprocess)
+            turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+            upright = ImageOps.exif_transpose(image) if turned else image
+            channels = len(preprocess.mean)
+            return _to_size(_with_channels(_eight_bits(upright, file), channels), preprocess), turned
+    except DataError:
+        raise
     # Pillow raises OSError, SyntaxError, ValueError, struct.error and more, one set per format, on damaged bytes.
     except Exception as error:
         raise DataError(
             f"{file}: the image cannot be decoded ({type(error).__name__}: {error}); remove or repair it, or skip "
             "such images and have them counted with skip_corrupt=true."
         ) from error
+
+
+def _eight_bits(image: Image.Image, file: Path) -> Image.Image:
+    """The same picture with 8 bits a channel; Pillow's own conversion cuts off what lies above 255."""
+    mode = image.mode
+    if mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if mode not in ("I", "F"):
+        return image
+    pixels = np.asarray(image)
+    low, high = float(pixels.min()), float(pixels.max())
+    if mode == "I" and 0 <= low and high < 65536:  # Pillow opens some 16-bit PNG files as whole numbers
+        # The mode does not keep the file's depth. PNG files come here with 16 bits only; others that stay below 256 may
+        # be 8-bit pictures in a wider type.
+        sixteen = high > 255 or file.suffix.lower() == ".png"
+        return Image.fromarray((np.rint(pixels / 257) if sixteen else pixels).astype(np.uint8))
+    if mode == "F" and 0 <= low and high <= 1:
+        return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
+    kind = "floating" if mode == "F" else "32-bit"
+    raise DataError(
+        f"{file}: has {kind} pixels from {low:g} to {high:g}, whose scale is not known; save it with 8 or 16 bits, or "
+        "scaled to 0..1."
+    )
 
 
 def prepare_pixels(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import nn
 
 from modhifi_cli.errors import ConfigError, DataError, nearest
 from modhifi_cli.graph.inputs import check_images
-from modhifi_cli.models.preprocessing import adjusted
+from modhifi_cli.models.preprocessing import adjusted, named_classes
 from modhifi_cli.models.weights import load_weights_, seeded_initialisation
 from modhifi_cli.records import LoadedModel, Preprocess
 
@@ -95,10 +95,6 @@ def load(
     example = torch.randn((2, len(wanted.mean), *size), generator=torch.Generator().manual_seed(0))
     parameter = next(model.parameters(), None)
     logits = check_images(model, example if parameter is None else example.to(parameter.dtype))
-    if classes is not None and len(classes) != logits.shape[1]:
-        raise ConfigError(
-            f"model.classes: expected {logits.shape[1]} names, one for each logit of {factory}, got {len(classes)}."
-        )
     return LoadedModel(
         model=model,
         name=name or factory.rpartition(":")[2],
@@ -108,7 +104,7 @@ def load(
             "kwargs": {"factory": factory, "kwargs": dict(kwargs or {}), "file": str(code), "sha256": digest},
         },
         weights=f"{account}, made by {factory} (imported from {code}, sha256 {digest[:12]})",
-        classes=None if classes is None else tuple(str(one) for one in classes),
+        classes=named_classes(classes, logits.shape[1]),
     )
 
 

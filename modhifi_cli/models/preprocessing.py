@@ -70,3 +70,22 @@ def _numbers(key: str, value: Any, channels: int, *, positive: bool) -> tuple[fl
             f"one per channel, got {value!r}."
         )
     return tuple(float(number) for number in numbers)
+
+
+def named_classes(names: Sequence[str] | None, logits: int | None) -> tuple[str, ...] | None:
+    """The user's class names, one for each logit, or None.
+
+    Raises:
+        ConfigError: If there are not as many as logits, or two are the same.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ConfigError(f"model.classes: expected a list of names in the order of the logits, got {names!r}.")
+    found = tuple(str(name) for name in names)
+    if logits is not None and len(found) != logits:
+        raise ConfigError(f"model.classes: expected {logits} names, one for each logit, got {len(found)}.")
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise ConfigError(f"model.classes: {twice} stands there twice; give every logit its own name.")
+    return found

@@ -5,13 +5,13 @@ import math
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from modhifi_cli.errors import ConfigError, nearest
-from modhifi_cli.models.preprocessing import adjusted
+from modhifi_cli.models.preprocessing import adjusted, named_classes
 from modhifi_cli.models.weights import fit_weights_, library_weights_missing, load_weights_, seeded_initialisation
 from modhifi_cli.records import LoadedModel, Preprocess
 
@@ -53,6 +53,7 @@ def load(
     num_classes: int | None = None,
     preprocess: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> LoadedModel:
     """A timm network.
 
@@ -63,9 +64,11 @@ def load(
         num_classes: Number of logits; None means the library's.
         preprocess: Fields of the preprocessing to replace; timm's data configuration of this name comes first.
         options: Further arguments of ``timm.create_model``.
+        classes: Names of the classes in the order of the logits; None: the library's where it knows them.
 
     Raises:
-        ConfigError: If the name or an option is unknown, or `num_classes` contradicts the library's weights.
+        ConfigError: If the name or an option is unknown, `num_classes` contradicts the library's weights, or `classes`
+            are not as many as the logits.
         DataError: If the library cannot fetch its weights, or the file cannot be read or does not fit.
     """
     import timm
@@ -100,7 +103,8 @@ def load(
             "kwargs": {"name": name, "num_classes": num_classes, "options": dict(options or {})},
         },
         weights=account,
-        classes=_imagenet_classes(model) if num_classes in (None, published_classes) else None,
+        classes=named_classes(classes, getattr(model, "num_classes", None))
+        or (_imagenet_classes(model) if num_classes in (None, published_classes) else None),
     )
 
 

@@ -4,7 +4,7 @@ Networks that do not answer an image batch with one tensor stand in an adapter (
 weights brings the preprocessing it was trained for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from modhifi_cli.errors import ConfigError, nearest
 from modhifi_cli.models.image_batch import DetectionParts, SegmentationMap
-from modhifi_cli.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, adjusted
+from modhifi_cli.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, adjusted, named_classes
 from modhifi_cli.models.weights import fit_weights_, library_weights_missing, load_weights_, seeded_initialisation
 from modhifi_cli.records import LoadedModel, Preprocess
 
@@ -78,6 +78,7 @@ def load(
     num_classes: int | None = None,
     preprocess: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> LoadedModel:
     """A torchvision network of classification, detection or segmentation.
 
@@ -90,10 +91,11 @@ def load(
         preprocess: Fields of the preprocessing to replace. With a file or random weights the library's default weights'
             preprocessing is the starting point.
         options: Further arguments of torchvision's constructor.
+        classes: Names of the classes in the order of the logits; None: the library's where it knows them.
 
     Raises:
-        ConfigError: If the name, the weights' name or an option is unknown, or `num_classes` contradicts the library's
-            weights.
+        ConfigError: If the name, the weights' name or an option is unknown, `num_classes` contradicts the library's
+            weights, or `classes` are not as many as the logits.
         DataError: If the library cannot fetch its weights, or the file cannot be read or does not fit.
     """
     import torchvision
@@ -127,7 +129,8 @@ def load(
             "kwargs": {"name": name, "num_classes": num_classes, "options": dict(options or {})},
         },
         weights=account,
-        classes=categories if num_classes in (None, len(categories)) else None,
+        classes=named_classes(classes, num_classes or len(categories))
+        or (categories if num_classes in (None, len(categories)) else None),
     )
 
 

@@ -33,6 +33,8 @@ def forget_classes(asked: Any, classes: Sequence[str] | None, logits: int) -> tu
         number = _class_number(one, classes)
         if number is None or not 0 <= number < logits:
             hint = nearest(one, classes) if isinstance(one, str) and classes else ""
+            if isinstance(one, str) and not one.isdecimal() and not classes:
+                hint = "The network names none: give the number, or set model.classes=[…] in the order of the logits."
             raise ConfigError(f"forget_class: there is no class {one!r}; the classes are {known}. {hint}".strip())
         found.add(number)
     if len(found) == logits:

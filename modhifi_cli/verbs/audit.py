@@ -33,7 +33,7 @@ def audit(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     loaded, dtype = _dense(saved, before), pieces.dtype_of(settings)
     dense, edited = loaded.model.to(dtype), artifacts.load_model(saved).to(dtype)
     calibration, labels = _labelled(settings, loaded, dense, device, console)
-    evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True)
+    evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True, console=console)
     report = make_audit(
         settings, before["model"], loaded, dense, edited,
         calibration=calibration, labels=labels, evaluation=evaluation, forget=forget, device=device, console=console,

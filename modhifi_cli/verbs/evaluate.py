@@ -38,7 +38,7 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
         results = artifacts.read_results(saved)
         models["edited" if results.get("verb") == "unlearn" else "pruned"] = loaded.model
         pieces.name_forgotten_(settings, results.get("forget"))
-    evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True)
+    evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True, console=console)
     # What is measured on evaluation data needs no other; a set may be gone by now, or take long to make again.
     calibration = None
     if evaluation is None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.console import Console
+from modhifi_cli.data.classes import Known
 from modhifi_cli.data.making import Making
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError, NumericsError
 from modhifi_cli.files import artifacts, cache
@@ -44,7 +45,7 @@ def sources(
     loaded = config.build(settings["model"])
     calibration = image_source(settings, "data", loaded, labelled=labelled, console=console)
     assert calibration is not None
-    return loaded, calibration, image_source(settings, "evaluation_data", loaded, labelled=True)
+    return loaded, calibration, image_source(settings, "evaluation_data", loaded, labelled=True, console=console)
 
 
 def warn_of_changed_code(run: Path, console: Console) -> None:
@@ -93,8 +94,25 @@ def image_source(
         given["making"] = Making(
             loaded.model, loaded.name, device_of(settings), said.progress, said.note, cache.open_store
         )
+    if "known" in inspect.signature(build).parameters:
+        given["known"] = Known(loaded.classes, lambda: _logits_of(loaded))
     source = build(preprocess=loaded.preprocess, labelled=labelled, **given)
+    if console is not None and "labels" in source.protocol:
+        console.note(f"{key}: {source.protocol['labels']}")
+    if console is not None and source.protocol.get("turned"):
+        console.note(f"{key}: {source.protocol['turned']} images are turned as their cameras noted (EXIF)")
     return source if reads_text or settings["runtime"]["dtype"] == "float32" else _Cast(source, dtype_of(settings))
+
+
+def _logits_of(loaded: LoadedModel) -> int | None:
+    """How many logits a network gives for an image, or None where it gives something else."""
+    tensor = next(loaded.model.parameters(), None)
+    example = example_inputs(loaded.preprocess, 2)
+    if tensor is not None:
+        example = example.to(device=tensor.device, dtype=tensor.dtype)
+    with torch.inference_mode():
+        answer = loaded.model(example)
+    return answer.shape[1] if isinstance(answer, Tensor) and answer.ndim == 2 else None
 
 
 def wants_labels(settings: Mapping[str, Any]) -> bool:

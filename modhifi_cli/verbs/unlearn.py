@@ -38,7 +38,7 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
         pieces.require_data(settings)
         loaded = config.build(settings["model"])
         calibration = pieces.image_source(settings, "data", loaded, labelled=True, console=console)
-        evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True)
+        evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True, console=console)
         model = loaded.model.to(device=device, dtype=pieces.dtype_of(settings)).eval()
         dense, dense_hash = copy.deepcopy(model), weights_hash(loaded.model)
         labels = _labels(model, calibration, settings, loaded, device, console)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from modhifi_cli.data import folder
+from modhifi_cli.data.classes import Known
 from modhifi_cli.data.sources import ArrayImages, FileImages
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.records import Preprocess
@@ -143,3 +144,86 @@ def test_more_images_than_there_are_is_told(tmp_path):
     write(tmp_path, "a.png")
     with pytest.raises(DataError, match="num_samples=2 asked for, but there are 1 images"):
         load(tmp_path, num_samples=2)
+
+
+def labels_of(root, *, classes=None, logits=None, **settings):
+    """Class folder → label, and the protocol."""
+    source = load(root, labelled=True, known=Known(classes, lambda: logits), **settings)
+    return dict(zip((name.name for name in sorted(root.iterdir()) if any(name.iterdir())), source.labels.tolist())), source.protocol
+
+
+def test_class_folders_are_matched_to_class_names_whatever_their_order(tmp_path):
+    write(tmp_path, "red/a.png", "green/a.png", "blue/a.png")
+    found, protocol = labels_of(tmp_path, classes=("red", "green", "blue"))
+    assert found == {"blue": 2, "green": 1, "red": 0}
+    assert protocol["class_folders"] == {"taken_by": "the network's class names", "blue": 2, "green": 1, "red": 0}
+    assert protocol["labels"] == "class folders taken by the network's class names: red = 0, green = 1, blue = 2"
+
+
+def test_names_are_matched_without_their_writing_and_by_any_of_several_words(tmp_path):
+    write(tmp_path, "Great_White-Shark/a.png", "tinca tinca/a.png")
+    classes = ("tench, Tinca tinca", "great white shark, man-eater", "crane", "crane")
+    assert labels_of(tmp_path, classes=classes)[0] == {"Great_White-Shark": 1, "tinca tinca": 0}
+    write(tmp_path, "crane/a.png")
+    assert labels_of(tmp_path, classes=classes)[0]["crane"] in (2, 3)  # written exactly so, the last of equal names
+
+
+def test_a_missing_class_folder_does_not_shift_the_others(tmp_path):
+    write(tmp_path, "b/1.png", "d/1.png")
+    assert labels_of(tmp_path, classes=("a", "b", "c", "d"))[0] == {"b": 1, "d": 3}
+    with pytest.raises(DataError, match="holds 2 class folders .b, d. for a network with 4 logits and no class names"):
+        labels_of(tmp_path, logits=4)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "c").mkdir()  # empty, but they say which are missing
+    assert labels_of(tmp_path, logits=4)[0] == {"b": 1, "d": 3}
+
+
+def test_folders_that_are_numbers_are_the_numbers_of_logits(tmp_path):
+    write(tmp_path, *(f"{number}/a.png" for number in (0, 2, 10, 11)))
+    assert labels_of(tmp_path, logits=12)[0] == {"0": 0, "10": 10, "11": 11, "2": 2}
+    assert labels_of(tmp_path, logits=12, class_order="sorted")[0] == {"0": 0, "2": 1, "10": 2, "11": 3}
+    assert labels_of(tmp_path, logits=12, class_order="text")[0] == {"0": 0, "10": 1, "11": 2, "2": 3}
+    with pytest.raises(DataError, match="the folder 11 is no class of a network with classes 0 to 10; name folders by"):
+        labels_of(tmp_path, logits=11)
+    write(tmp_path, "02/a.png")
+    with pytest.raises(DataError, match="two folders stand for one number, such as 1 and 01; merge them"):
+        labels_of(tmp_path, logits=12)
+
+
+def test_wordnet_ids_are_matched_where_the_network_has_imagenets_classes(tmp_path):
+    from timm.data import ImageNetInfo
+
+    write(tmp_path, "n01443537/a.png", "n01530575/b.png")
+    names = ImageNetInfo("imagenet-1k").label_descriptions()
+    assert labels_of(tmp_path, classes=names)[0] == {"n01443537": 1, "n01530575": 10}
+
+
+def test_folders_that_are_no_classes_of_the_network_are_told(tmp_path):
+    write(tmp_path, "red/a.png", "Katze/a.png")
+    with pytest.raises(DataError, match="the folder Katze is no class of the network; rename or remove it, set model.cl"):
+        labels_of(tmp_path, classes=("red", "cat"))
+    with pytest.raises(DataError, match="no folder is a class of the network by name .Katze, red; its classes are a, b."):
+        labels_of(tmp_path, classes=("a", "b"))
+
+
+def test_a_sort_order_is_the_last_resort_and_is_said(tmp_path):
+    write(tmp_path, "b/1.png", "a/1.png")
+    found, protocol = labels_of(tmp_path, logits=2)
+    assert found == {"a": 0, "b": 1}
+    assert "sort order, since the network names no classes (set model.classes if that is wrong)" in protocol["labels"]
+
+
+def test_a_folder_of_which_most_images_fail_gets_the_reason(tmp_path):
+    write(tmp_path, "good.png")
+    for number in range(3):
+        Image.fromarray(np.full((7, 9), 1000.0, dtype=np.float32)).save(tmp_path / f"{number}.tif")
+    with pytest.raises(DataError, match="3 of 4 images cannot be used.*has floating pixels from 1000 to 1000, whose scale"):
+        load(tmp_path, skip_corrupt=True)
+
+
+def test_turned_images_are_counted(tmp_path):
+    write(tmp_path, "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((7, 9, 3), np.uint8)).save(tmp_path / "b.jpg", exif=exif)
+    assert load(tmp_path).protocol["turned"] == 1

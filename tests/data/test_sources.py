@@ -108,3 +108,38 @@ def test_auto_takes_the_papers_number_or_all_there_are():
     assert samples_wanted(2001, "auto") == 2000
     assert samples_wanted(2000, "auto") is None and samples_wanted(3, "auto") is None
     assert samples_wanted(3, 7) == 7 and samples_wanted(3, None) is None
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_are_scaled_to_eight_not_cut_off(tmp_path, name):
+    pixels = picture(8, 8)[..., 0]
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / name)
+    assert np.array_equal(decode(tmp_path / name, RGB)[..., 1], pixels)
+
+
+def test_whole_numbers_of_a_wider_type_keep_the_scale_that_they_use(tmp_path):
+    pixels = picture(8, 8)[..., 0]
+    for factor, name in ((1, "eight.tif"), (257, "sixteen.tif")):
+        Image.fromarray(pixels.astype(np.int32) * factor).save(tmp_path / name)
+        assert np.array_equal(decode(tmp_path / name, RGB)[..., 0], pixels)
+    Image.fromarray(pixels.astype(np.int32) * 10**6).save(tmp_path / "far.tif")
+    with pytest.raises(DataError, match="far.tif: has 32-bit pixels from .*, whose scale is not known; save it with 8"):
+        decode(tmp_path / "far.tif", RGB)
+
+
+def test_floating_pixels_are_taken_in_zero_to_one_and_refused_elsewhere(tmp_path):
+    pixels = picture(8, 8)[..., 0]
+    Image.fromarray((pixels / 255).astype(np.float32)).save(tmp_path / "unit.tif")
+    assert np.array_equal(decode(tmp_path / "unit.tif", RGB)[..., 2], pixels)
+    Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "far.tif")
+    with pytest.raises(DataError, match="far.tif: has floating pixels from .*, whose scale is not known"):
+        decode(tmp_path / "far.tif", RGB)
+
+
+@pytest.mark.parametrize("orientation, turn", [(1, lambda p: p), (6, lambda p: np.rot90(p, -1)), (3, lambda p: p[::-1, ::-1])])
+def test_a_cameras_orientation_is_applied(tmp_path, orientation, turn):
+    pixels = picture(8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(decode(tmp_path / "a.png", RGB), turn(pixels))

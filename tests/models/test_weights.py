@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from modhifi_cli.errors import DataError
+from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.models.weights import (
     fit_weights_,
     load_weights_,
@@ -154,3 +154,13 @@ def test_weights_that_are_not_drawn_end_truncated_draws():
         assert float(weight.abs().max()) <= 2
         far = nn.init.trunc_normal_(torch.full((5, 7), 9.0), a=2.5, b=3.0)
         assert 2.5 <= float(far.min()) and float(far.max()) <= 3
+
+
+def test_class_names_are_one_for_each_logit_and_differ():
+    from modhifi_cli.models.preprocessing import named_classes
+
+    assert named_classes(["a", 1], 2) == ("a", "1") and named_classes(None, 2) is None
+    for names, message in ((["a"], "expected 2 names, one for each logit, got 1"), (["a", "a"], "a stands there twice"),
+                           ("ab", "expected a list of names in the order of the logits, got 'ab'")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"model.classes: {message}"):
+            named_classes(names, 2)

@@ -284,6 +284,9 @@ def test_classes_by_number_name_and_several():
     assert forget_classes("cat", NAMES, 3) == (1,)
     assert forget_classes(["dog", 0], NAMES, 3) == (0, 2)
     assert forget_classes("2", None, 3) == (2,)
+    with pytest.raises(ConfigError, match="no class 'Katze'; the classes are 0 to 2. The network names none: give the n.*"
+                       "set model.classes"):
+        forget_classes("Katze", None, 3)
 
 
 @pytest.mark.parametrize(
