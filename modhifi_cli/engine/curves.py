@@ -16,7 +16,7 @@ from modhifi_cli.engine.site import consumers_of, features_kept, with_others, wr
 from modhifi_cli.engine.walk import Recipe, Surveyed, Walk
 from modhifi_cli.graph.components import ComponentGroup, has_weight
 from modhifi_cli.numerics.compensation import Joint, restored_constant
-from modhifi_cli.numerics.elimination import elimination
+from modhifi_cli.numerics.elimination import DEFAULT_RIDGE, elimination
 from modhifi_cli.records import Consumer, Progress
 
 Curves = list[list[float]]
@@ -35,19 +35,19 @@ def error_curves(walk: Walk, recipe: Recipe) -> Generator[Progress, None, tuple[
             yield event
             continue
         yield Progress("error curves", event.part.name, len(curves), len(walk.parts))
-        moved, errors = _tried(walk, event)
+        moved, errors = _tried(walk, event, getattr(recipe.selection, "ridge", DEFAULT_RIDGE))
         shapes.append(errors)
         curves.append(scaled_curve(errors, moved))
     yield Progress("error curves", "done", len(walk.parts), len(walk.parts))
     return curves, shapes
 
 
-def _tried(walk: Walk, found: Surveyed) -> tuple[dict[int, float], list[float]]:
+def _tried(walk: Walk, found: Surveyed, ridge: float) -> tuple[dict[int, float], list[float]]:
     """How far cuts of one part move the answers, by components removed, and the part's own errors."""
     part, trial = found.part, found.trial
     alive = walk.layout.alive(part).numel()
     consumers = consumers_of(walk, part, found.gathered)
-    path = elimination(consumers, keep=1)
+    path = elimination(consumers, keep=1, ridge=ridge)
     moved: dict[int, float] = {}
     trial.stand_before(part)
     for depth in trial_depths(alive, part.balanced):

@@ -29,6 +29,7 @@ _WIDEST_INVERSE = 8192
 _MOST_ROWS, _MOST_OUTPUTS = 1024, 512
 # Features of the widest consumer up to which "auto" removes one component at a time.
 _ONE_AT_A_TIME = 2048
+DEFAULT_RIDGE = 1e-4  # the paper's
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Elimination:
 
 
 def elimination(
-    consumers: Sequence[Consumer], *, keep: int = 1, block: int | str = "auto", ridge: float = 1e-4
+    consumers: Sequence[Consumer], *, keep: int = 1, block: int | str = "auto", ridge: float = DEFAULT_RIDGE
 ) -> Elimination:
     """Remove a group's components one after the other, always the one that costs all consumers together least.
 

@@ -3,6 +3,9 @@
 `RowMoments` takes rows, `ConvMoments` takes maps and knows the two cheap cases: a pointwise conv needs no unfold, and
 a stride-1 conv shares one correlation between all pairs of taps at the same offset. Products are float32 of the
 inputs' rows, their sums float64, so the split into batches does not matter beyond float32 rounding of one product.
+
+Features whose mean lies far above their spread (sigmoids, large biases) are summed around the mean of the first batch:
+otherwise the rounding of a product, 1e-7 of the squared mean, would be larger than the covariance itself.
 """
 
 from collections.abc import Callable
@@ -21,6 +24,8 @@ from modhifi_cli.records import Statistics
 _CHUNK_BYTES = 96 * 2**20
 # Up to this many channels a CPU correlates maps as a convolution's weight gradient rather than by matrix products.
 _THIN_CHANNELS = 128
+# Features with a mean above so many spreads are summed around it; others as they are, which costs nothing.
+_FAR = 4.0
 
 
 class RowMoments:
@@ -38,7 +43,8 @@ class RowMoments:
         self._features = features
         self._name = name
         self._rows = 0
-        self._sum: Tensor | None = None
+        self._shift: Tensor | None = None  # [features, 1] float32, what is taken off every row; None: not known yet
+        self._sum: Tensor | None = None  # of shifted rows, like the Gram; kept samples are as they came
         self._gram: Tensor | None = None
         self._samples: list[Tensor] = []
 
@@ -73,8 +79,14 @@ class RowMoments:
             device: Where the sums are, for a process that has had no row.
         """
         nothing = torch.zeros(self._features, dtype=torch.float64, device=device)
-        self._sum = nothing if self._sum is None else self._sum
+        self._sum = nothing.clone() if self._sum is None else self._sum
         self._start_gram(nothing[:, None])
+        if self._shift is not None:  # every process has its own
+            shift, total = self._shift[:, 0].double(), self._sum
+            self._gram = mirror_upper_(self._gram)
+            self._sum = total + self._rows * shift
+            self._gram += torch.outer(shift, total) + torch.outer(self._sum, shift)
+        self._shift = torch.zeros_like(nothing[:, None], dtype=torch.float32)
         count = torch.tensor([self._rows], dtype=torch.float64, device=device)
         for tensor in (self._sum, self._gram, count):
             add_up_(tensor)
@@ -87,17 +99,23 @@ class RowMoments:
             NumericsError: If there was no row.
         """
         _refuse_empty(self._rows, self._name)
-        mean = self._sum / self._rows
+        off = self._sum / self._rows
+        shift = self._shift[:, 0].double()
         if self._gram is None:
-            return Statistics(rows=self._rows, mean=mean, samples=torch.cat(self._samples))
-        return Statistics(rows=self._rows, mean=mean, second_moment=mirror_upper_(self._gram / self._rows))
+            return Statistics(rows=self._rows, mean=off + shift, samples=torch.cat(self._samples))
+        moment = mirror_upper_(self._gram / self._rows)
+        if bool(shift.any()):
+            moment += torch.outer(shift, off) + torch.outer(off + shift, shift)
+            moment = (moment + moment.T) / 2
+        return Statistics(rows=self._rows, mean=off + shift, second_moment=moment)
 
     def _add(self, columns: Tensor) -> None:
         count = columns.shape[1]
         if count == 0:
             return
         columns = columns.to(torch.float32)
-        sums = columns.sum(1).double()
+        near = self._near(columns)
+        sums = near.sum(1).double()
         _refuse_not_finite(sums, self._name)
         self._sum = sums if self._sum is None else self._sum.add_(sums)
         self._rows += count
@@ -106,11 +124,18 @@ class RowMoments:
             self._samples.append(columns.T.clone(memory_format=torch.contiguous_format))
             return
         self._start_gram(columns)
-        add_gram_(self._gram, columns)
+        add_gram_(self._gram, near)
+
+    def _near(self, columns: Tensor) -> Tensor:
+        """Rows around the first batch's mean, where that is far off. The shift is float32, so taking it off is exact."""
+        if self._shift is None:
+            self._shift = far_mean(columns)
+        return columns - self._shift if bool(self._shift.any()) else columns
 
     def _add_weighted(self, columns: Tensor, weights: Tensor) -> None:
         if columns.shape[1] == 0:
             return
+        columns = self._near(columns)
         sums = (columns @ weights).double()
         _refuse_not_finite(sums, self._name)
         self._sum = sums if self._sum is None else self._sum.add_(sums)
@@ -122,8 +147,22 @@ class RowMoments:
         if self._gram is None:
             self._gram = columns.new_zeros(self._features, self._features, dtype=torch.float64)
             for samples in self._samples:
-                add_gram_(self._gram, samples.T)
+                add_gram_(self._gram, self._near(samples.T))
             self._samples = []
+
+
+def far_mean(columns: Tensor) -> Tensor:
+    """The mean of every feature whose mean is far above its spread, and 0 for the others.
+
+    Args:
+        columns: ``[features, rows]`` float32.
+
+    Returns:
+        ``[features, 1]`` float32.
+    """
+    mean = columns.mean(1, keepdim=True)
+    far = mean.abs() > _FAR * (columns - mean).square().mean(1, keepdim=True).sqrt()
+    return torch.where(far & torch.isfinite(mean), mean, torch.zeros_like(mean))
 
 
 class ConvMoments:
@@ -239,6 +278,11 @@ class _SharedTapMoments:
     Summed over *all* q this depends on the offset t' − t alone: R_d(i, j) = Σ_u x_i(u) x_j(u + d), and R_{−d} = R_dᵀ.
     The positions q that lie outside the image (above or below it, left or right of it) are then taken off: outside rows
     plus outside columns less the corners, which are in both. Only taps that reach back into the image count there.
+
+    Where channels lie far off, x is the map less a mean m inside the image, and a channel u of ones (zero outside, like
+    every padding) goes with it. A row of the layer is then x + m u, so
+
+        S_raw[(i,t),(j,t')] = S[(i,t),(j,t')] + m_i S[(u,t),(j,t')] + m_j S[(i,t),(u,t')] + m_i m_j S[(u,t),(u,t')].
     """
 
     def __init__(self, channels: int, kernel: int, *, name: str):
@@ -247,6 +291,7 @@ class _SharedTapMoments:
         self._radius = kernel // 2
         self._name = name
         self._rows = 0
+        self._shift: Tensor | None = None  # [channels] float32; None: not known yet, or nothing is far off
         self._sum: Tensor | None = None  # [channels, kernel, kernel]
         self._correlations: Tensor | None = None  # [down, across + kernel − 1, channels, channels]
         self._above_below: dict[tuple[int, int, int], Tensor] = {}  # (a, a', across) → [channels, channels]
@@ -258,6 +303,14 @@ class _SharedTapMoments:
         if batch == 0:
             return
         if self._sum is None:
+            shift = far_mean(maps.transpose(0, 1).flatten(1))[:, 0]
+            self._shift = shift if bool(shift.any()) else None
+        if self._shift is not None:
+            inside = maps.new_ones(batch, 1, height, width)
+            maps = torch.cat([maps - self._shift[:, None, None], inside], 1)
+            channels += 1
+        if self._sum is None:
+            self._channels = channels
             shape = (self._kernel, 2 * self._kernel - 1, channels, channels)
             self._correlations = maps.new_zeros(shape, dtype=torch.float64)
             self._sum = maps.new_zeros((channels, self._kernel, self._kernel), dtype=torch.float64)
@@ -289,9 +342,22 @@ class _SharedTapMoments:
                 block = (block + block.T) / 2
             moment[:, one, :, two] = block
             moment[:, two, :, one] = block.T
-        features = channels * len(taps)
-        mean = self._sum.flatten() / self._rows
-        return Statistics(rows=self._rows, mean=mean, second_moment=moment.view(features, features))
+        mean = self._sum.flatten(1) / self._rows
+        if self._shift is not None:
+            mean, moment = self._moved_back(mean, moment)
+        features = mean.numel()
+        return Statistics(rows=self._rows, mean=mean.flatten(), second_moment=moment.reshape(features, features))
+
+    def _moved_back(self, mean: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ``[channels, taps]`` and S ``[channels, taps, channels, taps]`` of the maps as they came."""
+        shift = self._shift.double()
+        ones = moment[-1]  # [taps, channels + 1, taps]
+        raw = moment[:-1, :, :-1].clone()
+        across = shift[:, None, None, None] * ones[:, :-1]  # m_i S[(u, t), (j, t')]
+        raw += across
+        raw += across.permute(2, 3, 0, 1)
+        raw += torch.einsum("i,j,tu->itju", shift, shift, ones[:, -1])
+        return mean[:-1] + shift[:, None] * mean[-1], raw
 
     def _add_sums(self, total: Tensor) -> None:
         # total: [channels, height, width], summed over the batch.

@@ -199,3 +199,58 @@ def test_weighted_rows_count_by_their_weights_in_any_split(rows):
         assert found.rows == 2 * rows and found.samples is None
         torch.testing.assert_close(found.mean, (each * data.double()).sum(0), **CLOSE)
         torch.testing.assert_close(found.second_moment, data.double().T @ (each * data.double()), **CLOSE)
+
+
+@pytest.mark.parametrize("ratio", [1e3, 1e5])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_the_covariance_of_maps_far_from_zero_is_that_of_two_passes(geometry, ratio):
+    draw = torch.randn(40, 3, 6, 7, generator=torch.Generator().manual_seed(1))
+    maps = draw + ratio * torch.tensor([1.0, -1.0, 0.0])[:, None, None]  # one channel is near
+    moments = ConvMoments(3, *geometry)
+    for part in maps.split(16):
+        moments.update(part)
+    rows = reference.patches(maps, *geometry)  # float64
+    spread = rows.std(0, correction=0)
+    centred = rows - rows.mean(0)
+    expected = centred.T @ centred / len(rows) / torch.outer(spread, spread)
+    found = second_moment(moments.result(), centred=True) / torch.outer(spread, spread)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 if ratio == 1e3 else 2e-4)
+    torch.testing.assert_close(moments.result().mean, rows.mean(0), rtol=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [12, 500], ids=["kept rows", "summed"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_covariance_of_rows_far_from_zero_is_that_of_two_passes(count, weighted):
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(count, 30, generator=generator) + 2e3
+    weights = torch.rand(count, generator=generator) + 0.5
+    weights = weights.view(2, -1) / weights.view(2, -1).mean(1, keepdim=True) if weighted else torch.ones(2, count // 2)
+    one, other, whole = RowMoments(30), RowMoments(30), RowMoments(30)
+    for half, moments in ((0, one), (1, other)):
+        part = rows.view(2, -1, 30)[half]
+        for each in (moments, whole):
+            each.update(part, weights[half] if weighted else None)
+    heavy = weights.flatten().double()[:, None]
+    centred = rows.double() - (heavy * rows.double()).mean(0)
+    expected = (heavy * centred).T @ centred / count
+    for found in (whole.result(), merge(one.result(), other.result())):
+        torch.testing.assert_close(second_moment(found, centred=True), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_of_several_processes_have_each_its_own_shift():
+    rows = torch.randn(60, 4, generator=torch.Generator().manual_seed(3)) + torch.tensor([1e3, -1e3, 0.0, 0.0])
+    parts = [RowMoments(4), RowMoments(4)]
+    for moments, part in zip(parts, (rows[:30], rows[30:] + 5), strict=True):
+        moments.update(part)
+    seen: list[list[torch.Tensor]] = []
+    parts[1].combine_(lambda tensor: seen.append([tensor.clone()]), torch.device("cpu"))
+    other = iter([each for (each,) in seen])
+    parts[0].combine_(lambda tensor: tensor.add_(next(other)), torch.device("cpu"))
+    both = torch.cat([rows[:30], rows[30:] + 5]).double()
+    centred = both - both.mean(0)
+    torch.testing.assert_close(second_moment(parts[0].result(), centred=True), centred.T @ centred / 60, rtol=1e-5, atol=1e-5)
+
+
+def test_features_near_zero_are_summed_as_they_come():
+    rows = torch.rand(50, 3, generator=torch.Generator().manual_seed(4))
+    assert not module.far_mean(rows.T).any()  # mean/spread of a ReLU or a picture is 1 to 2
