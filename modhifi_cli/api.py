@@ -79,7 +79,7 @@ def prune(
     sparsity: float = 0.4,
     target: str = "params",
     preset: str = "best",
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     round_to: int = 1,
     settings: Sequence[str] = (),
     batch_size: int = 64,
@@ -99,7 +99,7 @@ def prune(
         sparsity: Share that is removed, in [0, 1).
         target: Of what: ``"params"``, ``"flops"`` or ``"components"``.
         preset: A recipe of the command line by name: ``"best"``, ``"paper"``, ``"fast"``, ``"magnitude_batchnorm"`` …
-        exclude: Names of modules (or their beginnings) to leave alone.
+        exclude: Modules to leave alone: a name, or several; what lies inside them, too.
         round_to: Widths are multiples of it.
         settings: Further settings in the command line's words, such as ``["compensation=joint", "selection=top_k"]``.
         batch_size: Images a forward.
@@ -145,7 +145,7 @@ def prune(
     walk = ImageWalk(
         edited,
         calibration,
-        exclude=tuple(exclude) or tuple(chosen["exclude"]),
+        exclude=_names(exclude) or tuple(chosen["exclude"]),
         batchnorm=chosen["batchnorm"],
         batch_size=batch_size,
         device=place,
@@ -277,14 +277,14 @@ def unlearn(
 
 
 def groups(
-    model: nn.Module, batches: Batches, *, exclude: Sequence[str] = ()
+    model: nn.Module, batches: Batches, *, exclude: str | Sequence[str] = ()
 ) -> tuple[tuple[ComponentGroup, ...], tuple[Refusal, ...]]:
     """What can be removed of a network: its groups of coupled components, and what is left alone with the reason.
 
     Args:
         model: A network that takes an image batch; left as it was.
         batches: Images as of `prune`; two are looked at.
-        exclude: Names of modules (or their beginnings) to leave alone.
+        exclude: Modules to leave alone: a name, or several; what lies inside them, too.
 
     Raises:
         ConfigError: If an excluded module does not exist.
@@ -294,7 +294,7 @@ def groups(
     from modhifi_cli.engine.plan import discover, example_of
 
     seen, calibration, place = _ready(model, batches, None, most=2)
-    _, found, refused = discover(seen, example_of(calibration, place), exclude=exclude)
+    _, found, refused = discover(seen, example_of(calibration, place), exclude=_names(exclude))
     return found, refused
 
 
@@ -303,7 +303,7 @@ def score(
     batches: Batches,
     *,
     scoring: str = "singleton",
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     settings: Sequence[str] = (),
     batch_size: int = 64,
     device: torch.device | str | None = None,
@@ -318,7 +318,7 @@ def score(
         batches: Images as of `prune`.
         scoring: ``"singleton"`` (fidelity of a component alone), ``"saliency"``, ``"energy"``, ``"fluctuation"``,
             ``"magnitude_l1"``, ``"magnitude_l2"`` or ``"random"``.
-        exclude: Names of modules (or their beginnings) to leave alone.
+        exclude: Modules to leave alone: a name, or several; what lies inside them, too.
         settings: Further settings in the command line's words.
         batch_size: Images a forward.
         device: Where the forwards run; None: where the network is.
@@ -341,7 +341,7 @@ def score(
         seen,
         calibration=calibration,
         scoring=config.build(chosen["scoring"]),
-        exclude=exclude,
+        exclude=_names(exclude),
         batch_size=batch_size,
         device=place,
         seed=seed,
@@ -395,6 +395,11 @@ def evaluate(
     if dense is not None:
         found += agreement.measure(models={"dense": dense, "model": model}, **given)
     return {measurement.name: measurement.value for measurement in found if measurement.model == "model"}
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Names as a tuple; a text is one name, not its letters."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _nobody(step: Progress) -> None:

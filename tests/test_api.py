@@ -157,3 +157,11 @@ def test_a_network_must_be_a_module():
         modhifi_cli.groups({}, PIXELS)
     with pytest.raises(UnsupportedModelError, match="expected logits"):
         modhifi_cli.groups(nn.Conv2d(3, 3, 1), PIXELS)
+
+
+def test_a_text_to_exclude_is_one_name():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    found, _ = modhifi_cli.groups(net, torch.randn(4, 3, 8, 8), exclude="0")
+    assert [group.name for group in found] == ["2"]
+    with pytest.raises(ConfigError, match="exclude: the network has no module 'blocks.1'"):
+        modhifi_cli.groups(net, torch.randn(4, 3, 8, 8), exclude="blocks.1")

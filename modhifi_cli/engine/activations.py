@@ -115,17 +115,8 @@ class Activations:
             end = max(visits[name].enter for name in stale) + 1
             yield from self._go({}, self._between(stale, end), end, item, advance=None)
 
-    def first_images(self, count: int) -> Tensor:
-        """The first calibration images, ``[at most count, channels, height, width]`` on the device."""
-        found: list[Tensor] = []
-        for batch in self._image_batches():
-            found.append(batch)
-            if sum(map(len, found)) >= count:
-                break
-        return torch.cat(found)[:count]
-
     def held_out_images(self, count: int) -> Tensor:
-        """The first of the images that are held out of fits, as `first_images`; none where there are fewer than five."""
+        """The first images held out of fits, ``[at most count, channels, height, width]``; none of fewer than five."""
         found: list[Tensor] = []
         seen = 0
         for batch in self._image_batches():

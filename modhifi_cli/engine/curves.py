@@ -26,7 +26,8 @@ def error_curves(walk: Walk, recipe: Recipe) -> Generator[Progress, None, tuple[
     """What it costs every part to lose 0, 1, 2, … components, from one walk over the network as it stands.
 
     Returns:
-        For each part its curve on the scale of the answers, and its own shape, both from 0.
+        For each part its curve on the scale of the answers, and its own shape, both from 0; nothing where the walk has too
+        few samples to say anything of unseen ones.
     """
     curves: Curves = []
     shapes: Curves = []

@@ -208,18 +208,17 @@ class ImageWalk:
     def survey(self) -> Iterator[Progress | Surveyed]:
         """Every group of the network as it stands, from one walk over the images.
 
-        Weights are fitted without the held-out images and tried on these alone, where there are enough: a layer with
-        fewer rows than features (a classifier behind global pooling has one row for an image) is rebuilt without any
-        error by as many components as there are images, on those images.
+        Weights are fitted without the held-out images and tried on these alone: a layer with fewer rows than features (a
+        classifier behind global pooling has one row for an image) is rebuilt without any error by as many components as
+        there are images, on those images. Where fewer than eight images are held out, nothing is surveyed: the curves
+        would let the last layers look free.
         """
+        images = self.activations.held_out_images(images_for(self.samples))
+        if len(images) < _FEWEST_HELD_OUT:
+            return
         slots = {slot.module: slot for group in self.parts for slot in self.consumers(group)}
         gathered = yield from self.look(tuple(slots.values()), "error curves", hold_out=True)
-        count = images_for(self.samples)
-        images = self.activations.held_out_images(count)
-        if all(one.fitted is not None for one in gathered.values()) and len(images) >= _FEWEST_HELD_OUT:
-            gathered = {name: replace(one, statistics=one.fitted) for name, one in gathered.items()}
-        else:
-            images = self.activations.first_images(count)
+        gathered = {name: replace(one, statistics=one.fitted or one.statistics) for name, one in gathered.items()}
         trial = Impact(self.segments, images, limit_bytes=self.activations.limit_bytes)
         for group in self.parts:
             yield Surveyed(group, gathered, trial)

@@ -22,6 +22,10 @@ from modhifi_cli.graph.components import ComponentGroup
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.records import Edit, EditState, Note, Progress
 
+_TOO_FEW = (
+    "there are too few calibration samples to say which layers can lose more than others (8 must be held out, one in "
+    "five), so the cut is spread evenly; raise data.num_samples"
+)
 Event = Plan | Note | Progress | Edit | LatencyTable | Summary
 
 
@@ -71,7 +75,7 @@ def prune_(walk: Walk, recipe: Recipe, budget: Budget, *, done: Sequence[Edit] =
         yield Note(warning)
     waiting, present = list(done), curves
     for iteration, share in enumerate(shares):
-        if iteration and recipe.allocation.needs_curves:
+        if iteration and curves:
             yield from walk.begin()
             present, _ = yield from _curves(walk, recipe)
         alive = [walk.layout.alive(part).numel() for part in walk.parts]
@@ -83,7 +87,10 @@ def prune_(walk: Walk, recipe: Recipe, budget: Budget, *, done: Sequence[Edit] =
     total = len(walk.stops) * len(shares)
     yield Progress(walk.what, "done", total, total)
     yield from walk.notes()
-    yield replace(widths.summary(walk.layout), predicted_impact=sum(plan.predicted_impact.values()) if curves else None)
+    summary = widths.summary(walk.layout)
+    if recipe.allocation.needs_curves and not curves:
+        summary = replace(summary, warnings=(*summary.warnings, _TOO_FEW))
+    yield replace(summary, predicted_impact=sum(plan.predicted_impact.values()) if curves else None)
 
 
 def _curves(walk: Walk, recipe: Recipe) -> Generator[Progress, None, tuple[Curves, Curves]]:

@@ -115,7 +115,8 @@ class Global:
             removed_share: Widths → share removed of the dense network, 0 … 1, rising as widths fall.
             sparsity: Wanted share, in [0, 1).
             step: Widths are multiples of it, or the present width where that is smaller or unchanged.
-            curves: For each group its relative error after the removal of 0, 1, 2, … of the present components.
+            curves: For each group its relative error after the removal of 0, 1, 2, … of the present components. None,
+                where there were too few samples to measure them: then every group loses the same share (`Uniform`).
             stepwise: Whether the share moves in jumps (measured time), so that what a few components save says
                 nothing of what more of them save: then a group looks down its whole ladder.
 
@@ -126,7 +127,7 @@ class Global:
             ConfigError: If even the smallest widths do not remove the wanted share.
         """
         if curves is None:
-            raise ValueError("a global allocation needs the error curve of every group.")
+            return Uniform(self.floor)(sizes, present, removed_share, sparsity=sparsity, step=step)
         if sparsity <= removed_share(present):
             return list(present)
         smallest = [_width(size, now, 0.0, step, self.floor) for size, now in zip(sizes, present, strict=True)]

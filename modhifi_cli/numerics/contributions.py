@@ -116,7 +116,7 @@ def output_energy(consumer: Consumer) -> float:
     """Energy of the layer's whole output, Σ_c E[y_c²] > 0, output units², centred where the consumer is.
 
     Raises:
-        NumericsError: If there is none, or a weight is not finite.
+        NumericsError: If there is none (a single centred row has none), or a weight is not finite.
     """
     weight = finite_weight(consumer)
     energy = float((output_moment(consumer, weight) * weight).sum())
@@ -139,6 +139,11 @@ def output_moment(consumer: Consumer, weight: Tensor) -> Tensor:
     Returns:
         ``[outputs, features]`` float64.
     """
+    if consumer.centred and consumer.statistics.rows == 1:
+        raise NumericsError(
+            f"{consumer.name}: one calibration row has no spread that tells components apart, so one image is too few; "
+            "raise data.num_samples."
+        )
     statistics = consumer.statistics
     if statistics.samples is None:
         cross = weight @ statistics.second_moment

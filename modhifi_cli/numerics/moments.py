@@ -279,10 +279,12 @@ class _SharedTapMoments:
     The positions q that lie outside the image (above or below it, left or right of it) are then taken off: outside rows
     plus outside columns less the corners, which are in both. Only taps that reach back into the image count there.
 
-    Where channels lie far off, x is the map less a mean m inside the image, and a channel u of ones (zero outside, like
-    every padding) goes with it. A row of the layer is then x + m u, so
+    Where channels lie far off, x is the map less a mean m inside the image. With u = 1 inside and 0 outside (the padding
+    stays zero) a row of the layer is x + m u, so
 
-        S_raw[(i,t),(j,t')] = S[(i,t),(j,t')] + m_i S[(u,t),(j,t')] + m_j S[(i,t),(u,t')] + m_i m_j S[(u,t),(u,t')].
+        S_raw[(i,t),(j,t')] = S[(i,t),(j,t')] + m_i E[u_t x_jt'] + m_j E[x_it u_t'] + m_i m_j E[u_t u_t'],
+
+    where the terms with u are sums over parts of the maps' float64 total: float32 rounding times m would spoil them.
     """
 
     def __init__(self, channels: int, kernel: int, *, name: str):
@@ -292,6 +294,7 @@ class _SharedTapMoments:
         self._name = name
         self._rows = 0
         self._shift: Tensor | None = None  # [channels] float32; None: not known yet, or nothing is far off
+        self._totals: dict[tuple[int, int], tuple[Tensor, int]] = {}  # size → sum of shifted maps, number of images
         self._sum: Tensor | None = None  # [channels, kernel, kernel]
         self._correlations: Tensor | None = None  # [down, across + kernel − 1, channels, channels]
         self._above_below: dict[tuple[int, int, int], Tensor] = {}  # (a, a', across) → [channels, channels]
@@ -306,11 +309,10 @@ class _SharedTapMoments:
             shift = far_mean(maps.transpose(0, 1).flatten(1))[:, 0]
             self._shift = shift if bool(shift.any()) else None
         if self._shift is not None:
-            inside = maps.new_ones(batch, 1, height, width)
-            maps = torch.cat([maps - self._shift[:, None, None], inside], 1)
-            channels += 1
+            maps = maps - self._shift[:, None, None]
+            total, images = self._totals.get((height, width), (0, 0))
+            self._totals[height, width] = total + maps.sum(0, dtype=torch.float64), images + batch
         if self._sum is None:
-            self._channels = channels
             shape = (self._kernel, 2 * self._kernel - 1, channels, channels)
             self._correlations = maps.new_zeros(shape, dtype=torch.float64)
             self._sum = maps.new_zeros((channels, self._kernel, self._kernel), dtype=torch.float64)
@@ -344,20 +346,35 @@ class _SharedTapMoments:
             moment[:, two, :, one] = block.T
         mean = self._sum.flatten(1) / self._rows
         if self._shift is not None:
-            mean, moment = self._moved_back(mean, moment)
+            mean, moment = self._moved_back(moment)
         features = mean.numel()
         return Statistics(rows=self._rows, mean=mean.flatten(), second_moment=moment.reshape(features, features))
 
-    def _moved_back(self, mean: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    def _moved_back(self, moment: Tensor) -> tuple[Tensor, Tensor]:
         """Mean ``[channels, taps]`` and S ``[channels, taps, channels, taps]`` of the maps as they came."""
         shift = self._shift.double()
-        ones = moment[-1]  # [taps, channels + 1, taps]
-        raw = moment[:-1, :, :-1].clone()
-        across = shift[:, None, None, None] * ones[:, :-1]  # m_i S[(u, t), (j, t')]
-        raw += across
-        raw += across.permute(2, 3, 0, 1)
-        raw += torch.einsum("i,j,tu->itju", shift, shift, ones[:, -1])
-        return mean[:-1] + shift[:, None] * mean[-1], raw
+        kernel, taps = self._kernel, self._kernel**2
+        across = moment.new_zeros(taps, len(shift), taps)  # E[u_t x_jt']
+        both = moment.new_zeros(taps, taps)  # E[u_t u_t']
+        for (height, width), (total, images) in self._totals.items():
+            rows, columns = self._inside(height), self._inside(width)
+            for one, two in product(range(taps), repeat=2):
+                (a, b), (c, d) = divmod(one, kernel), divmod(two, kernel)
+                # Output positions at which both taps lie inside, seen from the second tap.
+                down = _common(rows[a], rows[c], c - self._radius)
+                right = _common(columns[b], columns[d], d - self._radius)
+                part = total[:, down, right]
+                across[one, :, two] += part.sum((1, 2)) / self._rows
+                both[one, two] += images * part.shape[1] * part.shape[2] / self._rows
+        middle = taps // 2  # its u is 1 everywhere
+        mean = across[middle] + shift[:, None] * both[middle]
+        moved = shift[:, None, None, None] * across
+        raw = moment + moved + moved.permute(2, 3, 0, 1)
+        return mean, raw + torch.einsum("i,j,tu->itju", shift, shift, both)
+
+    def _inside(self, size: int) -> list[tuple[int, int]]:
+        """For every tap along one side the output positions from … to at which it lies inside the image."""
+        return [(max(0, self._radius - tap), min(size, size + self._radius - tap)) for tap in range(self._kernel)]
 
     def _add_sums(self, total: Tensor) -> None:
         # total: [channels, height, width], summed over the batch.
@@ -392,8 +409,8 @@ class _SharedTapMoments:
         for down in range(min(self._kernel, height)):
             for across in range(-spare if down else 0, self._kernel):
                 shift = down * batch * (width + spare) + across
-                product = lines[:, : length - shift] @ lines[:, shift:].T
-                self._correlations[down, across + spare].add_(product)
+                shifted = lines[:, : length - shift] @ lines[:, shift:].T
+                self._correlations[down, across + spare].add_(shifted)
 
     def _add_outside_lines(self, maps: Tensor, table: dict) -> None:
         # For output positions q on the lines above and below the image, whole lines including their ends.
@@ -494,6 +511,12 @@ def reorder(statistics: Statistics, features: Tensor) -> Statistics:
     else:
         samples = samples.index_select(1, features)
     return Statistics(statistics.rows, statistics.mean.index_select(0, features), moment, samples)
+
+
+def _common(one: tuple[int, int], two: tuple[int, int], shift: int) -> slice:
+    """Where two ranges overlap, moved."""
+    start, stop = max(one[0], two[0]), min(one[1], two[1])
+    return slice(start + shift, max(stop, start) + shift)
 
 
 def _shares_taps(window: Window) -> bool:

@@ -83,6 +83,28 @@ def test_a_classifier_with_fewer_images_than_features_does_not_look_free():
     assert plan.predicted_impact["0"] == pytest.approx(lost, rel=0.7) and lost > 0.02
 
 
+@pytest.mark.parametrize("count, even", [(32, True), (40, False)])
+def test_with_fewer_than_eight_images_held_out_the_cut_is_spread_evenly_and_said(count, even):
+    model, images = setting("option_a", count=count)
+    _, events = run(model, images, sparsity=0.3, allocation=Global(), selection=Greedy(), compensation=Joint(ridge=1e-3))
+    plan = next(event for event in events if isinstance(event, Plan))
+    shares = [group.keep / group.components for group in plan.groups]
+    said = [text for text in events[-1].warnings if "8 must be held out, one in five), so the cut is spread evenly" in text]
+    assert bool(said) == even and (plan.predicted_impact == {}) == even
+    assert not even or max(shares) - min(shares) <= 0.25  # of groups of 4 to 12, less one step
+
+
+def test_the_ridge_of_the_selection_is_that_of_the_curves():
+    """A run that is told to raise selection.ridge must not go on with another one."""
+    found = []
+    for ridge in (1e-4, 10.0):
+        model, images = setting("option_a", count=40)
+        _, events = run(model, images, sparsity=0.3, allocation=Global(), selection=Greedy(ridge=ridge),
+                        compensation=Joint(ridge=1e-3))  # fmt: skip
+        found.append(next(event for event in events if isinstance(event, Plan)).predicted_error)
+    assert found[0] != found[1]
+
+
 def test_predicted_errors_say_what_a_lone_cut_does_to_the_logits():
     """The plan's number for a group is the change of the logits when that group alone is cut to the planned width."""
     model, images = setting("flattened", count=128)

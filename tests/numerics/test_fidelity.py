@@ -6,13 +6,7 @@ import torch
 from modhifi_cli.errors import NumericsError
 from modhifi_cli.numerics.compensation import PerKernel
 from modhifi_cli.numerics.contributions import contribution_moments, similarity
-from modhifi_cli.numerics.fidelity import (
-    joint_fidelity,
-    layer_fidelity,
-    saliency,
-    singleton_fidelity,
-    subset_fidelity,
-)
+from modhifi_cli.numerics.fidelity import joint_fidelity, layer_fidelity, saliency, singleton_fidelity, subset_fidelity
 from modhifi_cli.numerics.linalg import feature_index
 from tests import reference
 from tests.numerics import helpers
@@ -99,6 +93,12 @@ def test_a_layer_whose_outputs_are_all_dead_is_an_error_that_names_it(centred):
             score(moments)
     with pytest.raises(NumericsError, match=r"fc1: at least one output must have energy"):
         layer_fidelity(consumer, torch.tensor([0]))
+
+
+def test_a_single_row_that_would_be_centred_says_that_one_image_is_too_few():
+    consumer = helpers.of(torch.randn(1, 3), torch.randn(2, 3), 3, centred=True, name="fc1")
+    with pytest.raises(NumericsError, match="fc1: one calibration row has no spread .*, so one image is too few; raise"):
+        contribution_moments(consumer)
 
 
 @pytest.mark.parametrize("centred", [True, False])
