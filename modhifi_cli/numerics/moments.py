@@ -9,7 +9,7 @@ otherwise the rounding of a product, 1e-7 of the squared mean, would be larger t
 """
 
 from collections.abc import Callable
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 
 import torch
 from torch import Tensor
