@@ -5,23 +5,26 @@ tasks are the same. Networks that are given are left as they were, unless ``in_p
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modhifi_cli.data.tensors import TensorImages, from_batches
-from modhifi_cli.errors import ConfigError
+from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation import agreement, size, top1
-from modhifi_cli.graph.components import ComponentGroup, Refusal
-from modhifi_cli.graph.inputs import check_images
+from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot
+from modhifi_cli.graph.inputs import FORWARD_ERRORS, check_images
+from modhifi_cli.models.called import INSIDE, Called, Form, labels_of, named_inputs, parted
 from modhifi_cli.records import Edit, Progress
 from modhifi_cli.settings import config
 
 Batches = Iterable[Any] | Tensor
 Listener = Callable[[Progress], None]
+Forward = Callable[[nn.Module, Any], Any]
 _STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
 _MOST = 2000  # images, as in the paper; a loader of a whole training set must not fill the memory
 
@@ -88,14 +91,18 @@ def prune(
     most_images: int | None = _MOST,
     check_data: bool = True,
     in_place: bool = False,
+    forward: Forward | None = None,
+    inputs: str | int | None = None,
     progress: Listener | None = None,
 ) -> tuple[nn.Module, Pruned]:
     """Remove the components that carry least of each layer's output, and repair the rest in closed form.
 
     Args:
-        model: A trained network that takes an image batch and gives logits.
-        batches: Unlabelled calibration images as the network wants them: a tensor ``[images, channels, height, width]``
-            or anything that gives such batches (a ``DataLoader``); labels beside them are not looked at.
+        model: A trained network. What it gives beside or instead of logits counts as a whole: maps, several heads, lists,
+            dictionaries.
+        batches: Unlabelled calibration samples as the network wants them: a tensor ``[samples, …]`` (images, sound,
+            volumes, tables) or anything that gives such batches (a ``DataLoader``), each a tensor, a tuple whose first is
+            read, or a dictionary; labels and what else stands beside them are not looked at.
         sparsity: Share that is removed, in [0, 1).
         target: Of what: ``"params"``, ``"flops"`` or ``"components"``.
         preset: A recipe of the command line by name: ``"best"``, ``"paper"``, ``"fast"``, ``"magnitude_batchnorm"`` …
@@ -108,6 +115,9 @@ def prune(
         most_images: Calibration images at most; None takes all that `batches` gives.
         check_data: Look at the images first, and keep the stored BatchNorm statistics where they are too poor.
         in_place: Change `model` itself and return it, instead of a copy.
+        forward: Your function of model and batch, ``forward(model, batch)``, where the network does not simply take what
+            is read of a batch: several inputs, masks, what of its answer counts. It is handed whole batches.
+        inputs: What is read of a batch that is a dictionary (its key) or a tuple (its place); None guesses.
         progress: Called with a `Progress` at every step.
 
     Returns:
@@ -133,7 +143,8 @@ def prune(
     chosen = config.steps("prune", [f"preset={preset}", *settings])
     if chosen.get("outside"):
         raise ConfigError(f"preset={preset} is another library's method; compare with it on the command line.")
-    edited, calibration, place = _ready(model, batches, device, most=most_images, in_place=in_place)
+    ready = _ready(model, batches, device, most=most_images, in_place=in_place, forward=forward, inputs=inputs)
+    edited, calibration, place, inside = ready
     example = next(iter(calibration.batches(1)))[0].to(place)
     before = count(edited, example)
     listen = progress or _nobody
@@ -145,7 +156,7 @@ def prune(
     walk = ImageWalk(
         edited,
         calibration,
-        exclude=_names(exclude) or tuple(chosen["exclude"]),
+        exclude=inside.inner(_names(exclude) or tuple(chosen["exclude"])),
         batchnorm=chosen["batchnorm"],
         batch_size=batch_size,
         device=place,
@@ -165,11 +176,13 @@ def prune(
     assert plan is not None and summary is not None, "the task ended without a summary"
     after = count(edited, example)
     sizes = {group.name: group.components for group in plan.groups}
-    kept = _kept(sizes, edits)
-    return edited.eval(), Pruned(
+    kept = {inside.outer(name): numbers for name, numbers in _kept(sizes, edits).items()}
+    sizes = {inside.outer(name): size for name, size in sizes.items()}
+    edits = [inside.edit(edit) for edit in edits]
+    return inside.network(edited), Pruned(
         removed={name: _others(numbers, sizes[name]) for name, numbers in kept.items()},
         kept=kept,
-        refused=plan.refused,
+        refused=tuple(inside.refusal(each) for each in plan.refused),
         achieved=dict(summary.achieved),
         before={"parameters": before.parameters, "macs": before.macs},
         after={"parameters": after.parameters, "macs": after.macs},
@@ -194,6 +207,8 @@ def unlearn(
     device: torch.device | str | None = None,
     seed: int = 0,
     in_place: bool = False,
+    forward: Forward | None = None,
+    inputs: str | int | None = None,
     progress: Listener | None = None,
 ) -> tuple[nn.Module, Unlearned]:
     """Take classes out of a classifier in closed form. What it answers changes; what it still holds, only an audit says.
@@ -214,6 +229,7 @@ def unlearn(
         device: Where the forwards run; None: where the network is.
         seed: For everything that is drawn.
         in_place: Change `model` itself and return it, instead of a copy.
+        forward, inputs: As of `prune`.
         progress: Called with a `Progress` at every step.
 
     Returns:
@@ -230,7 +246,8 @@ def unlearn(
     from modhifi_cli.unlearning.search import UnlearnSummary, trials_as_rows, unlearn_
 
     chosen = config.steps("unlearn", ["forget_class=0", f"method={method}", *settings])
-    edited, calibration, place = _ready(model, batches, device, in_place=in_place)
+    ready = _ready(model, batches, device, in_place=in_place, forward=forward, inputs=inputs)
+    edited, calibration, place, inside = ready
     listen = progress or _nobody
     found: Labels | None = None
     for event in image_labels(
@@ -266,18 +283,23 @@ def unlearn(
         elif isinstance(event, Progress):
             listen(event)
     assert summary is not None, "the task ended without a summary"
-    return edited.eval(), Unlearned(
+    return inside.network(edited), Unlearned(
         forgotten=wanted,
-        layers=summary.layers,
+        layers=tuple(inside.outer(name) for name in summary.layers),
         strength={summary.strength_name: summary.strength},
         trials=tuple(trials_as_rows(summary.trials, summary.strength_name)),
-        edits=tuple(edits),
+        edits=tuple(inside.edit(edit) for edit in edits),
         warnings=summary.warnings,
     )
 
 
 def groups(
-    model: nn.Module, batches: Batches, *, exclude: str | Sequence[str] = ()
+    model: nn.Module,
+    batches: Batches,
+    *,
+    exclude: str | Sequence[str] = (),
+    forward: Forward | None = None,
+    inputs: str | int | None = None,
 ) -> tuple[tuple[ComponentGroup, ...], tuple[Refusal, ...]]:
     """What can be removed of a network: its groups of coupled components, and what is left alone with the reason.
 
@@ -285,6 +307,7 @@ def groups(
         model: A network that takes an image batch; left as it was.
         batches: Images as of `prune`; two are looked at.
         exclude: Modules to leave alone: a name, or several; what lies inside them, too.
+        forward, inputs: As of `prune`.
 
     Raises:
         ConfigError: If an excluded module does not exist.
@@ -293,9 +316,9 @@ def groups(
     """
     from modhifi_cli.engine.plan import discover, example_of
 
-    seen, calibration, place = _ready(model, batches, None, most=2)
-    _, found, refused = discover(seen, example_of(calibration, place), exclude=_names(exclude))
-    return found, refused
+    seen, calibration, place, inside = _ready(model, batches, None, most=2, forward=forward, inputs=inputs)
+    _, found, refused = discover(seen, example_of(calibration, place), exclude=inside.inner(_names(exclude)))
+    return tuple(inside.group(group) for group in found), tuple(inside.refusal(each) for each in refused)
 
 
 def score(
@@ -309,6 +332,8 @@ def score(
     device: torch.device | str | None = None,
     seed: int = 0,
     most_images: int | None = _MOST,
+    forward: Forward | None = None,
+    inputs: str | int | None = None,
     progress: Listener | None = None,
 ) -> dict[str, Tensor]:
     """How much each component of each group matters, without cutting anything.
@@ -324,6 +349,7 @@ def score(
         device: Where the forwards run; None: where the network is.
         seed: For scores that draw.
         most_images: Images at most; None takes all.
+        forward, inputs: As of `prune`.
         progress: Called with a `Progress` at every step.
 
     Returns:
@@ -335,13 +361,15 @@ def score(
     from modhifi_cli.engine.scores import component_scores
 
     chosen = config.steps("prune", [f"scoring={scoring}", *settings])
-    seen, calibration, place = _ready(model, batches, device, most=most_images)
+    seen, calibration, place, inside = _ready(
+        model, batches, device, most=most_images, forward=forward, inputs=inputs
+    )
     scores: dict[str, Tensor] = {}
     for event in component_scores(
         seen,
         calibration=calibration,
         scoring=config.build(chosen["scoring"]),
-        exclude=_names(exclude),
+        exclude=inside.inner(_names(exclude)),
         batch_size=batch_size,
         device=place,
         seed=seed,
@@ -351,7 +379,7 @@ def score(
             (progress or _nobody)(event)
         else:
             scores = event
-    return scores
+    return {inside.outer(name): values for name, values in scores.items()}
 
 
 def evaluate(
@@ -361,6 +389,8 @@ def evaluate(
     dense: nn.Module | None = None,
     batch_size: int = 64,
     device: torch.device | str | None = None,
+    forward: Forward | None = None,
+    inputs: str | int | None = None,
     progress: Listener | None = None,
 ) -> dict[str, float]:
     """Measure a network on images: size, accuracy where there are labels, agreement where there is a dense network.
@@ -371,6 +401,7 @@ def evaluate(
         dense: The network to compare with.
         batch_size: Images a forward.
         device: Where the forwards run; None: where the network is.
+        forward, inputs: As of `prune`.
         progress: Called with a `Progress` at every step.
 
     Returns:
@@ -382,8 +413,8 @@ def evaluate(
         NumericsError: If logits are not finite.
         UnsupportedModelError: If the network gives no logits ``[batch, classes]``.
     """
-    place = torch.device(device) if device is not None else _home(model)
-    images = from_batches(batches)
+    model, images, place, inside = _ready(model, batches, device, forward=forward, inputs=inputs)
+    dense = None if dense is None else inside.wrap(copy.deepcopy(dense).to(place).eval())
     example, labels = next(iter(images.batches(1)))
     given: dict[str, Any] = {
         "evaluation_data": images, "calibration_data": None, "example": example, "device": place,
@@ -415,6 +446,46 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
+@dataclass(frozen=True)
+class _Inside:
+    """How a network and what is pruned go together: names differ where the network stands in a wrapper."""
+
+    form: Form | None = None
+    forward: Forward | None = None
+
+    @property
+    def wrapped(self) -> bool:
+        return self.form is not None
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        return network if self.form is None else Called(network, self.form, self.forward).eval()
+
+    def outer(self, name: str) -> str:
+        return name.removeprefix(INSIDE) if self.wrapped else name
+
+    def inner(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(f"{INSIDE}{name}" for name in names) if self.wrapped else tuple(names)
+
+    def network(self, edited: nn.Module) -> nn.Module:
+        return (edited.network if self.wrapped else edited).eval()
+
+    def refusal(self, refusal: Refusal) -> Refusal:
+        if not self.wrapped:
+            return refusal
+        return Refusal(self.outer(refusal.name), refusal.reason.replace(INSIDE, ""))
+
+    def group(self, group: ComponentGroup) -> ComponentGroup:
+        def slots(found: Sequence[Slot]) -> tuple[Slot, ...]:
+            return tuple(Slot(self.outer(slot.module), slot.index) for slot in found)
+
+        ends = (slots(group.producers), slots(group.followers), slots(group.consumers))
+        return ComponentGroup(self.outer(group.name), group.components, *ends)
+
+    def edit(self, edit: Edit) -> Edit:
+        modules = tuple(replace(module, module=self.outer(module.module)) for module in edit.modules)
+        return replace(edit, name=self.outer(edit.name), modules=modules)
+
+
 def _ready(
     model: nn.Module,
     batches: Batches,
@@ -422,19 +493,52 @@ def _ready(
     *,
     most: int | None = None,
     in_place: bool = False,
-) -> tuple[nn.Module, TensorImages, torch.device]:
-    """The network (a copy, unless in place) on its device in evaluation mode, the images, and the device.
+    forward: Forward | None = None,
+    inputs: str | int | None = None,
+) -> tuple[nn.Module, TensorImages, torch.device, _Inside]:
+    """The network (a copy, unless in place) on its device in evaluation mode, the samples, the device, and the names.
 
-    A network that does not take these images is refused in one sentence, before any work.
+    A network that takes or gives anything else than one tensor stands in a wrapper (`Called`). One that does not take
+    these samples is refused in one sentence, before any work.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: expected a torch.nn.Module, got a {type(model).__name__}.")
     place = torch.device(device) if device is not None else _home(model)
     ready = (model if in_place else copy.deepcopy(model)).to(place).eval()
-    images = from_batches(batches, most=most)
+    rest = iter([batches] if isinstance(batches, Tensor) else batches)
+    first = next(rest, None)
+    if first is None:
+        raise DataError("batches: expected at least one image, got none.")
+    names = () if forward is not None or inputs is not None else named_inputs(ready, first)
+    form: Form | None = None
+    if forward is not None or names:
+        form = Form(first if forward is not None else {name: first[name] for name in names})
+
+    def part(batch: Any) -> tuple[Any, Tensor | None]:
+        if form is None:
+            return parted(batch, inputs)
+        return form.pack({name: batch[name] for name in names} if names else batch), labels_of(batch)
+
+    images = from_batches(itertools.chain([first], rest), most=most, part=part)
     example = next(iter(images.batches(2)))[0].to(place)
-    check_images(ready, example if len(example) > 1 else torch.cat([example, example.flip(-1)]))
-    return ready, images, place
+    example = example if len(example) > 1 else torch.cat([example, example.flip(-1)])
+    if form is None and _gives_logits(ready, example):
+        check_images(ready, example)
+        return ready, images, place, _Inside()
+    inside = _Inside(form or Form(example), forward)
+    ready = inside.wrap(ready)
+    check_images(ready, example)
+    return ready, images, place, inside
+
+
+def _gives_logits(model: nn.Module, example: Tensor) -> bool:
+    """Whether the network answers with one tensor ``[samples, numbers]``; one that fails is told of later."""
+    try:
+        with torch.inference_mode():
+            answer = model(example)
+    except FORWARD_ERRORS:
+        return True
+    return isinstance(answer, Tensor) and answer.dim() == 2 and len(answer) == len(example)
 
 
 def _batchnorm(

@@ -1,7 +1,7 @@
 """Batches that somebody has in memory already, as an `ImageSource`: what the Python functions are given."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class TensorImages:
 
     def __init__(self, images: Tensor, labels: Tensor | None) -> None:
         self._images, self._labels = images, labels
-        digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(images.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
         self.protocol: Mapping[str, Any] = {"source": "batches", "num_samples": len(images), "sha256": digest}
 
     def __len__(self) -> int:
@@ -37,43 +37,48 @@ class TensorImages:
             yield self._images[start : start + batch_size], labels
 
 
-def from_batches(batches: Iterable[Any] | Tensor, *, most: int | None = None) -> TensorImages:
-    """Images as the network wants them, collected from whatever holds them.
+def from_batches(
+    batches: Iterable[Any] | Tensor,
+    *,
+    most: int | None = None,
+    part: Callable[[Any], tuple[Any, Tensor | None]] | None = None,
+) -> TensorImages:
+    """Inputs as the network wants them, collected from whatever holds them.
 
     Args:
-        batches: One tensor ``[images, channels, height, width]``; or anything that gives batches one after the other
-            (a list, a ``DataLoader``), each such a tensor or a pair of it and labels ``[batch]``.
-        most: Stop after so many images; None takes all.
+        batches: One tensor ``[samples, …]``; or anything that gives batches one after the other (a list, a
+            ``DataLoader``), each such a tensor, or a tuple of it, labels ``[batch]``, and whatever else (paths).
+        most: Stop after so many samples; None takes all.
+        part: Takes a batch apart into what the network reads, as one tensor, and labels or None.
 
     Raises:
-        DataError: If there is no image, or something is no batch of finite floating images of one shape.
+        DataError: If there is no sample, or something is no batch of finite floating numbers of one shape.
     """
     images: list[Tensor] = []
     labels: list[Tensor | None] = []
     count = 0
     for number, batch in enumerate([batches] if isinstance(batches, Tensor) else batches):
-        pair = list(batch) if isinstance(batch, list | tuple) else [batch]
-        if not 1 <= len(pair) <= 2 or not all(isinstance(one, Tensor) for one in pair):
+        found, truth = (part or _pair)(batch)
+        if not isinstance(found, Tensor):
             raise DataError(
                 f"batches: expected a tensor of images, or images and labels, got {_told(batch)} in batch {number}; "
-                "take both out of it first."
+                "take both out of it first, or name what is read (inputs=)."
             )
-        pixels = pair[0].detach().cpu()
-        if pixels.dim() != 4 or not pixels.is_floating_point() or (images and pixels.shape[1:] != images[0].shape[1:]):
+        pixels = found.detach().cpu()
+        if pixels.dim() < 2 or not pixels.is_floating_point() or (images and pixels.shape[1:] != images[0].shape[1:]):
             raise DataError(
-                "batches: expected preprocessed images [batch, channels, height, width] of floats, all of one shape, "
-                f"got {_told(pair[0])} in batch {number}."
+                "batches: expected preprocessed images [batch, channels, height, width] (or other inputs [batch, …]) of "
+                f"floats, all of one shape, got {_told(found)} in batch {number}."
             )
         if not bool(torch.isfinite(pixels).all()):
             raise DataError(f"batches: batch {number} holds NaN or infinite values; look at what prepares the images.")
-        truth = pair[1].detach().cpu().to(torch.int64) if len(pair) == 2 else None
         if truth is not None and truth.shape != (len(pixels),):
             raise DataError(
-                f"batches: expected one label for each of {len(pixels)} images, got {_told(pair[1])} in batch {number}."
+                f"batches: expected one label for each of {len(pixels)} images, got {_told(truth)} in batch {number}."
             )
         left = len(pixels) if most is None else min(len(pixels), most - count)
         images.append(pixels[:left])
-        labels.append(None if truth is None else truth[:left])
+        labels.append(None if truth is None else truth[:left].detach().cpu().to(torch.int64))
         count += left
         if most is not None and count >= most:
             break
@@ -83,6 +88,13 @@ def from_batches(batches: Iterable[Any] | Tensor, *, most: int | None = None) ->
         raise DataError("batches: some come with labels and some without; label all of them, or none.")
     known = [one for one in labels if one is not None]
     return TensorImages(torch.cat(images), torch.cat(known) if known else None)
+
+
+def _pair(batch: Any) -> tuple[Any, Tensor | None]:
+    if isinstance(batch, list | tuple) and batch:
+        truth = batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
+        return batch[0], truth
+    return batch, None
 
 
 def _told(value: object) -> str:

@@ -15,7 +15,7 @@ from modhifi_cli.engine.team import Team
 from modhifi_cli.graph.components import input_size, reads_features
 from modhifi_cli.numerics.cross import CrossMoments, CrossStatistics, merge_cross
 from modhifi_cli.numerics.depthwise import FilterMoments, FilterStatistics
-from modhifi_cli.numerics.moments import ConvMoments, RowMoments, merge
+from modhifi_cli.numerics.moments import ConvMoments, PatchMoments, RowMoments, merge
 from modhifi_cli.records import Statistics
 
 _HELD_OUT_EVERY = 5  # one image in five chooses the ridge
@@ -120,7 +120,7 @@ class LayerMoments:
 
     Args:
         name: Module name, for messages.
-        module: `nn.Conv2d` without groups, a linear layer, or a `nn.Conv1d` of one tap or a `nn.ConvTranspose2d`, which
+        module: A convolution without groups, a linear layer, or a `nn.Conv1d` of one tap or a `nn.ConvTranspose2d`, which
             are linear layers along another dimension.
         positions_per_image: As in `Gathering`.
         seed: For the drawn positions.
@@ -138,9 +138,22 @@ class LayerMoments:
         hold_out: bool,
         **shared: Any,
     ) -> None:
-        def accumulator() -> ConvMoments | RowMoments:
+        one_tap = isinstance(module, nn.Conv1d) and module.kernel_size == module.stride == (1,)
+        by_pixel = isinstance(module, nn.ConvTranspose2d) or one_tap and module.padding in ((0,), "valid")
+
+        def accumulator() -> ConvMoments | RowMoments | PatchMoments:
             if self._linear:
                 return _FlatRows(input_size(module), name=name)
+            if not isinstance(module, nn.Conv2d) or (module.padding_mode != "zeros" and max(module.kernel_size) > 1):
+                return PatchMoments(
+                    module.in_channels,
+                    module.kernel_size,
+                    stride=module.stride,
+                    dilation=module.dilation,
+                    pads=module._reversed_padding_repeated_twice,
+                    padding_mode=module.padding_mode,
+                    name=name,
+                )
             return ConvMoments(
                 module.in_channels,
                 kernel_size=module.kernel_size,
@@ -153,7 +166,7 @@ class LayerMoments:
                 generator=torch.Generator().manual_seed(seed),
             )
 
-        self._linear = reads_features(module) or isinstance(module, nn.Conv1d | nn.ConvTranspose2d)
+        self._linear = reads_features(module) or by_pixel
         self._channels = -1 if reads_features(module) else 1
         self._sums = HeldOutApart(accumulator, hold_out=hold_out, **shared)
 

@@ -171,7 +171,7 @@ def assess(
             answers.see(images)
             answers.hear(logits[-1].double())
             if done < _MOST_COMPARED:
-                thumbnails.append(F.adaptive_avg_pool2d(images.float(), _THUMBNAIL).flatten(1))
+                thumbnails.append(_thumbnails(images.float()))
             done += len(images)
             yield Progress("quality", "calibration images", done, len(source))
     finally:
@@ -201,6 +201,14 @@ def assess(
         sample=answers.result(),
     )
     yield replace(quality, warnings=_warnings(quality))
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    """A few numbers of each sample, ``[batch, numbers]``: averages of pixels, or of neighbouring numbers of other inputs."""
+    if images.dim() == 4:
+        return F.adaptive_avg_pool2d(images, _THUMBNAIL).flatten(1)
+    flat = images.flatten(1)
+    return flat if flat.shape[1] <= _THUMBNAIL**2 else F.adaptive_avg_pool1d(flat[:, None], _THUMBNAIL**2)[:, 0]
 
 
 def _warnings(quality: Quality) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ class SampleAnswers:
 
     def see(self, images: Tensor) -> None:
         """Note a batch of images, ``[batch, channels, height, width]``, by their bytes."""
-        self._hashes.update(hashlib.sha256(image.numpy().tobytes()).digest() for image in images)
+        self._hashes.update(hashlib.sha256(image.contiguous().view(torch.uint8).numpy().tobytes()).digest() for image in images)
 
     def hear(self, logits: Tensor) -> None:
         """Note what the network says of a batch, ``[batch, classes]``."""

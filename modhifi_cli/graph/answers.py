@@ -1,6 +1,6 @@
 """What a network answers, whether it reads images or tokens, and whatever its answer is wrapped in."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,19 @@ def tensors_of(output: object) -> Iterator[Tensor]:
     elif isinstance(output, list | tuple):
         for value in output:
             yield from tensors_of(value)
+
+
+def mapped(output: object, change: Callable[[Tensor], Tensor]) -> object:
+    """The same containers with every tensor changed; transformers' outputs stay what they are (they take numbers as keys)."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, dict):
+        items = {key: mapped(value, change) for key, value in output.items()}
+        return items if type(output) is dict else type(output)(**items)
+    if isinstance(output, list | tuple):
+        values = [mapped(value, change) for value in output]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    return output
 
 
 def flattened(output: object) -> Tensor:

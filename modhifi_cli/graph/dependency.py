@@ -164,7 +164,7 @@ def _unfit(model: nn.Module, link: Link, trace: Trace) -> str | None:
         return None
     follows = link.dim == "both" and isinstance(model.get_submodule(link.module), nn.modules.conv._ConvNd)
     if link.module in trace.reused and not (link.module in trace.visits or follows):
-        return "runs more than once in one forward, so its channels are shared"
+        return "runs more than once in one forward, so its channels are shared; stack its inputs in one batch"
     if link.module not in trace.visits and link.module not in trace.reused:
         return "is used without being called, so what it reads cannot be seen"
     return _unreadable(model.get_submodule(link.module)) if link.dim == "in" else None
@@ -224,15 +224,12 @@ def _unreadable(module: nn.Module) -> str | None:
     """Why the rows that a consumer reads cannot be told from its settings, or None."""
     if not isinstance(module, nn.modules.conv._ConvNd):
         return None
-    if type(module) is nn.Conv1d and module.kernel_size == module.stride == (1,) and module.padding in ((0,), "valid"):
-        return None  # a linear layer along another dimension
     if type(module) is nn.ConvTranspose2d and module.groups == 1:
-        return None  # so is this, up to where it writes
-    if not isinstance(module, nn.Conv2d):
+        return None  # a linear layer of each pixel, up to where it writes
+    plain = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind)), None)
+    if plain is None:
         return f"is a {type(module).__name__}, whose input rows are not known here"
-    if module.padding_mode != "zeros" and max(module.kernel_size) > 1:
-        return f"pads with {module.padding_mode}, not with zeros"
-    overridden = type(module).forward is not nn.Conv2d.forward
+    overridden = type(module).forward is not plain.forward or type(module)._conv_forward is not plain._conv_forward
     if overridden and (max(module.kernel_size) > 1 or max(module.stride) > 1):
         return f"is a {type(module).__name__} that changes its input before the convolution"
     return None

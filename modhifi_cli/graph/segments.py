@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.graph.answers import mapped
 from modhifi_cli.graph.heads import adopt_
 from modhifi_cli.graph.trace import Trace, trace
 
@@ -274,21 +275,12 @@ def _is_layer(model: nn.Module, name: str) -> bool:
 
 
 def _detached(output: object) -> object:
-    if isinstance(output, Tensor):
-        return output.detach().clone()
-    if isinstance(output, dict):
-        return {key: _detached(value) for key, value in output.items()}
-    if isinstance(output, list | tuple):
-        return type(output)(_detached(value) for value in output)
-    return output
+    return mapped(output, lambda tensor: tensor.detach().clone())
 
 
 def _broadcast(answer: object, like: Tensor) -> object:
-    if isinstance(answer, Tensor):
-        answer = answer.to(like.device)
-        return answer.expand(like.shape[0], *answer.shape[1:]) if answer.dim() and answer.shape[0] == 1 else answer
-    if isinstance(answer, dict):
-        return {key: _broadcast(value, like) for key, value in answer.items()}
-    if isinstance(answer, list | tuple):
-        return type(answer)(_broadcast(value, like) for value in answer)
-    return answer
+    def wide(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(like.device)
+        return tensor.expand(like.shape[0], *tensor.shape[1:]) if tensor.dim() and tensor.shape[0] == 1 else tensor
+
+    return mapped(answer, wide)

@@ -95,7 +95,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         visits[name] = Visit(enters[name], clock)
         if isinstance(output, Tensor):
             nodes[name] = output.grad_fn
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
                 produced[id(output)] = name
                 alive.append(output)
 

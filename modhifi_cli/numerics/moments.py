@@ -8,7 +8,8 @@ Features whose mean lies far above their spread (sigmoids, large biases) are sum
 otherwise the rounding of a product, 1e-7 of the squared mean, would be larger than the covariance itself.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from itertools import combinations_with_replacement, product
 
 import torch
@@ -266,6 +267,59 @@ class ConvMoments:
     def _positions_of(self, maps: Tensor) -> int:
         down, across = self._window.output_size(*maps.shape[2:])
         return down * across
+
+
+class PatchMoments:
+    """Moments of the rows of a convolution along any number of dimensions, with any padding: unfolded in chunks.
+
+    Args:
+        channels: Input channels.
+        kernel_size: Taps along each dimension; likewise `stride` and `dilation`.
+        pads: As of `torch.nn.functional.pad`: before and after, last dimension first.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        name: Layer name, for messages.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: Sequence[int],
+        *,
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        pads: Sequence[int],
+        padding_mode: str = "zeros",
+        name: str = "layer",
+    ) -> None:
+        self._channels, self._kernel = channels, tuple(kernel_size)
+        self._stride, self._dilation, self._pads = tuple(stride), tuple(dilation), list(pads)
+        self._mode = "constant" if padding_mode == "zeros" else padding_mode
+        self._rows = RowMoments(channels * math.prod(self._kernel), name=name)
+
+    def update(self, maps: Tensor) -> None:
+        """Add the rows of input maps ``[batch, channels, …sizes]``, any floating type.
+
+        Raises:
+            NumericsError: If a value is not finite.
+        """
+        maps = functional.pad(maps.detach().to(torch.float32), self._pads, mode=self._mode)
+        values = self._channels * math.prod(self._kernel) * math.prod(maps.shape[2:]) // math.prod(self._stride)
+        for part in _split(maps, values_per_image=values):
+            for dim, taps in enumerate(self._kernel):
+                step = self._dilation[dim]
+                part = part.unfold(dim + 2, step * (taps - 1) + 1, self._stride[dim])[..., ::step]
+            # [batch, channels, …positions, …taps] → [channels, …taps, batch, …positions]
+            dims = len(self._kernel)
+            order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
+            self._rows._add(part.permute(order).reshape(self._rows._features, -1))
+
+    def result(self) -> Statistics:
+        """Moments of all rows so far, features component-major (channel × taps + tap).
+
+        Raises:
+            NumericsError: If there was no row.
+        """
+        return self._rows.result()
 
 
 class _SharedTapMoments:
