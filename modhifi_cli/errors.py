@@ -5,7 +5,8 @@ Anything else that is raised is a defect of ours and keeps its traceback.
 """
 
 import difflib
-from collections.abc import Iterable
+import importlib.util
+from collections.abc import Iterable, Mapping
 
 
 class ModHiFiError(Exception):
@@ -28,12 +29,53 @@ class NumericsError(ModHiFiError):
     """A number is not finite, or a system of equations cannot be solved as asked."""
 
 
+# Import name of a package that is not installed with the core → the extra of pyproject.toml that brings it.
+EXTRAS: Mapping[str, str] = {
+    "accelerate": "language",
+    "datasets": "language",
+    "gguf": "language",
+    "lm_eval": "language",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "openvino": "openvino",
+    "hydra_plugins.hydra_joblib_launcher": "launchers",
+    "hydra_plugins.hydra_submitit_launcher": "launchers",
+    "torch_pruning": "rivals",
+}
+
+
 def package_missing(what: str, package: str) -> ConfigError:
-    """The error for a package that is installed on request only, with the words that install it."""
+    """The error for a package that is installed on request only, with the words that install it.
+
+    Args:
+        what: What the user asked for, as it is typed: ``"export=[onnx]"``.
+        package: Import name of the package, one of `EXTRAS`.
+    """
+    extra = EXTRAS[package]
     return ConfigError(
-        f"{what} needs the package {package}, which is not installed; in the project's folder: "
-        "pip install -e '.[language]'."
+        f"{what} needs the package {package.rpartition('.')[2]}, which is not installed; install the extra [{extra}]: "
+        f"pip install 'modhifi[{extra}]', or pip install -e '.[{extra}]' in a checkout."
     )
+
+
+def need_packages(what: str, *packages: str) -> None:
+    """Refuse a feature whose packages are not all installed, before any work is done; nothing is imported.
+
+    Args:
+        what: What the user asked for, as it is typed: ``"export=[onnx]"``.
+        packages: Import names, of `EXTRAS`.
+
+    Raises:
+        ConfigError: For the first package that is missing.
+    """
+    for package in packages:
+        try:
+            found = importlib.util.find_spec(package) is not None
+        except (ImportError, ValueError):  # the package around it is missing, or it is half imported
+            found = False
+        if not found:
+            raise package_missing(what, package)
 
 
 def is_whole(value: object) -> bool:

@@ -5,7 +5,7 @@
 #   MODHIFI_TEST_DATA=../shared/data bash scripts/reproduce_cifar_ablation.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-EXTRAS="" source scripts/environment.sh
+EXTRAS=launchers source scripts/environment.sh
 export MODHIFI_TEST_DATA="${MODHIFI_TEST_DATA:-../shared/data}"
 
 for model in resnet20 resnet56; do

@@ -4,7 +4,7 @@
 #   MODHIFI_TEST_DATA=../shared/data bash scripts/reproduce_studies.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-EXTRAS="" source scripts/environment.sh
+source scripts/environment.sh
 data="${MODHIFI_TEST_DATA:-../shared/data}"
 study() { "$venv/bin/modhifi" study "$@"; }
 

@@ -6,7 +6,7 @@
 #   bash scripts/test.sh -m card tests/card
 #   bash scripts/test.sh tests/test_cli.py -k sparsity
 set -euo pipefail
-source "$(dirname "$0")/environment.sh"
+EXTRAS="${EXTRAS:-all,test}" source "$(dirname "$0")/environment.sh"
 
 # One process per core with one thread each: tiny matrices are slower on many threads.
 export OMP_NUM_THREADS=1

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, need_packages
 from modhifi_cli.graph.decoder import attention_attributes, shape_of
 from modhifi_cli.graph.surgery import describe_widths, restore_widths_, set_attribute_
 from modhifi_cli.models.weights import seeded_initialisation
@@ -266,6 +266,7 @@ def _source(
 ) -> tuple[str, dict[str, Any]]:
     """What transformers is asked for, after looking whether a local folder holds what it needs."""
     if gguf is not None:
+        need_packages("model.gguf", "gguf", "accelerate")
         if not place.is_file():
             raise DataError(f"model.gguf: no file at {place}; give the path of a .gguf file.")
         return str(place.parent), {"gguf_file": place.name}

@@ -14,20 +14,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 from modhifi_cli.engine.activations import Activations
 from modhifi_cli.engine.plan import Plan, PlannedGroup, Summary, discover, free_memory
 from modhifi_cli.engine.prices import COUNTED, TARGETS, LatencySettings, Pricing
 from modhifi_cli.engine.widths import NEAR
-from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, nearest
+from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, nearest, package_missing
 from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.records import Edit, ImageSource, ModuleEdit, Progress
+
+try:
+    import torch_pruning
+except ImportError as missing:
+    raise package_missing("outside=torch_pruning_… (presets of that name, too)", "torch_pruning") from missing
 
 IMPORTANCES = ("magnitude", "bn_scale")
 _TRIALS = 16  # of the bisection: 2^-16 of the pruning ratio is less than one channel of any network here
