@@ -1,4 +1,4 @@
-"""Write modhifi_cli/COVERAGE.md: what of torchvision's image networks, and of one of each file of timm, is pruned.
+"""Write docs/results/coverage.md: what of torchvision's image networks, and of one of each file of timm, is pruned.
 
     python scripts/make_coverage.py [--outputs outputs] [--jobs 2] [--memory 6] [--written]
 
@@ -14,7 +14,7 @@ from modhifi_cli.cli import main as modhifi
 from modhifi_cli.models import catalogue
 from modhifi_cli.pages import reports
 
-PAGE = Path(__file__).resolve().parent.parent / "modhifi_cli" / "COVERAGE.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "coverage.md"
 # In the smallest networks the classifier behind a norm weighs most, which nobody can cut. Where that alone stops the
 # smallest of a file, the next larger ones are looked at, too.
 LARGER = ["edgenext_small", "efficientvit_b2", "gcvit_tiny", "inception_next_tiny"]
