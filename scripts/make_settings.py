@@ -66,7 +66,9 @@ def table(keys: list[tuple[str, str, str]], prefix: str = "") -> list[str]:
 
 def described(path: Path, title: str, prefix: str) -> list[str]:
     said, examples, keys = read(path)
-    block = ["```", *examples, "```", ""] if examples else []
+    # What stands behind a command, with space before it, becomes a comment, so that a whole line can be copied.
+    lines = [re.sub(r"(?<=\S) {3,}(?=\S)", "   # ", line) for line in examples]
+    block = ["```", *lines, "```", ""] if lines else []
     return [title, "", said, "", *block, *table(keys, prefix)]
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from modhifi_cli.errors import EXTRAS, ConfigError, need_packages, package_missing
 from modhifi_cli.models import hf
+from modhifi_cli.settings import config
+from modhifi_cli.settings.explain import explain
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -71,3 +73,22 @@ def test_the_core_prunes_with_none_of_the_extras_installed(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "top-1" in done.stdout
+
+
+@pytest.mark.parametrize("kind, package", [("onnx", "onnxscript"), ("gguf", "gguf")])
+def test_an_export_without_its_package_is_refused_before_the_run(kind, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"export\.{kind} needs the package {package}, .* 'modhifi\[{EXTRAS[package]}\]'"):
+        config.compose("prune", [f"export=[{kind}]"])
+
+
+@pytest.mark.parametrize("launcher, package", [
+    ("joblib", "hydra_plugins.hydra_joblib_launcher"),
+    ("submitit_slurm", "hydra_plugins.hydra_submitit_launcher"),
+])  # fmt: skip
+def test_a_launcher_without_its_plugin_names_the_extra(launcher, package):
+    from hydra.errors import MissingConfigException
+
+    error = MissingConfigException(f"no {launcher}", f"hydra/launcher/{launcher}")
+    said = str(explain(error, "prune", ["hydra/launcher=per_gpu"]))
+    assert said == str(package_missing("this hydra/launcher", package)) and "'modhifi[launchers]'" in said

@@ -3,10 +3,15 @@
 import re
 from collections.abc import Sequence
 
-from modhifi_cli.errors import ConfigError, nearest
+from modhifi_cli.errors import ConfigError, nearest, package_missing
 from modhifi_cli.settings.words import first_line, flatten, spelled
 from modhifi_cli.settings.yamls import config_directory, groups, top_level_keys, verbs
 
+# Launchers of plugins, which our own launchers build on, and the package of each.
+_LAUNCHERS = {
+    "joblib": "hydra_plugins.hydra_joblib_launcher",
+    "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
+}
 _NO_CHOICE = "Config group override must be"  # how Hydra begins to say that a group was given null or a number
 
 
@@ -35,6 +40,8 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
     absent = error if isinstance(error, MissingConfigException) else error.__cause__
     if isinstance(absent, MissingConfigException) and absent.missing_cfg_file:
         group, _, choice = str(absent.missing_cfg_file).rpartition("/")
+        if group == "hydra/launcher" and choice in _LAUNCHERS:
+            return package_missing("this hydra/launcher", _LAUNCHERS[choice])
         known = groups().get(group, ())
         hint = nearest(choice, known) if known else "the group is empty."
         (told,) = spelled(verb, [f"{group}={choice}"], for_people=True)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from modhifi_cli.errors import ConfigError, nearest
+from modhifi_cli.errors import ConfigError, nearest, need_packages
 
 PACKAGE = "modhifi_cli."
 # Where rooms, files and classes of earlier versions are now; saved runs name what made them by the old places.
@@ -106,13 +106,15 @@ def locate(name: str, path: str) -> Callable[..., Any]:
         raise ConfigError(f"{where} must lie under {PACKAGE[:-1]}; got '{name}'.")
     module_name, _, attribute = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
+        found = getattr(module, attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and not str(error.name or "").startswith(PACKAGE[:-1]):
             raise  # a missing library is not a misspelt target
         raise ConfigError(f"{where} names '{name}', which does not exist.") from error
     if not callable(found):
         raise ConfigError(f"{where} names '{name}', which cannot be called.")
+    need_packages(path or name, *getattr(module, "PACKAGES", ()))
     return found
 
 

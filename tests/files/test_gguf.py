@@ -164,5 +164,5 @@ def test_a_split_without_a_name_asks_for_it():
 
 def test_a_missing_library_is_one_sentence(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(ConfigError, match=r"export=\[gguf\] needs the library gguf.*pip install gguf"):
+    with pytest.raises(ConfigError, match=r"export=\[gguf\] needs the package gguf, .*modhifi\[language\]"):
         Gguf().foresee(loaded(tiny("llama")), Intent())

@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, NumericsError, UnsupportedModelError
+from modhifi_cli.errors import ConfigError, NumericsError, UnsupportedModelError, need_packages
 from modhifi_cli.files.exports import gguf_tokens
 from modhifi_cli.files.exports.written import ExportReport, Intent, first_line, placed, size_of
 from modhifi_cli.graph.decoder import shape_of
 from modhifi_cli.records import LoadedModel, TextInput
 
+PACKAGES = ("gguf",)  # of extras; looked for before a run begins
 # Setting → (the library's name of the type, values that share a scale, largest error as a share of a block's largest
 # value). Half precisions round each value by itself: 2^-11 and 2^-8 of it. Scales are stored in half precision, too.
 _TYPES: Mapping[str, tuple[str, int, float]] = {
@@ -132,12 +133,9 @@ class Gguf:
 
 
 def _library() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ConfigError(
-            f"export=[gguf] needs the library gguf, which is not installed ({error}); pip install gguf."
-        ) from error
+    need_packages("export=[gguf]", *PACKAGES)
+    import gguf
+
     return gguf
 
 

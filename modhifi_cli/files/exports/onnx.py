@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError
+from modhifi_cli.errors import ConfigError, need_packages
 from modhifi_cli.files.exports.written import ExportReport, Graph, Way, traced, written
 from modhifi_cli.records import LoadedModel, Preprocess
 
+PACKAGES = ("onnx", "onnxscript")  # of extras; looked for before a run begins
 _LARGEST_SINGLE_FILE = 1 << 30  # bytes of tensors; a protobuf file ends at 2 GB, so larger ONNX weights lie beside it
 _RUNTIMES = ("onnxruntime", "openvino")
 
@@ -97,18 +98,14 @@ def _preprocessing(loaded: LoadedModel) -> dict[str, str]:
 
 def _runtime(name: str) -> tuple[str, Callable[[Path, Tensor], Tensor]]:
     """What runs a file, called by its name with version, and the function that does."""
-    try:
-        if name == "onnxruntime":
-            import onnxruntime
+    need_packages(f"export.onnx.runtimes=[{name}]", name)
+    if name == "onnxruntime":
+        import onnxruntime
 
-            return f"onnxruntime {onnxruntime.__version__}", _in_onnxruntime
-        import openvino
+        return f"onnxruntime {onnxruntime.__version__}", _in_onnxruntime
+    import openvino
 
-        return f"openvino {openvino.__version__.partition('-')[0]}", _in_openvino
-    except ImportError as error:
-        raise ConfigError(
-            f"export.onnx: {name} is needed to check the file and is not installed ({error}); pip install {name}."
-        ) from error
+    return f"openvino {openvino.__version__.partition('-')[0]}", _in_openvino
 
 
 def _in_onnxruntime(file: Path, images: Tensor) -> Tensor:
