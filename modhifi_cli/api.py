@@ -41,7 +41,7 @@ class Pruned:
         before: Parameters and multiply-accumulates of one image, of the network that was given.
         after: The same of the new one.
         edits: Every step, for `modhifi_cli.graph.surgery.apply_edit_` on the dense network.
-        warnings: Sentences to read.
+        warnings: Sentences to read; one says so where the network was trained (``settings=["healing=distill"]``).
     """
 
     removed: Mapping[str, Tensor]
@@ -129,6 +129,7 @@ def prune(
         NumericsError: If weights or activations are not finite.
         UnsupportedModelError: If the network cannot be traced or holds nothing that can be pruned.
     """
+    from modhifi_cli.engine.healing import Healed, about, check_samples, heal_
     from modhifi_cli.engine.image_walk import ImageWalk
     from modhifi_cli.engine.plan import Plan, Summary
     from modhifi_cli.engine.prune import prune_
@@ -149,6 +150,10 @@ def prune(
     before = count(edited, example)
     listen = progress or _nobody
     warnings: list[str] = []
+    dense = None
+    if chosen.get("healing"):
+        check_samples(len(calibration))
+        dense = copy.deepcopy(edited)
     if check_data:
         chosen["batchnorm"] = _batchnorm(edited, calibration, chosen["batchnorm"], batch_size, place, listen, warnings)
     plan, summary, edits = None, None, []
@@ -174,6 +179,15 @@ def prune(
         elif isinstance(event, Progress):
             listen(event)
     assert plan is not None and summary is not None, "the task ended without a summary"
+    if dense is not None:
+        recipe = config.build(chosen["healing"])
+        for event in heal_(edited, dense, calibration, recipe=recipe, edits=edits, device=place, seed=seed):
+            if isinstance(event, Edit):
+                edits.append(event)
+            elif isinstance(event, Progress):
+                listen(event)
+            elif isinstance(event, Healed):
+                warnings += [*event.warnings, *((about(event),) if event.trained else ())]
     after = count(edited, example)
     sizes = {group.name: group.components for group in plan.groups}
     kept = {inside.outer(name): numbers for name, numbers in _kept(sizes, edits).items()}

@@ -163,6 +163,7 @@ def model_card(
     measurements: Sequence[Measurement],
     calibration: Mapping[str, Any],
     repeat: str,
+    trained: str = "",
 ) -> str:
     """The page that lies beside a pruned language model's weights: what it is, how it loads, its numbers.
 
@@ -174,6 +175,7 @@ def model_card(
         measurements: Of the dense and the pruned network.
         calibration: Protocol of the calibration text.
         repeat: The command that made it.
+        trained: A sentence about training after the cut; empty where there was none.
 
     Returns:
         Markdown with the header that model hubs read.
@@ -196,8 +198,9 @@ def model_card(
             "---",
             f"# {name}, pruned",
             "",
-            f"Made from {origin} by structured pruning with closed-form repair (ModHiFi-P, arXiv:2511.19566), without "
-            f"training. Removed: {shares} (params: of the decoder layers; model_params: of the whole network).",
+            f"Made from {origin} by structured pruning with closed-form repair (ModHiFi-P, arXiv:2511.19566)"
+            f"{'. It was ' + trained if trained else ', without training.'} Removed: {shares} "
+            "(params: of the decoder layers; model_params: of the whole network).",
             "",
             f"    {loading}",
             "",

@@ -68,6 +68,7 @@ def _run_page(material: Mapping[str, Any], drawn: Mapping[str, Mapping[str, byte
         _audit(results),
         _every_class(results, measurements),
         _trials(results),
+        _healing(results),
         _widths(results),
         _group_errors(results, drawn),
         _fidelity(results),
@@ -144,7 +145,9 @@ def _lead(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         parts.append(_images(results["calibration"]))
     method = settings.get("outside") or settings.get("compensation")
     if isinstance(method, Mapping) and settings.get("scoring"):
-        parts.append("no training, no labels" if not settings.get("outside") else f"outside method {_target(method)}")
+        trained = (results.get("healing") or {}).get("trained")
+        plain = "trained towards the dense network's answers, no labels" if trained else "no training, no labels"
+        parts.append(plain if not settings.get("outside") else f"outside method {_target(method)}")
     return "; ".join(part for part in parts if part) + "." if any(parts) else ""
 
 
@@ -270,6 +273,17 @@ def _trials(results: Mapping[str, Any]) -> Section | None:
     """What was tried on calibration images before the run settled."""
     trials = results.get("trials")
     return _records("Trials", trials, ("Each was judged on calibration images alone.",)) if trials else None
+
+
+def _healing(results: Mapping[str, Any]) -> Section | None:
+    """What training after the cut was tried, and what held-out samples made of every epoch."""
+    healed = results.get("healing")
+    if not healed:
+        return None
+    rows = [{"stage": "closed form", "epoch": 0, "kl": healed["before"]}, *healed["history"]]
+    rows = [{"stage": row["stage"], "epoch": row["epoch"], "KL on held-out samples, nats": row["kl"]} for row in rows]
+    kept = "trained" if healed["trained"] else "as the closed form left it"
+    return _records("Healing", rows, (f"The network that is kept is {kept} (KL {healed['after']:.4g}).",))
 
 
 def _audit(results: Mapping[str, Any]) -> Section | None:

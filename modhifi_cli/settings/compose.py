@@ -231,6 +231,8 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
         plain.setdefault("evaluation_data", None)  # evaluation_data=none leaves nothing behind
     if "audit" in known:
         plain["audit"] = plain.get("audit") or None  # audit=none leaves an empty mapping
+    if not plain.get("healing"):
+        plain.pop("healing", None)  # healing=none leaves an empty mapping, and runs from before there was any have none
     resolve_auto_data(plain, makes_data=verb in _MAKES_DATA)
     resolve_mixed_data(plain)
     resolve_compared_sources(plain)

@@ -323,6 +323,7 @@ def write_card(
     measurements: Sequence[Measurement],
     calibration: ImageSource,
     command: str,
+    trained: str = "",
 ) -> None:
     """Put a page beside a pruned language model's weights that says what it is, how it loads and how good it is."""
     card = reports.model_card(
@@ -333,6 +334,7 @@ def write_card(
         measurements=measurements,
         calibration=calibration.protocol,
         repeat=command,
+        trained=trained,
     )
     artifacts.write_text(place.path / "model" / "README.md", card)
 

@@ -13,9 +13,16 @@ from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.files import artifacts
 from modhifi_cli.pages import reports
-from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress
+from modhifi_cli.records import (
+    Edit,
+    ImageSource,
+    LoadedModel,
+    Measurement,
+    Note,
+    Progress,
+)
 from modhifi_cli.settings import config
-from modhifi_cli.verbs import comparison, drop, pieces, quality, timing
+from modhifi_cli.verbs import comparison, drop, healing, pieces, quality, timing
 
 _STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
 _GROUP_FACTS = ("dead_outputs", "fidelity", "subset_fidelity", "rows", "seconds")
@@ -44,8 +51,9 @@ def prune(
         found = pieces.sources(settings, console) if shared is None else shared.sources(settings)
         loaded, calibration, evaluation = found
         pieces.foresee_exports(settings, loaded)
+        healing.refuse(settings, calibration)
         # A second copy of a large language model is made only if somebody will look at it.
-        kept = settings["measure_dense"] or not pieces.is_decoder(settings)
+        kept = settings["measure_dense"] or not pieces.is_decoder(settings) or settings.get("healing")
         dense = pieces.placed(copy.deepcopy(loaded.model), settings, device) if kept else None
         dense_hash, widths = weights_hash(loaded.model), describe_widths(loaded.model)
     if place is None:
@@ -53,7 +61,7 @@ def prune(
         artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(settings)))
         artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
         artifacts.write_json(place.path / "calibration.json", calibration.protocol)
-    done = pieces.edits_so_far(place, dense_hash, calibration) if resumed else ()
+    done, healed_before = healing.apart(pieces.edits_so_far(place, dense_hash, calibration) if resumed else ())
     place.log(command)
     what = "sequences" if pieces.is_decoder(settings) else "images"
     console.note(f"{loaded.name}: {loaded.weights}, {len(calibration)} calibration {what}; working in {place.path}")
@@ -94,6 +102,10 @@ def prune(
                 summary, edits, predicted = _edit_(
                     model, settings, calibration, device, done, place, dense_hash, console, times
                 )
+        with pieces.timed(seconds, "heal"):
+            healed = healing.heal_(
+                model, dense, settings, calibration, edits, healed_before, device, place, dense_hash, console
+            )
         with pieces.timed(seconds, "save"):
             pieces.save_network(place, loaded, model)
             asked = {"sparsity": settings["sparsity"], "target": settings["target"]["name"]}
@@ -114,15 +126,16 @@ def prune(
             place.log(f"warning: {lagging}")
             console.warning(lagging)
         told = () if lagging is None else (lagging,)
-        summary = dataclasses.replace(summary, warnings=(*summary.warnings, *shared_text, *told))
+        summary = dataclasses.replace(summary, warnings=(*summary.warnings, *shared_text, *told, *healing.told(healed)))
         _write_outcome(
             place, settings, loaded, widths, sample, model, summary, edits, predicted, measurements, exported, seconds,
-            calibration, trials, seen,
+            calibration, trials, seen, healed,
         )  # fmt: skip
         if pieces.is_decoder(settings):
             again = [word for word in facts["overrides"] if not word.startswith("resume=")]
             repeat = pieces.command_line("prune", again)
-            pieces.write_card(place, loaded, summary.achieved, measurements, calibration, repeat)
+            trained = healing.told(healed)[-1] if healed and healed["trained"] else ""
+            pieces.write_card(place, loaded, summary.achieved, measurements, calibration, repeat, trained)
         final = place.finish()
     _show_outcome(console, final, summary, measurements)
     return final
@@ -299,6 +312,7 @@ def _write_outcome(
     calibration: ImageSource,
     trials: Sequence[Mapping[str, Any]],
     seen: Any,
+    healed: Mapping[str, Any] | None,
 ) -> None:
     from modhifi_cli.graph.surgery import describe_widths
 
@@ -321,6 +335,7 @@ def _write_outcome(
             "sparsity": settings["sparsity"],
             "achieved": dict(summary.achieved),
             "latency": summary.latency,
+            "healing": healed,
             "trials": [dict(trial) for trial in trials],
             "measurements": artifacts.measurements_to_json(measurements),
             "groups": groups,
