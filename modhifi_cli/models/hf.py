@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, need_packages
 from modhifi_cli.graph.decoder import attention_attributes, shape_of
 from modhifi_cli.graph.surgery import describe_widths, restore_widths_, set_attribute_
+from modhifi_cli.models.vocabulary import cut_vocabulary_, read_texts
 from modhifi_cli.models.weights import seeded_initialisation
 from modhifi_cli.records import LoadedModel, TextInput
 
@@ -40,6 +41,8 @@ def load(
     seed: int = 0,
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
+    vocabulary: str | None = None,
+    vocabulary_least: int = 1,
 ) -> LoadedModel:
     """A causal decoder with its tokenizer.
 
@@ -53,6 +56,8 @@ def load(
         seed: Of random weights.
         tokenizer: Folder or hub name of another tokenizer; None takes the network's own.
         trust_remote_code: Whether code from the hub may run.
+        vocabulary: Texts (a .txt or .jsonl file, or a folder of them) whose tokens alone are kept (`vocabulary.py`).
+        vocabulary_least: How often a token must come up in them.
 
     Raises:
         ConfigError: If a setting is out of range, or neither path nor file is given.
@@ -88,6 +93,9 @@ def load(
     if gguf is not None:
         _forget_quantisation_(model)
     words = _tokenizer(tokenizer or source, {} if tokenizer else options)
+    if vocabulary is not None:
+        words, cut = cut_vocabulary_(model, words, read_texts(vocabulary), least=vocabulary_least)
+        account += f"; {cut.account} ({vocabulary})"
     return LoadedModel(
         model=model.eval().requires_grad_(False),
         name=name or place.stem,
