@@ -10,17 +10,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.engine.gathering import Gathering
 from modhifi_cli.errors import ConfigError, is_number, is_whole
 from modhifi_cli.numerics.prototypes import forget_directions, without_directions
 from modhifi_cli.numerics.rows import unfold_rows
 from modhifi_cli.records import ModuleEdit
-from modhifi_cli.unlearning.forgetting import Accumulator, Layer, LayerEdit, Samples
+from modhifi_cli.unlearning.method import Fit, LayerEdit, Method, Site, saved
 
 STRENGTHS = (2.0, 1.5, 1.0, 0.75, 0.5, 0.25)
 
 
-class DampLike:
+class DampLike(Method):
     """Our reading of DAMP: W' = W (I − α (d / D)^rise U Uᵀ) in each layer, d of D its place among the network's layers.
 
     Args:
@@ -36,8 +35,6 @@ class DampLike:
     strength = "alpha"
     strengths = STRENGTHS
     edits_classifier = True
-    forget_only = False
-    closings = False
 
     def __init__(self, *, alpha: float | str = "auto", depth: int | None = None, rise: float = 1.0) -> None:
         if alpha != "auto" and (not is_number(alpha) or not 0 <= alpha < 1e6):
@@ -51,27 +48,19 @@ class DampLike:
         self.given = None if alpha == "auto" else float(alpha)
         self.depth, self.rise = depth, float(rise)
 
-    def accumulator(
-        self,
-        layer: Layer,
-        samples: Samples,
-        model: nn.Module,
-        gathering: Gathering,
-        seed: int,
-        means: Tensor | None = None,
-    ) -> Accumulator:
-        """As `Method.accumulator`."""
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-        return _Prototypes(layer, samples, ((names.index(layer.name) + 1) / len(names)) ** self.rise)
+    def fit(self, site: Site) -> Fit:
+        """As `Method.fit`."""
+        names = [name for name, module in site.model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        return _Prototypes(site, ((names.index(site.layer.name) + 1) / len(names)) ** self.rise)
 
 
 class _Prototypes:
     """Sums of a layer's input maps by class; unfolding is linear, so mean maps give mean rows."""
 
-    def __init__(self, layer: Layer, samples: Samples, share: float) -> None:
-        self._layer, self._samples, self._share = layer, samples, share
+    def __init__(self, site: Site, share: float) -> None:
+        self._layer, self._samples, self._share = site.layer, site.samples, share
         self._sums: Tensor | None = None
-        self._counts = torch.zeros(samples.classes, dtype=torch.float64)
+        self._counts = torch.zeros(site.samples.classes, dtype=torch.float64)
 
     def update(self, inputs: Tensor, numbers: Tensor, given: Mapping[str, Tensor]) -> None:
         if self._layer.positions is not None:
@@ -94,7 +83,7 @@ class _Prototypes:
         weight = without_directions(old.flatten(1), directions, strength * self._share)
         own = float((directions.T @ forget.T).norm() / forget.norm().clamp(min=1e-300))
         facts = {"directions": directions.shape[1], "alpha": strength * self._share, "own_share": own}
-        tensor = weight.view_as(old).to(old.dtype).cpu().clone()
+        tensor = saved(weight.view_as(old).to(old.dtype))
         return LayerEdit((ModuleEdit(self._layer.name, tensors={"weight": tensor}),), facts)
 
     def _prototype(self, cls: int) -> Tensor:
