@@ -13,14 +13,7 @@ from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.files import artifacts
 from modhifi_cli.pages import reports
-from modhifi_cli.records import (
-    Edit,
-    ImageSource,
-    LoadedModel,
-    Measurement,
-    Note,
-    Progress,
-)
+from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import comparison, drop, healing, pieces, quality, timing
 
