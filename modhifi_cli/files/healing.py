@@ -8,7 +8,7 @@ from safetensors.torch import save
 
 from modhifi_cli.engine.healing import HealingState
 from modhifi_cli.errors import DataError
-from modhifi_cli.files.artifacts import write_bytes
+from modhifi_cli.files.disk import write_bytes
 
 NAME = "healing.safetensors"
 
