@@ -87,7 +87,7 @@ class EditState:
 
     Attributes:
         step: What the edit is: ``"cut"`` of a part, ``"dense"`` for a layer solved again towards the dense network,
-            ``"batchnorm"`` or ``"classifier"``.
+            ``"batchnorm"``, ``"classifier"``, or ``"healing"`` for what was trained.
         stale: BatchNorms whose running statistics no longer describe their input, in execution order.
     """
 

@@ -26,7 +26,7 @@ from modhifi_cli.graph.answers import respond, tensors_of
 from modhifi_cli.graph.components import output_size
 from modhifi_cli.graph.decoder import decoder_layers
 from modhifi_cli.graph.trace import trace
-from modhifi_cli.records import Edit, ImageSource, ModuleEdit, Progress
+from modhifi_cli.records import Edit, EditState, ImageSource, ModuleEdit, Progress
 
 STEP = "healing"  # name of the edit, and how it is told from those in closed form
 LEAST_SAMPLES = 5  # one in five is held out
@@ -400,7 +400,7 @@ class _Work:
                 modules.setdefault(module, {})[own] = tensor.cpu()
         parts = tuple(ModuleEdit(module, tensors=tensors) for module, tensors in modules.items())
         nothing = torch.arange(0)
-        return Edit(STEP, 0, parts, nothing, nothing, {"step": STEP, "healed": dataclasses.asdict(healed)})
+        return Edit(STEP, 0, parts, nothing, nothing, {"healed": dataclasses.asdict(healed)}, EditState(step=STEP))
 
     # --------------------------------------------------------------------------------------------------------- state
 

@@ -26,8 +26,8 @@ def apart(edits: Sequence[Edit]) -> tuple[tuple[Edit, ...], Edit | None]:
     """The edits in closed form of an interrupted run, and that of its healing, if it had come so far."""
     from modhifi_cli.engine.healing import STEP
 
-    healed = [edit for edit in edits if edit.facts.get("step") == STEP]
-    return tuple(edit for edit in edits if edit.facts.get("step") != STEP), healed[0] if healed else None
+    healed = [edit for edit in edits if edit.state.step == STEP]
+    return tuple(edit for edit in edits if edit.state.step != STEP), healed[0] if healed else None
 
 
 def heal_(

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -17,18 +16,17 @@ from modhifi_cli.engine.healing import (
     find_places,
     heal_,
 )
-from modhifi_cli.engine.prune_decoder import DecoderOptions, prune_decoder_
+from modhifi_cli.engine.token_walk import DecoderOptions
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.graph.answers import respond
 from modhifi_cli.graph.surgery import apply_edit_, weights_hash
-from modhifi_cli.numerics.allocation import Uniform
 from modhifi_cli.numerics.compensation import Joint
-from modhifi_cli.numerics.schedule import geometric
 from modhifi_cli.numerics.scoring import Energy
 from modhifi_cli.numerics.selection import TopK
 from modhifi_cli.records import Edit, Progress
 from tests.decoders import tiny, tokens
 from tests.engine.test_prune import Images, run, setting
+from tests.engine.test_prune_decoder import prune
 from tests.graph import networks
 
 SHORT = Distill(epochs=2, block_epochs=1, batch_size=8, sequences=4, lr=3e-3)
@@ -42,14 +40,12 @@ def pruned(name="option_a", count=40):
 
 
 def pruned_decoder():
-    model, text = tiny("llama").float(), tokens(20, 12)
+    model, text = tiny("llama").float(), tokens()
     dense = copy.deepcopy(model)
-    events = prune_decoder_(
-        model, calibration=text, sparsity=0.3, target="params", scoring=Energy(), selection=TopK(),
-        compensation=Joint(ridge=1e-3), allocation=Uniform(), schedule=functools.partial(geometric, iterations=1),
-        options=DecoderOptions(), batch_size=8,
-    )  # fmt: skip
-    return model, dense, text, [event for event in events if isinstance(event, Edit)]
+    edits, _ = prune(
+        model, scoring=Energy(), selection=TopK(), compensation=Joint(ridge=1e-3), options=DecoderOptions()
+    )
+    return model, dense, text, edits
 
 
 def healed(model, dense, samples, edits, recipe=SHORT, **more):
