@@ -80,10 +80,10 @@ def prune(
     batches: Batches,
     *,
     sparsity: float = 0.4,
-    target: str = "params",
+    target: str = "flops",
     preset: str = "best",
     exclude: str | Sequence[str] = (),
-    round_to: int = 1,
+    round_to: int | str = "auto",
     settings: Sequence[str] = (),
     batch_size: int = 64,
     device: torch.device | str | None = None,
@@ -107,7 +107,7 @@ def prune(
         target: Of what: ``"params"``, ``"flops"`` or ``"components"``.
         preset: A recipe of the command line by name: ``"best"``, ``"paper"``, ``"fast"``, ``"magnitude_batchnorm"`` …
         exclude: Modules to leave alone: a name, or several; what lies inside them, too.
-        round_to: Widths are multiples of it.
+        round_to: Widths are multiples of it; ``"auto"``: of what suits each group where it runs.
         settings: Further settings in the command line's words, such as ``["compensation=joint", "selection=top_k"]``.
         batch_size: Images a forward.
         device: Where the forwards run; None: where the network is. The new network is on it.

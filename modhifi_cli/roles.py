@@ -107,7 +107,7 @@ class Allocation(Protocol):
         removed_share: Callable[[Sequence[int]], float],
         *,
         sparsity: float,
-        step: Any,
+        steps: Sequence[int],
         curves: Sequence[Sequence[float]] | None = None,
         stepwise: bool = False,
     ) -> list[int]:

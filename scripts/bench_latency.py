@@ -1,83 +1,147 @@
-"""Do fewer FLOPs take less time here? Dense and narrowed networks of random weights, interleaved in one process.
+"""What removed FLOPs are worth in time where people run networks: speedups by network, share, runtime and batch.
 
-    python scripts/bench_latency.py                                     # five networks, eager, batches of 1 and 64
-    python scripts/bench_latency.py --networks mobilenet_v2 --compile   # compiled as well (needs a C++ compiler)
-    python scripts/bench_latency.py --size 224 --seconds 120
+Networks have random weights, since only widths matter to the clock; every group loses the same share. Dense and pruned networks are timed in turn in a process of the runtime's own, one thread, by the processor's
+clock. Every cell is kept as a file and not measured again, so that the same command goes on where it was stopped.
 
-Every group keeps the same share of its components, so that the widths are those of a uniform allocation, with and
-without rounding to multiples of 8. Times are medians over rounds that each time every network once; only their ratios
-within a run mean anything on a machine that does other work, too.
+    python scripts/bench_latency.py --folder outputs/bench_latency
+    python scripts/bench_latency.py --folder outputs/bench_latency --networks resnet50 --batches 1 16 --table
 """
 
 import argparse
-import os
-import shutil
+import json
+from pathlib import Path
+from statistics import median
 
 import torch
+from torch import Tensor, nn
 
 from modhifi_cli.engine.plan import discover
-from modhifi_cli.evaluation import latency
+from modhifi_cli.engine.rounding import channel_steps
+from modhifi_cli.evaluation.latency import measure
 from modhifi_cli.evaluation.latency_probe import narrowed
 from modhifi_cli.graph.counting import CostModel
-from modhifi_cli.models import timm, torchvision
 from modhifi_cli.numerics.allocation import Uniform
 
-NETWORKS = ("resnet50", "vgg16_bn", "mobilenet_v2", "tf_efficientnet_lite0", "densenet121")
+NETWORKS = ("resnet18", "mobilenet_v2", "tf_efficientnet_lite0", "vit_small_patch16_224")
 SHARES = (0.3, 0.5)
-STEPS = (1, 8)
 
 
-def rows(name: str, *, size: int, seconds: float, batches: list[int], engines: list[str]) -> list[list[str]]:
-    """One row for each batch and engine: milliseconds of the dense network, and how much time each cut saves."""
-    library = timm if name.startswith("tf_") else torchvision
-    model = library.load(name=name, weights="random").model
-    example = torch.randn(2, 3, size, size)
-    _, groups, _ = discover(model, example)
-    costs = CostModel(model, example[:1], groups)
-    sizes = [group.components for group in groups]
-    models = {"dense": model}
-    reached = []
+def network(name: str, pixels: int) -> nn.Module:
+    """A network of torchvision, or of timm where torchvision has none of that name."""
+    import timm
+    import torchvision
+
+    torch.manual_seed(0)
+    if name in torchvision.models.list_models():
+        return torchvision.models.get_model(name, weights=None).eval()
+    size = {"img_size": pixels} if name.startswith("vit") else {}
+    return timm.create_model(name, pretrained=False, **size).eval()
+
+
+def pruned(dense: nn.Module, pixels: int, round_to: int | str) -> tuple[dict[str, nn.Module], dict[str, float]]:
+    """Copies without a share of the FLOPs, the same of every group, and what really went of them."""
+    images = torch.randn((2, 3, pixels, pixels), generator=torch.Generator().manual_seed(0))
+    _, groups, _ = discover(dense, images)
+    costs = CostModel(dense, images[:1], groups)
+    sizes, steps = [group.components for group in groups], channel_steps(groups, round_to)
+    models, achieved = {}, {}
     for share in SHARES:
-        for step in STEPS:
-            keep = Uniform()(sizes, sizes, lambda k: costs.removed_share(k, "flops"), sparsity=share, step=step)
-            models[f"{share} by {step}"] = narrowed(model, groups, keep).eval()
-            reached.append(f"{100 * costs.removed_share(keep, 'flops'):.0f} %")
-    table = []
-    for engine in engines:
-        for batch in batches:
-            found = latency.measure(
-                models=models, evaluation_data=None, calibration_data=None, example=example[:1],
-                device=torch.device("cpu"), batch_size=1, progress=lambda step: None, cpu_batch=batch, iterations=50,
-                max_seconds=seconds, compile=engine,
-            )  # fmt: skip
-            dense = next(m.value for m in found if m.name == "latency_median_ms" and m.model == "dense")
-            saved = [f"{100 * (1 - 1 / m.value):.0f} %" for m in found if m.name == "speedup"]
-            protocol = found[0].protocol
-            told = {"none": "eager", "compile": "compiled"}[engine]
-            table.append([name, told, str(batch), f"{dense:.1f}", *saved, str(protocol["iterations"])])
-            print("| " + " | ".join(table[-1]) + " |", flush=True)
-    print(f"(FLOPs removed of {name}: {', '.join(reached)}; load {os.getloadavg()[0]:.1f})", flush=True)
-    return table
+        keep = Uniform()(sizes, sizes, lambda k: costs.removed_share(k, "flops"), sparsity=share, steps=steps)
+        which = f"{100 * share:.0f} %"
+        models[which], achieved[which] = narrowed(dense, groups, keep).eval(), costs.removed_share(keep, "flops")
+    return models, achieved
+
+
+def cell(asked: argparse.Namespace, name: str, models: dict, achieved: dict, runtime: str, batch: int, round_to) -> dict:
+    """Speedups of one network in one runtime at one batch."""
+    example: Tensor = torch.zeros(1, 3, asked.pixels, asked.pixels)
+    found = measure(
+        models=models, evaluation_data=None, calibration_data=None, example=example, device=torch.device("cpu"),
+        batch_size=1, progress=lambda _: None, cpu_batch=batch, iterations=asked.rounds, minimum_iterations=7, warmup=2,
+        max_seconds=asked.seconds, runtimes=[runtime], threads=1,
+    )  # fmt: skip
+    rows = [one for one in found if one.name == "speedup"]
+    return {
+        "network": name, "runtime": runtime, "batch": batch, "round_to": round_to, "pixels": asked.pixels,
+        "dense_ms": next(one.value for one in found if one.name == "latency_ms"),
+        "rounds": rows[0].protocol["iterations"], "device": rows[0].protocol["device"],
+        "speedups": {
+            one.model: {"ratio": one.value, "low": one.protocol["low"], "high": one.protocol["high"],
+                        "told": one.protocol["told"], "removed": achieved[one.model]}
+            for one in rows
+        },
+    }  # fmt: skip
+
+
+def table(folder: Path) -> str:
+    """All cells as Markdown: a row for every network, batch and share, a column for every runtime."""
+    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not cells:
+        return "nothing measured yet"
+    runtimes = sorted({one["runtime"] for one in cells})
+    keys = sorted({(str(one["round_to"]), one["network"], one["batch"], s) for one in cells for s in one["speedups"]})
+    lines = [
+        "| round_to | network | batch | FLOPs removed | FLOPs ratio | " + " | ".join(runtimes) + " |",
+        "|---" * (5 + len(runtimes)) + "|",
+    ]
+    shares, slower, count = [], 0, 0
+    for round_to, name, batch, which in keys:
+        row, removed = [], 0.0
+        for runtime in runtimes:
+            here = [c for c in cells if (str(c["round_to"]), c["network"], c["batch"], c["runtime"]) ==
+                    (round_to, name, batch, runtime)]  # fmt: skip
+            if not here:
+                row.append("")
+                continue
+            one = here[0]["speedups"][which]
+            removed = one["removed"]
+            row.append(f"{one['ratio']:.2f} ({one['low']:.2f}–{one['high']:.2f})")
+            if round_to == "auto":
+                shares.append(one["ratio"] * (1 - removed))
+                slower += one["high"] < 1
+                count += 1
+        lines.append(
+            f"| {round_to} | {name} | {batch} | {100 * removed:.1f} % | {1 / (1 - removed):.2f} | " + " | ".join(row) + " |"
+        )
+    if shares:
+        lines += [
+            "",
+            f"round_to=auto: {count} cells; median of delivered speedup over FLOPs ratio {median(shares):.2f}; "
+            f"{slower} cells slower than dense.",
+        ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
-    parser.add_argument("--size", type=int, default=64, help="pixels")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for each network, batch and engine")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--compile", action="store_true")
-    arguments = parser.parse_args()
-    engines = ["none"]
-    if arguments.compile and shutil.which("g++") is None and shutil.which("clang++") is None:
-        print("no C++ compiler (g++ or clang++) is installed, and torch.compile needs one: eager only")
-    elif arguments.compile:
-        engines.append("compile")
-    names = [f"{share} by {step}" for share in SHARES for step in STEPS]
-    print(f"| network at {arguments.size} px | engine | batch | dense, ms | {' | '.join(names)} | rounds |")
-    print("|---|---|---|---|" + "---|" * (len(names) + 1), flush=True)
-    for name in arguments.networks:
-        rows(name, size=arguments.size, seconds=arguments.seconds, batches=arguments.batches, engines=engines)
+    parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino", "eager", "compile"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--round-to", nargs="+", default=["auto", "1"])
+    parser.add_argument("--pixels", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--table", action="store_true", help="print the table of what is there and measure nothing")
+    asked = parser.parse_args()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    for name in () if asked.table else asked.networks:
+        dense = network(name, asked.pixels)
+        for round_to in (word if word == "auto" else int(word) for word in asked.round_to):
+            models, achieved = {"dense": dense}, {}
+            for runtime in asked.runtimes:
+                for batch in asked.batches:
+                    file = asked.folder / f"{name}_{asked.pixels}_{round_to}_{runtime}_{batch}.json"
+                    if file.exists():
+                        continue
+                    if len(models) == 1:
+                        narrow, achieved = pruned(dense, asked.pixels, round_to)
+                        models |= narrow
+                    found = cell(asked, name, models, achieved, runtime, batch, round_to)
+                    file.write_text(json.dumps(found, indent=1))
+                    print(file.name, {key: one["told"] for key, one in found["speedups"].items()}, flush=True)
+    print(table(asked.folder))
 
 
 if __name__ == "__main__":

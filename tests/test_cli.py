@@ -67,7 +67,7 @@ WRONG = {
     "negative sparsity": (["prune", "sparsity=-0.1"], r"0 <= sparsity < 1 (none with target=max_drop); got -0.1."),
     "sparsity that is a word": (["prune", "sparsity=half"], r"0 <= sparsity < 1 (none with target=max_drop); got 'half'."),
     "sparsity that is no number": (["prune", "sparsity=nan"], r"0 <= sparsity < 1 (none with target=max_drop); got nan."),
-    "round_to of 0": (["prune", "round_to=0"], "round_to must be a whole number from 1; got 0."),
+    "round_to of 0": (["prune", "round_to=0"], "round_to must be a whole number from 1, or auto; got 0."),
     "batchnorm of another kind": (["prune", "batchnorm=maybe"], "batchnorm must be reestimate or stored; got 'maybe'."),
     "exclude that is no list": (["prune", "exclude=fc"], "exclude must be a list of module names"),
     "a batch of nothing": (["prune", "runtime.batch_size=0"], "runtime.batch_size must be a whole number from 1"),

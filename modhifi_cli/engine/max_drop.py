@@ -102,10 +102,11 @@ def measured_drop(dense: Tensor, other: Tensor) -> float:
     """Points of top-1 agreement lost: share of rows, in percent, whose largest logit is another one.
 
     Args:
-        dense: Logits of the dense network, ``[images, classes]``.
-        other: Logits of the other network on the same images, ``[images, classes]``.
+        dense: Logits of the dense network, ``[images, classes]``, or its answers, ``[tokens]`` int64.
+        other: The same of the other network.
     """
-    return 100 * float((dense.argmax(1) != other.argmax(1)).double().mean())
+    answers = [said if said.dim() == 1 else said.argmax(1) for said in (dense, other)]
+    return 100 * float((answers[0] != answers[1]).double().mean())
 
 
 def predicted_drop(dense: Tensor, impact: float) -> float:

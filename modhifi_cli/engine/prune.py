@@ -15,6 +15,7 @@ from modhifi_cli.engine.curves import Curves, error_curves
 from modhifi_cli.engine.dense import rebuild_
 from modhifi_cli.engine.edit import edit_part_, tensor_edits
 from modhifi_cli.engine.plan import Plan, Summary, at_widths, planned
+from modhifi_cli.engine.rounding import check_rounding
 from modhifi_cli.engine.walk import Budget, Recipe, Stop, Walk
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation.latency_table import LatencyTable
@@ -168,5 +169,4 @@ def _check(recipe: Recipe, budget: Budget) -> None:
         raise ConfigError(f"sparsity is the share that is removed and must lie in [0, 1), got {budget.sparsity:g}.")
     if recipe.classifier not in ("keep", "refit", "auto"):
         raise ConfigError(f"classifier must be 'keep', 'refit' or 'auto', got '{recipe.classifier}'.")
-    if isinstance(budget.round_to, int) and budget.round_to < 1:
-        raise ConfigError(f"round_to must be at least 1, got {budget.round_to}.")
+    check_rounding(budget.round_to)

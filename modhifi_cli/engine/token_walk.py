@@ -111,7 +111,8 @@ class TokenWalk:
         self.stops = tuple(Stop(n, parts) for n, parts in zip(self.decoder.layers, self._of_layer, strict=True))
         self.layout = Layout(model, self.parts)
         self.restores_always = self.options.add_bias
-        self.length = next(iter(calibration.batches(1)))[0].shape[1]
+        self._example = next(iter(calibration.batches(1)))[0][:1]
+        self.length = self._example.shape[1]
         self.flow = Flow(
             model,
             self.decoder.layers,
@@ -135,7 +136,8 @@ class TokenWalk:
 
     def prices(self, recipe: Recipe, budget: Budget) -> Widths:
         """What widths cost."""
-        widths = Widths(self.model, self.decoder, length=self.length, allocation=recipe.allocation, budget=budget)
+        example = self._example.to(self.flow.device)
+        widths = Widths(self.model, self.decoder, example, allocation=recipe.allocation, budget=budget)
         if self.options.native and not recipe.allocation.needs_curves:
             widths.restrict_heads(lambda heads, kv_heads: accepts_heads(self.model, heads, kv_heads))
         return widths

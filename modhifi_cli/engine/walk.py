@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.engine.gathering import Gathered, LayerMoments, TargetMoments
-from modhifi_cli.engine.prices import LatencySettings
+from modhifi_cli.engine.prices import Params, Price, as_price
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, Slot
 from modhifi_cli.numerics.scoring import Place
 from modhifi_cli.records import Consumer, EditState, Note, Progress
@@ -56,15 +56,22 @@ class Budget:
 
     Attributes:
         sparsity: Share to be removed, in [0, 1).
-        target: What the share counts.
-        round_to: Widths are multiples of it.
-        latency: How time is measured where it is the target.
+        target: What the share counts, from `modhifi_cli.engine.prices`, or the name of what is counted.
+        round_to: Widths are multiples of it; ``"auto"``: of what suits each part where it runs (`rounding`).
     """
 
     sparsity: float
-    target: str = "params"
+    target: Price | str = Params()
     round_to: int | str = 1
-    latency: LatencySettings | None = None
+
+    @property
+    def price(self) -> Price:
+        """What the share counts.
+
+        Raises:
+            ConfigError: If nothing counted has the name that was given.
+        """
+        return as_price(self.target)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from modhifi_cli.engine.plan import Summary
-from modhifi_cli.engine.prices import COUNTED, TARGETS, Pricing
+from modhifi_cli.engine.prices import COUNTED, Subject
+from modhifi_cli.engine.rounding import channel_steps, refuse_narrow, told
 from modhifi_cli.engine.walk import Budget
-from modhifi_cli.errors import ConfigError
 from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.components import ComponentGroup, Layout
 from modhifi_cli.graph.counting import CostModel, count
@@ -28,7 +28,7 @@ class GroupWidths:
         budget: What is asked for.
 
     Raises:
-        ConfigError: If the target is unknown.
+        ConfigError: If the target is unknown, or no group is as wide as the multiple that widths are rounded to.
     """
 
     def __init__(
@@ -39,14 +39,15 @@ class GroupWidths:
         allocation: Allocation,
         budget: Budget,
     ) -> None:
-        if budget.target not in TARGETS:
-            raise ConfigError(f"target must be one of {', '.join(TARGETS)}, got '{budget.target}'.")
-        self.warnings: tuple[str, ...] = ()
+        self._price = budget.price
         self._model, self._example, self._groups = model, example, groups
         self._allocation, self._budget = allocation, budget
         self._costs = CostModel(model, example, groups)
-        self._pricing = Pricing(budget.target, self._costs, model, example, groups, budget.latency)
         self._sizes = [group.components for group in groups]
+        self._steps = channel_steps(groups, budget.round_to, example.device)
+        names = [group.name for group in groups]
+        self.warnings = refuse_narrow(self._sizes, names, budget.round_to) if budget.sparsity > 0 else ()
+        self._pricing = self._price.on(Subject(model, example, groups, self._costs, self._steps))
 
     def prepare(self) -> Iterator[Progress | LatencyTable]:
         """Measure what has to be measured before anything is cut."""
@@ -75,7 +76,7 @@ class GroupWidths:
     def shares(self, keep: Sequence[int]) -> dict[str, float]:
         """Shares that widths remove, of everything that is counted and of the target."""
         counted = {name: self._costs.removed_share(keep, name) for name in COUNTED}
-        return counted | {self._budget.target: self._pricing.removed_share(keep)}
+        return counted | {self._price.name: self._pricing.removed_share(keep)}
 
     def summary(self, layout: Layout) -> Summary:
         """What the run achieved, counted on the edited network."""
@@ -88,13 +89,13 @@ class GroupWidths:
         }
         if self._pricing.table is not None:
             saved, expected = self._pricing.removed_share(alive), self._pricing.expected_share(alive)
-            return Summary(achieved, latency={"table": saved, "predicted": expected})
-        budget, warnings = self._budget, ()
-        if abs(achieved[budget.target] - budget.sparsity) > NEAR:
+            return Summary(achieved, self.warnings, latency={"table": saved, "predicted": expected})
+        asked, name, warnings = self._budget.sparsity, self._price.name, self.warnings
+        if abs(achieved[name] - asked) > NEAR:
             warnings = (
-                f"sparsity={budget.sparsity:g} of {budget.target} was asked for and {achieved[budget.target]:.3f} "
-                f"reached: widths come in steps of {budget.round_to} and groups have as few as {min(self._sizes)} "
-                "components.",
+                *warnings,
+                f"sparsity={asked:g} of {name} was asked for and {achieved[name]:.3f} reached: widths come in steps of "
+                f"{told(self._steps)} and groups have as few as {min(self._sizes)}.",
             )
         return Summary(achieved, warnings)
 
@@ -104,7 +105,7 @@ class GroupWidths:
             present,
             self._pricing.removed_share,
             sparsity=share,
-            step=self._budget.round_to,
+            steps=self._steps,
             curves=curves or None,
             stepwise=self._pricing.stepwise,
         )

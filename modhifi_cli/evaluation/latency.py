@@ -1,23 +1,27 @@
-"""Time of one forward pass, all networks interleaved round by round so that their ratio is honest.
+"""Time of one forward pass in the runtimes that will serve the network, all networks interleaved round by round.
 
-A machine gets warm and has other work to do; networks timed one after the other would be charged for different minutes
-of it. Here every round times each network once, in turning order, and the speedup compares what stood side by side.
+One number leads: the median over rounds of the ratio of two networks' times, which stood side by side, with the interval
+in which that median lies. Where the interval says nothing, the number is not told as a fact.
 """
 
 import os
 import platform
-import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import comb
 
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, is_number, is_whole, nearest
-from modhifi_cli.evaluation.forward import ready_to_measure, synchronize
+from modhifi_cli.errors import ConfigError, is_number, is_whole
+from modhifi_cli.evaluation.forward import ready_to_measure
+from modhifi_cli.evaluation.runtimes import runtime
+from modhifi_cli.evaluation.runtimes.process import OutOfMemory, Rounds, Timings, timed
 from modhifi_cli.records import ImageSource, Measurement, Progress
 
-ENGINES = ("none", "compile", "jit")
+FEWEST_ROUNDS = 6  # with fewer, no interval holds a median with 95 %
+_SURE = 0.95
+_NARROW = 0.1  # an interval around 1 that is narrower than that says "as fast as before"
+_BUSY = 1.5  # programs per processor from which on the wall's clock says little
 
 
 def measure(
@@ -32,15 +36,17 @@ def measure(
     cpu_batch: int = 64,
     gpu_batch: int = 640,
     iterations: int = 100,
-    minimum_iterations: int = 3,
+    minimum_iterations: int = FEWEST_ROUNDS,
     warmup: int = 10,
     max_seconds: float = 20.0,
-    compile: str = "none",  # noqa: A002 - the name that users know from torch.compile
+    runtimes: Sequence[str] = ("eager",),
+    threads: int | None = None,
 ) -> tuple[Measurement, ...]:
     """Latency of a whole batch in milliseconds, and how many times faster the edited networks are.
 
-    The paper's protocol: batch 64 on a CPU and 640 on a GPU, warm-up, then the mean. A small machine stops early: after
-    `max_seconds` (warm-up takes at most half of it) no new round begins once `minimum_iterations` are done.
+    Batches are the paper's, 64 on a CPU and 640 on a GPU. Each runtime times all networks in a process of its own
+    (`runtimes.process`). A small machine stops early: after `max_seconds` (warm-up takes at most half of it) no new round
+    begins once `minimum_iterations` are done.
 
     Args: see `modhifi_cli.evaluation.Measure` for the others; images are not read, `batch_size` is not used.
         cpu_batch: Images per forward pass where `device` is a CPU, ≥ 1.
@@ -48,50 +54,43 @@ def measure(
         iterations: Timed rounds at most, ≥ 1.
         minimum_iterations: Timed rounds at least, whatever the time, ≥ 1 (never more than `iterations`).
         warmup: Rounds before timing at most, ≥ 0. One is always done where this is above 0.
-        max_seconds: Time for warm-up and timing of all networks together, seconds, > 0. Compiling comes before.
-        compile: ``"none"``, ``"compile"`` (torch.compile) or ``"jit"`` (trace and freeze).
+        max_seconds: Time for warm-up and timing of all networks in one runtime, seconds, > 0. Programs come before.
+        runtimes: Names of files in `modhifi_cli.evaluation.runtimes`.
+        threads: Of the processor; None: as many as PyTorch has here.
 
     Returns:
-        Per network ``latency_ms`` (the mean, as the paper reports) and ``latency_median_ms``, ms per batch, with p10,
-        p90 and the minimum in `protocol`. For every network but the first ``speedup``, × : median of the first divided
-        by its median; `protocol` has the ratio of the means and p10 and p90 of the ratio within a round.
+        Per runtime and network ``latency_ms``, the median, ms per batch, with mean, p10, p90 and minimum in `protocol`;
+        for every network but the first ``speedup``, ×: median over rounds of the first one's time divided by its own,
+        with ``low`` and ``high`` in `protocol`, between which the median lies with 95 %, and ``told``: the sentence that
+        stands for the number. Names of all runtimes but the first end in ``_RUNTIME``.
 
     Raises:
-        ConfigError: If a parameter is out of range, the batch does not fit into memory, or the network cannot be
-            compiled.
+        ConfigError: If a parameter is out of range, a runtime is missing, or the batch does not fit into memory.
+        UnsupportedModelError: If a runtime cannot run a network.
     """
     batch = cpu_batch if device.type == "cpu" else gpu_batch
-    _check(cpu_batch, gpu_batch, iterations, minimum_iterations, warmup, max_seconds, compile)
+    _check(cpu_batch, gpu_batch, iterations, minimum_iterations, warmup, max_seconds, runtimes)
     if not models or not example.is_floating_point():  # of networks that read text, `generation` times words
         return ()
-    images = torch.randn((batch, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(device)
-    with ready_to_measure(models, device), torch.inference_mode():
-        runs = {name: _engine(name, model, images, compile) for name, model in models.items()}
-        rounds, warmed = _time_rounds(
-            runs,
-            device,
-            iterations=iterations,
-            minimum_iterations=minimum_iterations,
-            warmup=warmup,
-            max_seconds=max_seconds,
-            progress=progress,
-            batch=batch,
-        )
-    protocol = {
-        "batch": batch,
-        "input": list(example.shape[1:]),
-        "iterations": rounds.shape[1],
-        "warmup": warmed,
-        "interleaved": list(models),
-        "compile": compile,
-        "device": describe_device(device),
-        "threads": torch.get_num_threads(),
-        # A busy machine shows here: with more running programs than cores, times are those of the scheduler.
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "torch": torch.__version__,
-    }
-    return _summary(tuple(models), rounds, protocol)
+    for name in runtimes:
+        runtime(name, place="evaluation.latency.runtimes", device_type=device.type)
+    threads = threads or torch.get_num_threads()
+    dtype = next((t.dtype for model in models.values() for t in model.parameters() if t.is_floating_point()), torch.float32)
+    images = torch.randn((batch, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    rounds = Rounds(iterations, min(minimum_iterations, iterations), warmup, max_seconds)
+    found: list[Measurement] = []
+    with ready_to_measure(models, device):
+        for number, name in enumerate(runtimes):
+            try:
+                times = timed(
+                    name, models, images, threads=threads, rounds=rounds, progress=progress,
+                    place="evaluation.latency.runtimes",
+                )  # fmt: skip
+            except OutOfMemory as error:
+                raise _too_large(str(error), device, batch) from error
+            protocol = _protocol(name, times, images, models, threads)
+            found += _summary(tuple(models), times, protocol, suffix=f"_{name}" if number else "")
+    return tuple(found)
 
 
 def describe_device(device: torch.device) -> str:
@@ -112,47 +111,77 @@ def describe_device(device: torch.device) -> str:
     return names[0] if names else (platform.processor() or platform.machine())
 
 
-def _time_rounds(
-    runs, device, *, iterations, minimum_iterations, warmup, max_seconds, progress, batch
-) -> tuple[Tensor, int]:
-    """Milliseconds per network and round, ``[networks, rounds]`` float64, and the number of warm-up rounds done."""
-    names = list(runs)
-    progress(Progress("latency", "warm-up", 0, iterations))
-    start = time.perf_counter()
-    warmed = 0
-    while warmed < warmup and (warmed == 0 or time.perf_counter() - start < max_seconds / 2):
-        for name in names:
-            _milliseconds(name, runs[name], device, batch)
-        warmed += 1
-    rounds = []
-    while len(rounds) < iterations:
-        if len(rounds) >= minimum_iterations and time.perf_counter() - start >= max_seconds:
+def median_interval(values: Tensor) -> tuple[float, float]:
+    """Between which two of the values the median of their kind lies with 95 % (sign test), or all of them span.
+
+    Args:
+        values: ``[rounds]``.
+    """
+    ordered, count = values.sort().values, len(values)
+    outside, rank = 0.0, 0
+    while rank < count // 2:
+        outside += 2 * comb(count, rank) / 2**count
+        if outside > 1 - _SURE:
             break
-        progress(Progress("latency", f"batch of {batch}", len(rounds), iterations))
-        # The order turns by one each round: whoever comes first may find colder caches or a higher clock.
-        turn = len(rounds) % len(names)
-        times = {name: _milliseconds(name, runs[name], device, batch) for name in names[turn:] + names[:turn]}
-        rounds.append([times[name] for name in names])
-    progress(Progress("latency", f"batch of {batch}", iterations, iterations))
-    return torch.tensor(rounds, dtype=torch.float64).T, warmed
+        rank += 1
+    rank = max(rank - 1, 0)
+    return float(ordered[rank]), float(ordered[count - 1 - rank])
 
 
-def _milliseconds(name: str, run: Callable[[], object], device: torch.device, batch: int) -> float:
-    try:
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        return 1000 * (time.perf_counter() - start)
-    except RuntimeError as error:
-        if _is_out_of_memory(error):
-            raise _too_large(name, device, batch) from error
-        raise
+def told_speedup(ratio: float, low: float, high: float, *, rounds: int, batch: int, busy: bool) -> str:
+    """The sentence for a speedup: the number with its interval, or that the clock cannot tell.
+
+    Args:
+        ratio: Median of paired rounds.
+        low, high: Interval of that median.
+        rounds: Their number.
+        batch: Images a forward pass.
+        busy: Whether the machine had other work to do while the wall's clock ran.
+    """
+    between = f"between {low:.2f} and {high:.2f} times"
+    if rounds < FEWEST_ROUNDS or busy or low < 1 < high and high - low > _NARROW:
+        return f"too noisy to tell: {between}"
+    if low < 1 < high:
+        return f"as fast as before: {between}, batch {batch}"
+    return f"{ratio:.2f} × ({low:.2f} to {high:.2f}), batch {batch}"
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    # Accelerators have an exception for it; the CPU's allocator has only its name in the message.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def _protocol(name: str, times: Timings, images: Tensor, models: Mapping[str, nn.Module], threads: int) -> dict:
+    return {
+        "runtime": name,
+        "batch": len(images),
+        "input": list(images.shape[1:]),
+        "iterations": times.milliseconds.shape[1],
+        "warmup": times.warmup,
+        "interleaved": list(models),
+        "clock": times.clock,
+        "own_process": times.own_process,
+        "device": describe_device(images.device),
+        "threads": threads,
+        # A busy machine shows here: with more running programs than cores, the wall's times are those of the scheduler.
+        "cores": os.cpu_count(),
+        "load_average": times.load_average,
+        "torch": torch.__version__,
+    }
+
+
+def _summary(names: tuple[str, ...], times: Timings, protocol: dict, *, suffix: str) -> list[Measurement]:
+    rounds = times.milliseconds
+    levels = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    found = []
+    for name, own in zip(names, rounds, strict=True):
+        low, middle, high = torch.quantile(own, levels).tolist()
+        spread = {"p10_ms": low, "p90_ms": high, "minimum_ms": float(own.min()), "mean_ms": float(own.mean())}
+        found.append(Measurement(name, f"latency_ms{suffix}", middle, "ms", {**protocol, **spread}))
+    load, cores = protocol["load_average"], protocol["cores"]
+    busy = times.clock == "wall" and load is not None and load > _BUSY * (cores or 1)
+    for name, own in zip(names[1:], rounds[1:], strict=True):
+        ratios = rounds[0] / own
+        ratio, (low, high) = float(torch.quantile(ratios, 0.5)), median_interval(ratios)
+        told = told_speedup(ratio, low, high, rounds=len(ratios), batch=protocol["batch"], busy=busy)
+        own_facts = {"reference": names[0], "low": low, "high": high, "told": told}
+        found.append(Measurement(name, f"speedup{suffix}", ratio, "×", {**protocol, **own_facts}))
+    return found
 
 
 def _too_large(name: str, device: torch.device, batch: int) -> ConfigError:
@@ -163,53 +192,7 @@ def _too_large(name: str, device: torch.device, batch: int) -> ConfigError:
     )
 
 
-def _engine(name: str, model: nn.Module, images: Tensor, compile: str) -> Callable[[], object]:  # noqa: A002
-    dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), images.dtype)
-    images = images.to(dtype)
-    if compile == "none":
-        return lambda: model(images)
-    try:
-        with warnings.catch_warnings():
-            # torch marks tracing as deprecated; it is offered because the paper's latencies were taken with it.
-            warnings.simplefilter("ignore", FutureWarning)
-            if compile == "jit":
-                engine = torch.jit.freeze(torch.jit.trace(model, images))
-            else:
-                engine = torch.compile(model, dynamic=False)
-            engine(images)
-    except Exception as error:  # compilers raise whatever their stages raise; the sentence names the way out
-        if _is_out_of_memory(error):
-            raise _too_large(name, images.device, len(images)) from error
-        raise ConfigError(
-            f"latency: expected compile={compile} to work for '{name}', got {type(error).__name__} "
-            f"({str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}); "
-            "set evaluation.latency.compile=none, or install what the compiler asks for."
-        ) from error
-    return lambda: engine(images)
-
-
-def _summary(names: tuple[str, ...], rounds: Tensor, protocol: dict) -> tuple[Measurement, ...]:
-    levels = torch.tensor([0.1, 0.9], dtype=torch.float64)
-    measurements = []
-    for name, times in zip(names, rounds, strict=True):
-        low, high = torch.quantile(times, levels).tolist()
-        spread = {"p10_ms": low, "p90_ms": high, "minimum_ms": float(times.min())}
-        for term, value in (("latency_ms", times.mean()), ("latency_median_ms", torch.quantile(times, 0.5))):
-            measurements.append(Measurement(name, term, float(value), "ms", {**protocol, **spread}))
-    for name, times in zip(names[1:], rounds[1:], strict=True):
-        low, high = torch.quantile(rounds[0] / times, levels).tolist()
-        ratio = {
-            "reference": names[0],
-            "ratio_of_means": float(rounds[0].mean() / times.mean()),
-            "p10": low,
-            "p90": high,
-        }
-        speedup = float(torch.quantile(rounds[0], 0.5) / torch.quantile(times, 0.5))
-        measurements.append(Measurement(name, "speedup", speedup, "×", {**protocol, **ratio}))
-    return tuple(measurements)
-
-
-def _check(cpu_batch, gpu_batch, iterations, minimum_iterations, warmup, max_seconds, compile) -> None:  # noqa: A002
+def _check(cpu_batch, gpu_batch, iterations, minimum_iterations, warmup, max_seconds, runtimes) -> None:
     least = {
         "cpu_batch": (cpu_batch, 1),
         "gpu_batch": (gpu_batch, 1),
@@ -226,8 +209,7 @@ def _check(cpu_batch, gpu_batch, iterations, minimum_iterations, warmup, max_sec
         raise ConfigError(
             f"evaluation.latency.max_seconds: expected a number above 0, got {max_seconds!r}; change it."
         )
-    if compile not in ENGINES:
+    if isinstance(runtimes, str) or not runtimes:
         raise ConfigError(
-            f"evaluation.latency.compile: expected none, compile or jit, got {compile!r}; "
-            f"{nearest(str(compile), ENGINES)}"
+            f"evaluation.latency.runtimes: expected a list of runtimes such as [eager,onnxruntime], got {runtimes!r}."
         )

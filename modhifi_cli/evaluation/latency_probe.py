@@ -6,13 +6,16 @@ All times are medians over rounds that visit everything in turn, so that a busy 
 """
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
 import statistics
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +25,9 @@ from modhifi_cli.errors import ConfigError
 from modhifi_cli.evaluation.forward import synchronize
 from modhifi_cli.evaluation.latency import describe_device
 from modhifi_cli.evaluation.latency_table import LatencyTable, LayerTimes
-from modhifi_cli.graph.components import ComponentGroup, Layout
+from modhifi_cli.evaluation.runtimes import Runtime, runtime
+from modhifi_cli.evaluation.runtimes.clocks import clock, clock_name
+from modhifi_cli.graph.components import ComponentGroup, Layout, is_transposed
 from modhifi_cli.graph.counting import LayerWidths, output_positions
 from modhifi_cli.graph.heads import head_count
 from modhifi_cli.graph.parts import is_part, part_of
@@ -36,25 +41,60 @@ _LAYERS = 0.65  # share of the time after which the layers are done and whole ne
 _JUMP = 0.01  # a jump below this share of all layers' time needs no finer grid
 _MOST_KNOTS = 14  # widths per axis of one kind
 _FEWEST_ROUNDS = 3  # of whole networks, whatever the time
-
-
-def clock_name(device: torch.device) -> str:
-    """``"thread"`` where one thread does all the work, ``"wall"`` elsewhere.
-
-    The thread's own clock stands still while other programs have the processor: on a shared machine that is the time
-    of the network, and the wall's is the scheduler's.
-    """
-    return "thread" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
+_PROGRAMS = 8  # networks whose programs are kept: dense and narrowed ones of one round
+_BLOCKS = ((128, 16), (64, 8), (32, 4))  # widths in between leave a runtime's fast path and would bend the table
 
 
 def stopwatch(module: nn.Module, images: Tensor) -> float:
     """Milliseconds of one forward pass of `module` on `images`, where they are, by the clock of `clock_name`."""
-    now = time.thread_time if clock_name(images.device) == "thread" else time.perf_counter
+    now = clock(clock_name(images.device, torch.get_num_threads()))
     synchronize(images.device)
     start = now()
     module(images)
     synchronize(images.device)
     return 1000 * (now() - start)
+
+
+def stopwatch_in(serve: str, device: torch.device) -> Stopwatch:
+    """A stopwatch that runs modules in a runtime.
+
+    A runtime whose programs take long to make (a compiler) times whole networks; single layers are timed as they are.
+
+    Args:
+        serve: Name of the runtime.
+        device: Where the modules are.
+
+    Raises:
+        ConfigError: If there is no such runtime here.
+    """
+    if serve == "eager":
+        return stopwatch
+    return _Served(runtime(serve, device_type=device.type))
+
+
+class _Served:
+    """Programs of the networks that were timed last are kept: rounds visit the same ones again and again."""
+
+    def __init__(self, serving: Runtime) -> None:
+        self._serving = serving
+        self._programs: OrderedDict[tuple, tuple[nn.Module, Callable[[], object]]] = OrderedDict()
+
+    def __call__(self, module: nn.Module, inputs: Tensor) -> float:
+        if not self._serving.QUICK and not list(module.children()):
+            return stopwatch(module, inputs)
+        key = (id(module), id(inputs))
+        if key not in self._programs:
+            run = self._serving.program(module, inputs, torch.get_num_threads())
+            run()
+            self._programs[key] = (module, run)  # the module is held, so that its id stays its own
+            while len(self._programs) > _PROGRAMS:
+                self._programs.popitem(last=False)
+        now = clock(clock_name(inputs.device, torch.get_num_threads()))
+        synchronize(inputs.device)
+        start = now()
+        self._programs[key][1]()
+        synchronize(inputs.device)
+        return 1000 * (now() - start)
 
 
 @dataclass(frozen=True)
@@ -83,7 +123,7 @@ def saved_share(
     rounds: int,
     max_seconds: float,
     stopwatch: Stopwatch = stopwatch,
-    clock: Callable[[], float] = time.perf_counter,
+    now: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Progress | Saved]:
     """Time two networks side by side, round after round, and yield what the second saves last.
 
@@ -95,15 +135,15 @@ def saved_share(
         rounds: Rounds at most.
         max_seconds: No new round begins after that, once there are three.
         stopwatch: (module, images) → milliseconds.
-        clock: Seconds.
+        now: Seconds.
     """
     images = _random_images(example, batch)
-    started = clock()
+    started = now()
     networks = [dense, narrow]
     for network in networks:
         stopwatch(network, images)
     saved: list[float] = []
-    while len(saved) < _FEWEST_ROUNDS or (len(saved) < rounds and clock() - started < max_seconds):
+    while len(saved) < _FEWEST_ROUNDS or (len(saved) < rounds and now() - started < max_seconds):
         yield Progress("latency", f"batch of {batch}", len(saved), max(rounds, _FEWEST_ROUNDS))
         before, after = timed_round(networks, images, len(saved), stopwatch)
         saved.append(1 - after / before)
@@ -113,6 +153,9 @@ def saved_share(
 
 
 def _random_images(example: Tensor, batch: int) -> Tensor:
+    """Inputs like the example: noise, or ids of tokens that it holds."""
+    if not example.is_floating_point():
+        return example[:1].expand(batch, *example.shape[1:]).contiguous()
     images = torch.randn((batch, *example.shape[1:]), generator=torch.Generator().manual_seed(0))
     return images.to(example)
 
@@ -164,20 +207,26 @@ def measure_table(
     rounds: int,
     max_seconds: float,
     stopwatch: Stopwatch = stopwatch,
-    clock: Callable[[], float] = time.perf_counter,
+    serve: str = "eager",
+    steps: Sequence[int] = (),
+    copy_of: Callable[[Sequence[int]], nn.Module] | None = None,
+    now: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Progress | LatencyTable]:
     """Measure the network's layers and the network itself, and yield the table last.
 
     Args:
         model: Dense network in evaluation mode, on the device that counts; left as found.
-        example: One image, ``[1, channels, height, width]``, on the same device.
+        example: One image, ``[1, channels, height, width]``, or ids ``[1, length]``, on the same device.
         groups: What may be narrowed.
         batch: Images a forward pass, ≥ 1.
         rounds: Timed rounds at most, ≥ 1.
         max_seconds: No new round begins after that many seconds; the coarse grid and three rounds of whole networks
             are measured whatever it takes.
         stopwatch: (module, images) → milliseconds.
-        clock: Seconds.
+        serve: Name of the runtime that the stopwatch uses, for the protocol.
+        steps: By what each group's width changes: whole networks are timed at such widths.
+        copy_of: Widths → a narrowed copy; None: as groups of image networks are cut.
+        now: Seconds.
 
     Yields:
         Progress, and the `LatencyTable`.
@@ -186,14 +235,15 @@ def measure_table(
         ConfigError: If the batch does not fit into memory.
     """
     images = _random_images(example, batch)
-    started = clock()
+    started = now()
+    copy_of = copy_of or functools.partial(narrowed, model, groups)
 
     def spent() -> float:
-        return (clock() - started) / max_seconds
+        return (now() - started) / max_seconds
 
     try:
         yield Progress("latency table", "shapes", 0, 3)
-        kinds, of_layer = _kinds(model, images, groups)
+        kinds, of_layer = _kinds(model, images, groups, in_blocks=any(step > 1 for step in steps))
         positions = output_positions(model, images, list(of_layer))
         yield from _find_knots(kinds, stopwatch, spent)
         taken = 1
@@ -203,7 +253,11 @@ def measure_table(
                 kind.measure(stopwatch)
             taken += 1
         table = _table(model, example, groups, kinds, of_layer, positions, batch)
-        yield from _fit_to_networks(table, model, images, groups, rounds, taken, stopwatch, spent)
+        widths = LayerWidths(model, groups)
+        keeps = _trial_widths(widths.sizes, steps or [1] * len(groups))
+        networks = [model, *(copy_of(keep) for keep in keeps)]
+        protocol = {"runtime": serve, "layer_rounds": taken}
+        yield from _fit_to_networks(table, widths, keeps, networks, images, rounds, protocol, stopwatch, spent)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise ConfigError(
@@ -220,13 +274,23 @@ class _Kind:
     layer: nn.Module
     shape: tuple[int, ...]  # of its dense input, with the batch
     axis: int  # of the channels in it
-    images: Tensor  # only type and device matter
+    images: Tensor  # only its device matters
     inputs: list[int]
     outputs: list[int]
     paired: bool  # whether inputs go with outputs
     step: int  # output widths are multiples of it (a grouped convolution loses whole groups)
+    in_blocks: bool = False  # whether widths between whole blocks are of no interest
     count: int = 0  # layers of this kind
     times: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+
+    def input_step(self, widest: int) -> int:
+        """By what input widths change."""
+        return _block(widest) if self.in_blocks else 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what the layer reads."""
+        return next((tensor.dtype for tensor in self.layer.parameters()), torch.float32)
 
     def measure(self, stopwatch: Stopwatch, only: Sequence[tuple[int, int]] | None = None) -> None:
         for inputs, outputs in itertools.product(self.inputs, self.outputs) if only is None else only:
@@ -242,7 +306,7 @@ class _Kind:
         """The interval over which the time rises most: milliseconds over all layers of the kind, axis, its middle."""
         found = (0.0, "", 0)
         times = self.matrix()
-        for axis, knots, step in ((0, self.inputs, 1), (1, self.outputs, self.step)):
+        for axis, knots, step in ((0, self.inputs, self.input_step(self.inputs[-1])), (1, self.outputs, self.step)):
             if len(knots) >= _MOST_KNOTS:
                 continue
             rises = np.abs(np.diff(times, axis=axis)).max(axis=1 - axis) if len(knots) > 1 else ()
@@ -263,13 +327,13 @@ class _Kind:
         shape = list(self.shape)
         width = outputs * shape[self.axis] // self.outputs[-1] if self.paired else inputs
         shape[self.axis] = width
-        images = torch.randn(shape, dtype=self.images.dtype).to(self.images.device)
+        images = torch.randn(shape).to(self.images.device, self.dtype)
         stopwatch(layer, images)  # the first run of a new shape chooses and prepares its kernel
         return min(stopwatch(layer, images), stopwatch(layer, images))
 
 
 def _kinds(
-    model: nn.Module, images: Tensor, groups: Sequence[ComponentGroup]
+    model: nn.Module, images: Tensor, groups: Sequence[ComponentGroup], *, in_blocks: bool
 ) -> tuple[dict[str, _Kind], dict[str, str]]:
     """The kinds of layers that groups touch, with a coarse grid each, and every layer's kind."""
     widths = LayerWidths(model, groups)
@@ -287,14 +351,20 @@ def _kinds(
         step = layer.out_channels // layer.groups if grouped else 1
         low = [max(1, narrowest[name][0]), max(step, narrowest[name][1])]
         if key not in kinds:
-            axis = len(shapes[name]) - 1 if isinstance(layer, nn.Linear) else 1
+            axis = len(shapes[name]) - 1 if isinstance(layer, nn.Linear) or is_transposed(layer) else 1
+            if in_blocks and not grouped:
+                step = _block(widest[name][1])
             paired = grouped or isinstance(layer, nn.modules.batchnorm._BatchNorm)
-            kinds[key] = _Kind(layer, shapes[name], axis, images, [], [], paired, step)
+            kinds[key] = _Kind(layer, shapes[name], axis, images, [], [], paired, step, in_blocks)
         kind = kinds[key]
         kind.count += 1
-        kind.inputs = _coarse(min([low[0], *kind.inputs]), widest[name][0], 1)
-        kind.outputs = _coarse(min([low[1], *kind.outputs]), widest[name][1], step)
+        kind.inputs = _coarse(min([low[0], *kind.inputs]), widest[name][0], kind.input_step(widest[name][0]))
+        kind.outputs = _coarse(min([low[1], *kind.outputs]), widest[name][1], kind.step)
     return kinds, of_layer
+
+
+def _block(width: int) -> int:
+    return next((block for least, block in _BLOCKS if width >= least), 1)
 
 
 def _coarse(low: int, high: int, step: int) -> list[int]:
@@ -366,17 +436,16 @@ def _table(
 
 def _fit_to_networks(
     table: LatencyTable,
-    model: nn.Module,
+    widths: LayerWidths,
+    keeps: Sequence[Sequence[int]],
+    networks: Sequence[nn.Module],
     images: Tensor,
-    groups: Sequence[ComponentGroup],
     rounds: int,
-    layer_rounds: int,
+    protocol: Mapping[str, Any],
     stopwatch: Stopwatch,
     spent: Callable[[], float],
 ) -> Iterator[Progress | LatencyTable]:
-    widths = LayerWidths(model, groups)
-    keeps = _trial_widths(widths.sizes)
-    networks = [model, *(narrowed(model, groups, keep) for keep in keeps)]
+    """The table with how its layers add up: `networks` are the dense one and those of widths `keeps`, all timed in turn."""
     times: list[list[float]] = []
     for network in networks:
         stopwatch(network, images)
@@ -392,15 +461,15 @@ def _fit_to_networks(
     predicted = fixed + scale * layers + per_element * elements
     low, high = np.quantile(np.array(times)[:, 0], [0.1, 0.9])
     protocol = {
+        **protocol,
         "batch": len(images),
         "input": list(images.shape[1:]),
         "device": describe_device(images.device),
         "device_type": images.device.type,
-        "dtype": str(images.dtype).removeprefix("torch."),
+        "dtype": str(next(networks[0].parameters()).dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "clock": clock_name(images.device),
+        "clock": clock_name(images.device, torch.get_num_threads()),
         "torch": torch.__version__,
-        "layer_rounds": layer_rounds,
         "network_rounds": len(times),
         "dense_p10_ms": float(low),
         "dense_p90_ms": float(high),
@@ -424,11 +493,12 @@ def timed_round(networks: Sequence[nn.Module], images: Tensor, number: int, stop
     return [times[index] for index in range(len(networks))]
 
 
-def _trial_widths(sizes: np.ndarray) -> list[list[int]]:
+def _trial_widths(sizes: np.ndarray, steps: Sequence[int]) -> list[list[int]]:
     """Three networks narrowed evenly and two in which every other group is whole."""
+    step = np.minimum(np.array(steps, dtype=np.int64), sizes)
 
     def share(part: float) -> np.ndarray:
-        return np.maximum(1, np.round(sizes * part)).astype(np.int64)
+        return np.minimum(np.maximum(step, np.round(sizes * part / step).astype(np.int64) * step), sizes)
 
     even = [share(part).tolist() for part in (0.8, 0.6, 0.35)]
     first = np.arange(len(sizes)) % 2 == 0

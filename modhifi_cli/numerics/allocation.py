@@ -44,7 +44,7 @@ class Uniform:
         removed_share: RemovedShare,
         *,
         sparsity: float,
-        step: int,
+        steps: Sequence[int],
         curves: Sequence[Sequence[float]] | None = None,
         stepwise: bool = False,
     ) -> list[int]:
@@ -55,7 +55,8 @@ class Uniform:
             present: Components of each group now; no width exceeds it.
             removed_share: Widths → share removed of the dense network, 0 … 1, rising as widths fall.
             sparsity: Wanted share, in [0, 1).
-            step: Widths are multiples of it, or the present width where that is smaller or unchanged.
+            steps: For each group what its widths are multiples of, or the present width where that is smaller or
+                unchanged.
             curves: Unused.
             stepwise: Unused.
 
@@ -67,15 +68,15 @@ class Uniform:
         """
         if sparsity <= removed_share(present):
             return list(present)
-        smallest = [_width(size, now, 0.0, step, self.floor) for size, now in zip(sizes, present, strict=True)]
+        smallest = _even(sizes, present, 0.0, steps, self.floor)
         _refuse_unreachable(removed_share(smallest), sparsity)
         low, high = 0.0, 1.0
         for _ in range(40):
             share = (low + high) / 2
-            widths = [_width(size, now, share, step, self.floor) for size, now in zip(sizes, present, strict=True)]
+            widths = _even(sizes, present, share, steps, self.floor)
             low, high = (share, high) if removed_share(widths) >= sparsity else (low, share)
-        widths = [_width(size, now, low, step, self.floor) for size, now in zip(sizes, present, strict=True)]
-        return _refine(sizes, present, widths, smallest, removed_share, sparsity, step)
+        widths = _even(sizes, present, low, steps, self.floor)
+        return _refine(sizes, present, widths, smallest, removed_share, sparsity, steps)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Global:
         removed_share: RemovedShare,
         *,
         sparsity: float,
-        step: int,
+        steps: Sequence[int],
         curves: Sequence[Sequence[float]] | None = None,
         stepwise: bool = False,
     ) -> list[int]:
@@ -114,7 +115,8 @@ class Global:
             present: Components of each group now; no width exceeds it.
             removed_share: Widths → share removed of the dense network, 0 … 1, rising as widths fall.
             sparsity: Wanted share, in [0, 1).
-            step: Widths are multiples of it, or the present width where that is smaller or unchanged.
+            steps: For each group what its widths are multiples of, or the present width where that is smaller or
+                unchanged.
             curves: For each group its relative error after the removal of 0, 1, 2, … of the present components. None,
                 where there were too few samples to measure them: then every group loses the same share (`Uniform`).
             stepwise: Whether the share moves in jumps (measured time), so that what a few components save says
@@ -127,14 +129,14 @@ class Global:
             ConfigError: If even the smallest widths do not remove the wanted share.
         """
         if curves is None:
-            return Uniform(self.floor)(sizes, present, removed_share, sparsity=sparsity, step=step)
+            return Uniform(self.floor)(sizes, present, removed_share, sparsity=sparsity, steps=steps)
         if sparsity <= removed_share(present):
             return list(present)
-        smallest = [_width(size, now, 0.0, step, self.floor) for size, now in zip(sizes, present, strict=True)]
+        smallest = _even(sizes, present, 0.0, steps, self.floor)
         _refuse_unreachable(removed_share(smallest), sparsity)
         ladders = [
             _ladder(now, low, step, max(1, round(size / step / self.strides)))
-            for size, now, low in zip(sizes, present, smallest, strict=True)
+            for size, now, low, step in zip(sizes, present, smallest, steps, strict=True)
         ]
         rungs, widths = [0] * len(sizes), list(present)
         share = removed_share(widths)
@@ -146,7 +148,7 @@ class Global:
             group, rung = move
             rungs[group], widths[group] = rung, ladders[group][rung]
             share = removed_share(widths)
-        return _refine(sizes, present, widths, smallest, removed_share, sparsity, step)
+        return _refine(sizes, present, widths, smallest, removed_share, sparsity, steps)
 
     def _cheapest(
         self,
@@ -220,6 +222,13 @@ def _refuse_unreachable(reachable: float, sparsity: float) -> None:
         )
 
 
+def _even(
+    sizes: Sequence[int], present: Sequence[int], share: float, steps: Sequence[int], floor: float
+) -> list[int]:
+    """Widths that keep the same share of every group, as near as the steps allow."""
+    return [_width(*group, share, step, floor) for *group, step in zip(sizes, present, steps, strict=True)]
+
+
 def _width(size: int, present: int, share: float, step: int, floor: float) -> int:
     lowest = max(1, -(-int(size * floor) // step) * step) if size * floor >= 1 else min(step, size)
     width = max(round(size * share / step) * step, lowest)
@@ -233,14 +242,15 @@ def _refine(
     smallest: Sequence[int],
     removed_share: RemovedShare,
     sparsity: float,
-    step: int,
+    steps: Sequence[int],
 ) -> list[int]:
     """Move single groups by one step while that brings the share nearer to the wanted one."""
     best = abs(removed_share(widths) - sparsity)
     order = sorted(range(len(sizes)), key=lambda g: widths[g] / sizes[g])
     for group in order:
-        for change in (step, -step):
-            width = min(widths[group] + change, present[group])
+        step = steps[group]
+        for neighbour in ((widths[group] // step + 1) * step, (widths[group] - 1) // step * step):
+            width = min(neighbour, present[group])
             if width < smallest[group] or width == widths[group]:
                 continue
             trial = [*widths[:group], width, *widths[group + 1 :]]

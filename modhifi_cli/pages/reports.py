@@ -30,8 +30,7 @@ _TERMS = {
     "parameters": ("parameters", False),
     "macs": ("FLOPs (MACs)", False),
     "file_bytes": ("file size", False),
-    "latency_ms": ("latency, mean", False),
-    "latency_median_ms": ("latency, median", False),
+    "latency_ms": ("latency", False),
     "speedup": ("speedup", True),
 }
 
@@ -73,19 +72,35 @@ def table(measurements: Iterable[Measurement], *, reference: str = "dense") -> t
     rows = []
     for name, sides in terms.items():
         before, after = sides.get(True), sides.get(False)
-        label, more_is_better = _TERMS.get(name, (name.replace("_", " "), None))
+        label, more_is_better = _term(name, before or after)
         moved = None if before is None or after is None or after.value == before.value else after.value > before.value
+        # Of two times only their ratio within a round is told, as the speedup: a second ratio would contradict it.
+        compared = before is not None and after is not None and not _timed(name)
         rows.append(
             Row(
                 name=name,
                 label=label,
-                before="" if before is None else quantity(before.value, before.unit),
-                after="" if after is None else quantity(after.value, after.unit),
-                change="" if before is None or after is None else change(before.value, after.value, before.unit),
-                better=None if moved is None or more_is_better is None else moved == more_is_better,
+                before="" if before is None else before.protocol.get("told") or quantity(before.value, before.unit),
+                after="" if after is None else after.protocol.get("told") or quantity(after.value, after.unit),
+                change=change(before.value, after.value, before.unit) if compared else "",
+                better=None if moved is None or more_is_better is None or not compared else moved == more_is_better,
             )
         )
     return tuple(rows)
+
+
+def _timed(name: str) -> bool:
+    return name.startswith("latency_ms")
+
+
+def _term(name: str, measured: Measurement) -> tuple[str, bool | None]:
+    """What a reader calls a measurement and whether more is better; times are told with their runtime and batch."""
+    known = next((term for term in ("latency_ms", "speedup") if name == term or name.startswith(f"{term}_")), name)
+    label, better = _TERMS.get(known, (name.replace("_", " "), None))
+    batch, runtime = measured.protocol.get("batch"), measured.protocol.get("runtime")
+    if known in ("latency_ms", "speedup") and runtime is not None:
+        label += f", {runtime}" + (f", batch {batch}" if _timed(name) else "")
+    return label, better
 
 
 def quantity(value: float, unit: str) -> str:
@@ -131,8 +146,8 @@ def change(before: float, after: float, unit: str) -> str:
 def not_faster(measurements: Sequence[Measurement]) -> str | None:
     """A sentence where fewer multiply-accumulates have not become less time, or None.
 
-    Time is said to lag where it fell by less than half of the share that the FLOPs fell by, in nine of ten rounds as
-    well as in the median; below a tenth fewer FLOPs nothing is said, since no clock shows so little.
+    Time is said to lag where it fell by less than half of the share that the FLOPs fell by, at the upper end of the
+    median's interval as well; below a tenth fewer FLOPs nothing is said, since no clock shows so little.
 
     Args:
         measurements: Of a dense and an edited network, with ``macs`` and ``speedup``.
@@ -143,14 +158,15 @@ def not_faster(measurements: Sequence[Measurement]) -> str | None:
         return None
     edited = next((one.value for one in measurements if one.model == told.model and one.name == "macs"), dense)
     fewer, saved = 1 - edited / dense, 1 - 1 / told.value
-    low, high = (told.protocol.get(key, told.value) for key in ("p10", "p90"))
-    if fewer < 0.1 or max(saved, 1 - 1 / high) >= fewer / 2:
+    low, high = (told.protocol.get(key, told.value) for key in ("low", "high"))
+    noisy = str(told.protocol.get("told", "")).startswith("too noisy")
+    if fewer < 0.1 or noisy or max(saved, 1 - 1 / high) >= fewer / 2:
         return None
     time = f"only {saved:.1%} less time" if saved > 0 else f"no less time ({-saved:.1%} more)"
     return (
-        f"{fewer:.1%} fewer FLOPs are {time} here (batch of {told.protocol.get('batch')}, compile="
-        f"{told.protocol.get('compile')}, {low:.2f} to {high:.2f} times as fast in 80 % of the rounds): narrow or oddly sized layers cost what wide ones do; try round_to=8, "
-        "or ask for time itself with target=latency."
+        f"{fewer:.1%} fewer FLOPs are {time} in {told.protocol.get('runtime')} here (batch of "
+        f"{told.protocol.get('batch')}, {low:.2f} to {high:.2f} times as fast): narrow or oddly sized layers cost what "
+        "wide ones do; try round_to=auto, or ask for time itself with target=latency."
     )
 
 

@@ -17,7 +17,7 @@ from modhifi_cli.records import Chart, Measurement, Series
 
 _AT_THE_TOP = (
     "top1", "forget_accuracy", "retain_accuracy", "agreement", "token_perplexity", "parameters", "macs", "file_bytes",
-    "latency_ms", "speedup",
+    "speedup",
 )  # fmt: skip
 _STEPS = ("outside", "scoring", "selection", "compensation", "allocation", "schedule", "method", "statistics")
 _PLAIN = ("sparsity", "batchnorm", "classifier", "components", "round_to", "exclude", "layers", "seeds", "minutes")
@@ -125,13 +125,10 @@ def _chart_block(chart: Chart, kinds: Mapping[str, bytes]) -> Block:
 
 def _title(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     model, verb = results.get("model", "network"), results["verb"]
-    if verb == "prune" and results.get("target") == "max_drop" and isinstance(settings.get("target"), Mapping):
-        target = settings["target"]
-        return f"{model}: as few {target['of']} as {target['value']:g} points of agreement allow"
+    if verb == "prune" and results.get("goal"):
+        return f"{model}: {results['goal']}"
     if verb == "prune" and _number(results.get("sparsity")):
-        return (
-            f"{model}: {100 * results['sparsity']:g} % of {_COUNTED.get(results.get('target'), 'parameters')} removed"
-        )
+        return f"{model}: {100 * results['sparsity']:g} % of {_COUNTED.get(results.get('target'), 'parameters')} removed"
     if verb == "unlearn" and results.get("forget"):
         told = ", ".join(_class_name(number, results.get("classes")) for number in results["forget"])
         return f"{model}: forgetting class{'es' if len(results['forget']) > 1 else ''} {told}"
@@ -199,9 +196,8 @@ def _asked(results: Mapping[str, Any], settings: Mapping[str, Any]) -> Section |
         told = ", ".join(_class_name(number, results.get("classes")) for number in results["forget"])
         rows.insert(0, ("forget class", told))
     target = settings.get("target")
-    if isinstance(target, Mapping) and "name" in target and results.get("study", "ablation") == "ablation":
-        own = ", ".join(f"{key} {reports.told(v)}" for key, v in target.items() if key != "name" and v is not None)
-        rows.append(("target", target["name"] + (f" ({own})" if own else "")))
+    if isinstance(target, Mapping) and results.get("study", "ablation") == "ablation":
+        rows.append(("target", _target({key: value for key, value in target.items() if value is not None})))
     steps = _STEPS if results["verb"] != "study" or results.get("study") == "ablation" else ("scoring", "statistics")
     for key in (*steps, *(("decoder",) if of_text else ())):
         node = settings.get(key)
@@ -337,6 +333,8 @@ def _spreads(measurements: Sequence[Measurement]) -> dict[str, str]:
         protocol = measured.protocol
         if "p10_ms" in protocol and "p90_ms" in protocol:
             text = f"{measured.model} {protocol['p10_ms']:.3g} … {protocol['p90_ms']:.3g} ms in 80 % of runs"
+        elif "told" in protocol:
+            text = f"median of {protocol.get('iterations')} paired rounds, {protocol.get('clock')} clock"
         elif "p10" in protocol and "p90" in protocol:
             text = f"{protocol['p10']:.3g} … {protocol['p90']:.3g} × in 80 % of pairs"
         elif "standard_error" in protocol:

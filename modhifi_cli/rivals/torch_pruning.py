@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from modhifi_cli.engine.activations import Activations
 from modhifi_cli.engine.plan import Plan, PlannedGroup, Summary, discover, free_memory
-from modhifi_cli.engine.prices import COUNTED, TARGETS, LatencySettings, Pricing
+from modhifi_cli.engine.prices import COUNTED, Price, Pricing, Subject, as_price
+from modhifi_cli.engine.rounding import AUTO
 from modhifi_cli.engine.widths import NEAR
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, nearest, package_missing
 from modhifi_cli.evaluation.latency_table import LatencyTable
@@ -71,16 +72,15 @@ def torch_pruning_(
     *,
     calibration: ImageSource,
     sparsity: float,
-    target: str,
+    target: Price | str,
     importance: str,
     whole_network: bool = False,
     batchnorm: str = "reestimate",
     exclude: Sequence[str] = (),
-    round_to: int = 1,
+    round_to: int | str = 1,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     done: Sequence[Edit] = (),
-    latency: LatencySettings | None = None,
 ) -> Iterator[Plan | Progress | Edit | LatencyTable | Summary]:
     """Prune `model` in place with Torch-Pruning's high-level pruner, its ratio bisected until the budget is met.
 
@@ -91,18 +91,17 @@ def torch_pruning_(
         model: Dense network in evaluation mode; moved to `device` and edited as the generator is consumed.
         calibration: Unlabelled images for BatchNorm; Torch-Pruning itself sees one input only, for tracing.
         sparsity: Share to be removed, in [0, 1).
-        target: What the share counts: ``"params"``, ``"flops"``, ``"components"`` or ``"latency"`` (by our table; no
-            narrowed network is timed before the cut).
+        target: What the share counts, from `modhifi_cli.engine.prices`, or the name of what is counted. Time is that of
+            our table; no narrowed network is timed before the cut.
         importance: ``"magnitude"`` (group L2 norm) or ``"bn_scale"`` (absolute BatchNorm weights, Network Slimming).
         whole_network: Whether channels are ranked across layers; otherwise each layer loses the same share, some of
             them one step more where the budget lies between two steps.
         batchnorm: ``"reestimate"`` running statistics on the calibration images, or keep the ``"stored"`` ones.
         exclude: Names of modules to leave alone.
-        round_to: Widths are multiples of it.
+        round_to: Widths are multiples of it. ``"auto"`` is 1: one number for all layers is no rule for each group.
         batch_size: Images a forward.
         device: Where the forwards run.
         done: Edits of an interrupted run with the same settings: they are applied again.
-        latency: How time is measured, for ``target="latency"``.
 
     Yields:
         The plan, progress, the latency table, one `Edit` per group that loses channels, one named ``batchnorm``, and a summary.
@@ -113,7 +112,9 @@ def torch_pruning_(
         NumericsError: If activations are not finite.
         UnsupportedModelError: If Torch-Pruning cannot trace the network or does not cut it as our surgery does.
     """
-    _check(sparsity, target, importance)
+    price = as_price(target)
+    target = price.name
+    _check(sparsity, importance)
     device = torch.device(device)
     if len(calibration) == 0:
         raise DataError("the calibration data holds no image; give data.num_samples at least 1.")
@@ -121,11 +122,13 @@ def torch_pruning_(
     images, _ = next(iter(calibration.batches(2)))
     example = (images if len(images) > 1 else torch.cat([images, images.flip(-1)]))[:2].to(device)
     excluded = _excluded(model, exclude)
+    round_to = 1 if round_to == AUTO else int(round_to)
     segments = Segments(model, example)
     pricing: Pricing | None = None
-    if target not in COUNTED:
+    if price.timed:
         _, groups, _ = discover(model, example, exclude=exclude)
-        pricing = Pricing(target, CostModel(model, example[:1], groups), model, example[:1], groups, latency)
+        steps = [1] * len(groups)
+        pricing = price.on(Subject(model, example[:1], groups, CostModel(model, example[:1], groups), steps))
         yield from pricing.prepare()
 
     def cut(ratio: float, raised: Mapping[str, float]) -> _Cut:
@@ -239,11 +242,9 @@ class _Search:
         return self.best is not None and self._distance(self.best) <= _CLOSE
 
 
-def _check(sparsity: float, target: str, importance: str) -> None:
+def _check(sparsity: float, importance: str) -> None:
     if not 0 <= sparsity < 1:
         raise ConfigError(f"sparsity is the share that is removed and must lie in [0, 1), got {sparsity:g}.")
-    if target not in TARGETS:
-        raise ConfigError(f"target: Torch-Pruning is run to a share of {', '.join(TARGETS)}, got '{target}'.")
     if importance not in IMPORTANCES:
         raise ConfigError(f"outside.importance: there is no '{importance}'; {nearest(importance, IMPORTANCES)}")
 

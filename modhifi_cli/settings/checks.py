@@ -8,23 +8,13 @@ from modhifi_cli.errors import ConfigError, is_number, is_whole
 from modhifi_cli.settings.words import ABSENT, select
 
 SEARCHED = None  # in place of a share that the run shall find
-_TARGETS = ("params", "flops", "components", "latency", "max_drop")
 # Keys that hold one number or name, with what they must be. Keys of a `_target_` are the business of its function.
 _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "sparsity": (
         "a number with 0 <= sparsity < 1 (none with target=max_drop)",
         lambda v: v is SEARCHED or (_is_number(v) and 0 <= v < 1),
     ),
-    "target.name": ("params, flops, components, latency or max_drop", lambda v: v in _TARGETS),
-    "target.value": ("points of agreement, above 0 and below 100", lambda v: _is_number(v) and 0 < v < 100),
-    "target.of": ("params, flops or latency", lambda v: v in ("params", "flops", "latency")),
-    "target.trials": ("a whole number from 2", lambda v: is_whole(v) and v >= 2),
-    "target.held_out": ("a share with 0 < held_out <= 0.5", lambda v: _is_number(v) and 0 < v <= 0.5),
-    "target.batch_size": ("a whole number from 1, or null", lambda v: v is None or (is_whole(v) and v >= 1)),
-    "target.rounds": ("a whole number from 1", lambda v: is_whole(v) and v >= 1),
-    "target.max_seconds": ("a number above 0", lambda v: _is_number(v) and v > 0),
-    "target.table": ("a latency_table.json, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
-    "round_to": ("a whole number from 1", lambda v: is_whole(v) and v >= 1),
+    "round_to": ("a whole number from 1, or auto", lambda v: v == "auto" or (is_whole(v) and v >= 1)),
     "tolerance": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "components": (
         "mlp, attention or both, such as [mlp,attention]",
@@ -83,6 +73,25 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "runs": ("a list of run folders, such as [DIR1,DIR2]", lambda v: _is_names(v)),
     "resume": ("the folder of an interrupted run, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
 }  # fmt: skip
+
+
+def check_serving(plain: Mapping[str, Any]) -> None:
+    """The runtimes that are named exist, are installed and run on the device: found now, not after the pruning.
+
+    Raises:
+        ConfigError: With the setting and what to do.
+    """
+    from modhifi_cli.evaluation.runtimes import runtime
+
+    device = str(select(plain, "runtime.device")).partition(":")[0]
+    serve, listed = select(plain, "runtime.serve"), select(plain, "evaluation.latency.runtimes")
+    asked = {
+        "runtime.serve": () if serve is ABSENT else (serve,),
+        "evaluation.latency.runtimes": listed if isinstance(listed, list) else (),
+    }
+    for place, names in asked.items():
+        for name in names:
+            runtime(name, place=place, device_type=device)
 
 
 def check_numbers(plain: Mapping[str, Any]) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from modhifi_cli.errors import ConfigError, nearest
-from modhifi_cli.settings.checks import check_numbers
+from modhifi_cli.settings.checks import check_numbers, check_serving
 from modhifi_cli.settings.explain import explain, is_hydra_error
 from modhifi_cli.settings.resolve import (
     resolve_auto_data,
     resolve_compared_sources,
     resolve_mixed_data,
     resolve_sparsity,
+    resolve_target,
 )
 from modhifi_cli.settings.targets import check_targets
 from modhifi_cli.settings.words import example, first_line, select, spelled
@@ -236,9 +237,12 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
     resolve_auto_data(plain, makes_data=verb in _MAKES_DATA)
     resolve_mixed_data(plain)
     resolve_compared_sources(plain)
-    resolve_sparsity(plain)
+    if "target" in known:
+        resolve_target(plain)
+        resolve_sparsity(plain)
     check_numbers(plain)
     check_targets(plain)
+    check_serving(plain)
     return plain
 
 

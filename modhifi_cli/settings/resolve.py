@@ -6,6 +6,7 @@ from typing import Any
 
 from modhifi_cli.errors import ConfigError, nearest
 from modhifi_cli.settings.checks import SEARCHED
+from modhifi_cli.settings.targets import build, check_targets
 from modhifi_cli.settings.words import ABSENT, from_yaml, select, spell
 from modhifi_cli.settings.yamls import config_directory, groups
 
@@ -104,23 +105,37 @@ def _listed_source(
     return name, whole
 
 
+def resolve_target(plain: dict[str, Any]) -> None:
+    """`target: auto` is the choice that its YAML names for the kind of network at hand."""
+    node = plain["target"]
+    if not isinstance(node, Mapping) or not node.get("auto"):
+        return
+    kind = "text" if str(select(plain, "model._target_")).startswith("modhifi_cli.models.hf.") else "images"
+    chosen, choices = node[kind], [choice for choice in groups()["target"] if choice != "auto"]
+    if chosen not in choices:
+        raise ConfigError(f"target.{kind}: there is no target {chosen!r}; {nearest(str(chosen), choices)}")
+    plain["target"] = from_yaml((config_directory() / "target" / f"{chosen}.yaml").read_text(encoding="utf-8"))
+
+
 def resolve_sparsity(plain: dict[str, Any]) -> None:
     """`sparsity: auto` is 0.4, or nothing where the share is what the run shall find; then it may not be given.
 
     Afterwards a share that has to be found is None.
     """
-    if select(plain, "target.name") != "max_drop":
+    check_targets(plain["target"], "target")
+    price = build(plain["target"])
+    if not price.searched:
         if plain.get("sparsity") == "auto":
             plain["sparsity"] = _SPARSITY
         elif "sparsity" in plain and plain["sparsity"] is None:
             raise ConfigError(
-                f"sparsity must be given with target={select(plain, 'target.name')}: the share that is removed, "
-                "0 <= sparsity < 1; only target=max_drop finds it itself."
+                f"sparsity must be given with target={price.name}: the share that is removed, 0 <= sparsity < 1; only "
+                "target=max_drop finds it itself."
             )
         return
     if plain.get("sparsity") not in ("auto", None):
         raise ConfigError(
-            f"sparsity={plain['sparsity']} makes no sense with target=max_drop, which finds the share itself; leave it "
-            "out, or choose target=params, flops, components or latency."
+            f"sparsity={plain['sparsity']} makes no sense with target={price.name}, which finds the share itself; leave "
+            "it out, or choose another target."
         )
     plain["sparsity"] = SEARCHED

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from modhifi_cli.errors import ConfigError, nearest, need_packages
+from modhifi_cli.settings.yamls import config_directory
 
 PACKAGE = "modhifi_cli."
 # Where rooms, files and classes of earlier versions are now; saved runs name what made them by the old places.
@@ -45,11 +46,13 @@ _GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
     "schedule": ("sparsity",),
     "outside": (
         "model", "calibration", "sparsity", "target", "batchnorm", "exclude", "round_to", "batch_size", "device",
-        "done", "latency",
+        "done",
     ),
 }  # fmt: skip
 # Arguments that the run gives to those that take them, and that no YAML may set.
-_GIVEN_IF_TAKEN: Mapping[str, tuple[str, ...]] = {"data": ("making",), "sources": ("making",)}
+_GIVEN_IF_TAKEN: Mapping[str, tuple[str, ...]] = {
+    "data": ("making",), "sources": ("making",), "target": ("measured", "stopwatch"),
+}  # fmt: skip
 
 
 def build(node: Mapping[str, Any], **given: Any) -> Any:
@@ -125,9 +128,19 @@ def at_present(node: Any) -> Any:
     if not isinstance(node, Mapping):
         return node
     plain = {key: at_present(value) for key, value in node.items()}
+    target = plain.get("target")
+    if isinstance(target, dict) and "name" in target and "_target_" not in target:
+        plain["target"] = _price_at_present(target)
     name = plain.get("_target_")
     if isinstance(name, str) and name.startswith(PACKAGE):
         old = next((place for place in _MOVED if f"{name}.".startswith(f"{PACKAGE}{place}.")), None)
         if old is not None:
             plain["_target_"] = f"{PACKAGE}{_MOVED[old]}{name.removeprefix(PACKAGE + old)}"
     return plain
+
+
+def _price_at_present(target: dict[str, Any]) -> dict[str, Any]:
+    """What a run counts, of a version that named it by a word: the class that the choice of that name names today."""
+    file = config_directory() / "target" / f"{target['name']}.yaml"
+    found = re.search(r"^_target_: (\S+)$", file.read_text(encoding="utf-8"), re.M) if file.is_file() else None
+    return target if found is None else {"_target_": found[1], **{k: v for k, v in target.items() if k != "name"}}

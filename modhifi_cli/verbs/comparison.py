@@ -65,7 +65,7 @@ class Cell:
     @property
     def title(self) -> str:
         """For people: ``paper, 0.4 of flops, seed 0``."""
-        return f"{self.method}, {self.budget:g} of {self.settings['target']['name']}, seed {self.seed}"
+        return f"{self.method}, {self.budget:g} of {config.build(self.settings['target']).name}, seed {self.seed}"
 
 
 class Shared:
@@ -234,10 +234,10 @@ def _cells(
     for method in settings["methods"]:
         if method not in presets:
             raise ConfigError(f"methods: there is no preset '{method}'; {nearest(method, presets)}")
-    if settings["target"]["name"] == "max_drop":
+    price = config.build(settings["target"])
+    if price.searched:
         raise ConfigError(
-            "modhifi compare runs methods to the same budgets, and target=max_drop has none; "
-            "choose target=params, flops, components or latency."
+            f"modhifi compare runs methods to the same budgets, and target={price.name} has none; choose another target."
         )
     for word in overrides:
         key = word.partition("=")[0].lstrip("+~")
@@ -251,7 +251,7 @@ def _cells(
     mine = [word for word in overrides if not word.startswith((*_GRID, "hydra"))]
     given = {word.partition("=")[0] for word in mine}
     same = {
-        "target": settings["target"]["name"],
+        "target": price.name,
         "evaluation": f"[{','.join(settings['evaluation'])}]",
     }
     if "num_samples" in settings["data"] and not listed:  # a preset's own number would be another sample; text has none
@@ -273,7 +273,7 @@ def _cells(
         title = source["title"]
         label = method if title is None else f"{title}, {method}" if several else title
         start = method if title is None else f"{method}_{config.slug([title])}"
-        name = f"{start}_{own['target']['name']}-{budget:g}_seed-{seed}_{_digest(kept)[:8]}"
+        name = f"{start}_{price.name}-{budget:g}_seed-{seed}_{_digest(kept)[:8]}"
         words = (*mine, *source["words"], f"preset={method}", f"sparsity={budget:g}", f"data.seed={seed}")
         cells.append(Cell(label, budget, seed, own, words, folder / "cells" / name))
     return cells
@@ -356,7 +356,7 @@ def _write(
     artifacts.write_text(folder / "comparison.csv", reports.csv_text([*first, *rows]))
     artifacts.write_text(folder / "config.yaml", config.to_yaml(settings))
     figures = _figures(folder, settings, rows, own)
-    what = "sources" if settings.get("sources") else "methods"
+    what, target = "sources" if settings.get("sources") else "methods", config.build(settings["target"]).name
     artifacts.write_text(
         folder / "comparison.md",
         reports.comparison_page(
@@ -366,11 +366,11 @@ def _write(
             dense=own,
             failed=[f"{record['title']}: {record['message']}" for record in records if record["status"] == "failed"],
             figures=figures,
-            protocol={"target": settings["target"]["name"], "seeds": settings["seeds"], **_protocol(settings, dense)},
+            protocol={"target": target, "seeds": settings["seeds"], **_protocol(settings, dense)},
             repeat=command,
         ),
     )
-    other = [f"removed_{name}" for name in ("params", "flops", "components") if name != settings["target"]["name"]]
+    other = [f"removed_{name}" for name in ("params", "flops", "components") if name != target]
     shown = reports.comparison_table(rows, own, leave_out=other, head=what.removesuffix("s"))
     console.table(f"{_model_name(settings)}, mean ± standard deviation over seeds", shown)
     console.note(f"the table is in {folder / 'comparison.md'} and comparison.csv, the cells in cells.csv")

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.files import artifacts
-from modhifi_cli.records import Edit, ImageSource
+from modhifi_cli.records import Edit, ImageSource, Progress
+from modhifi_cli.settings import config
+from modhifi_cli.verbs import pieces
 
 FOLDER = "trials"
+_FIRST_OF_TEXT = 0.1  # share of the first trial with a language model
 _GUESS = 0.3  # share at which the plan is asked what other shares would cost
 
 
@@ -79,32 +82,37 @@ def search_(
     from modhifi_cli.graph.surgery import apply_edit_
     from modhifi_cli.numerics.allocation import UnreachableShare
 
-    asked = settings["target"]
-    fitted = Part(calibration, share=asked["held_out"], held_out=False)
-    judges = Part(calibration, share=asked["held_out"], held_out=True)
-    dense = _logits(model, judges, settings, device, console)
-    resolution = 100 / len(judges)
+    asked = config.build(settings["target"])
+    of_text = pieces.is_decoder(settings)
+    answers = _next_tokens if of_text else _logits
+    fitted = Part(calibration, share=asked.held_out, held_out=False)
+    judges = Part(calibration, share=asked.held_out, held_out=True)
+    dense = answers(model, judges, settings, device, console)
+    resolution, what = 100 / len(dense), "tokens" if of_text else "images"
     artifacts.make_folder(place.path / FOLDER)
     found = _Found.read(place.path / FOLDER / "trials.json")
 
     def of_share(share: float) -> dict[str, Any]:
-        return {**settings, "sparsity": share, "target": {**asked, "name": asked["of"]}}
+        return {**settings, "sparsity": share}
 
-    if not found.planned:
+    if not found.planned and of_text:  # nothing predicts what a share costs in next tokens
+        found.start = _FIRST_OF_TEXT
+        found.write()
+    elif not found.planned:
         try:
             impact_at = plan(copy.deepcopy(model), of_share(_GUESS), fitted).impact_at
         except UnreachableShare as error:
             found.largest, impact_at = _below(error.reachable), None
         if impact_at is not None:
-            found.start = predicted_share(dense, _up_to(impact_at), asked["value"], largest=found.largest)
+            found.start = predicted_share(dense, _up_to(impact_at), asked.value, largest=found.largest)
         found.write()
     while True:
-        search = DropSearch(asked["value"], asked["trials"], resolution, found.largest, min(0.02, found.largest))
+        search = DropSearch(asked.value, asked.trials, resolution, found.largest, min(0.02, found.largest))
         finished = [Trial(trial["sparsity"], trial["drop"]) for trial in found.trials]
         share = search.next_share(found.start, finished)
         if share is None:
             break
-        console.note(f"trial {len(finished) + 1} of at most {asked['trials']}: {share:.1%} of {asked['of']}")
+        console.note(f"trial {len(finished) + 1} of at most {asked.trials}: {share:.1%} of {asked.of}")
         inner = place.inside(f"{FOLDER}/{len(finished):02d}")
         done, made_on = inner.load_edits()
         if done and made_on != dense_hash:
@@ -118,7 +126,7 @@ def search_(
             found.largest = _below(error.reachable)
             found.write()
             continue
-        drop = measured_drop(dense, _logits(ours, judges, settings, device, console))
+        drop = measured_drop(dense, answers(ours, judges, settings, device, console))
         impact = getattr(summary, "predicted_impact", None)
         found.trials.append(
             {
@@ -129,7 +137,7 @@ def search_(
                 "predicted_error": errors,
                 "predicted_drop": None if impact is None else predicted_drop(dense, impact),
                 "drop": drop,
-                "accepted": drop <= asked["value"],
+                "accepted": drop <= asked.value,
             }
         )
         found.write()
@@ -140,9 +148,9 @@ def search_(
         last = min(found.trials, key=lambda trial: trial["sparsity"])
         place.discard()
         raise ConfigError(
-            f"target.value={asked['value']:g} cannot be kept: even {last['sparsity']:.1%} fewer {asked['of']} cost "
-            f"{last['drop']:.2f} points of agreement on the {len(judges)} held-out images (one image is "
-            f"{resolution:.2f}); raise target.value, give more calibration images, or choose another preset."
+            f"target.value={asked.value:g} cannot be kept: even {last['sparsity']:.1%} fewer {asked.of} cost "
+            f"{last['drop']:.2f} points of agreement on the {len(dense)} held-out {what} (one {what[:-1]} is "
+            f"{resolution:.2f}); raise target.value, give more calibration {what}, or choose another preset."
         )
     edits = list(place.inside(f"{FOLDER}/{best:02d}").load_edits()[0])
     for edit in edits:
@@ -151,7 +159,7 @@ def search_(
         place.save_edit(edit, dense_hash)
     accepted = found.trials[best]
     summary = Summary(accepted["achieved"], tuple(accepted["warnings"]), accepted["latency"])
-    return summary, edits, accepted["predicted_error"], _rows(found.trials, best, asked["of"], len(judges))
+    return summary, edits, accepted["predicted_error"], _rows(found.trials, best, asked.of, len(dense))
 
 
 def _below(reachable: float) -> float:
@@ -206,3 +214,18 @@ def _logits(
             progress=console.progress,
         )
         return torch.cat([logits["network"] for logits, _ in batches])
+
+
+def _next_tokens(
+    model: nn.Module, sequences: ImageSource, settings: Mapping[str, Any], device: torch.device, console: Console
+) -> Tensor:
+    """The token that a language model expects behind every held-out token, ``[tokens]`` int64 on the CPU."""
+    from modhifi_cli.evaluation.forward import ready_to_measure
+
+    expected, done = [], 0
+    with ready_to_measure({"network": model}, device), torch.inference_mode():
+        for tokens, _ in sequences.batches(1):  # one sequence: logits over a vocabulary are large
+            expected.append(model(tokens.to(device)).logits.argmax(-1).flatten().cpu())
+            done += len(tokens)
+            console.progress(Progress("held-out agreement", "tokens", done, len(sequences)))
+    return torch.cat(expected)

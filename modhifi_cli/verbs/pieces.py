@@ -234,7 +234,11 @@ def foresee_exports(settings: Mapping[str, Any], loaded: LoadedModel | None = No
             raise ConfigError(f"export=[{name}] {what}; choose {other}.")
         if loaded is not None:
             even = not getattr(config.build(settings["allocation"]), "needs_curves", False)
-            format_.foresee(loaded, Intent(even=even, round_to=settings["round_to"]))
+            from modhifi_cli.engine.rounding import neuron_step
+
+            neurons = getattr(getattr(loaded.model, "config", None), "intermediate_size", None)
+            step = neuron_step(neurons, settings["round_to"]) if neurons else 1
+            format_.foresee(loaded, Intent(even=even, round_to=step))
 
 
 def told_overlap(

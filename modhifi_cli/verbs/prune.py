@@ -57,7 +57,8 @@ def prune(
     done, healed_before = healing.apart(pieces.edits_so_far(place, dense_hash, calibration) if resumed else ())
     place.log(command)
     what = "sequences" if pieces.is_decoder(settings) else "images"
-    console.note(f"{loaded.name}: {loaded.weights}, {len(calibration)} calibration {what}; working in {place.path}")
+    price = config.build(settings["target"])
+    console.note(f"{loaded.name}: {price.goal(settings['sparsity'])}; {loaded.weights}, {len(calibration)} calibration {what}; working in {place.path}")
     shared_text = pieces.told_overlap(settings, calibration, evaluation, console, place)
     if calibration.protocol.get("skipped"):
         console.warning(
@@ -72,12 +73,7 @@ def prune(
             )
             times = timing.Times(settings, facts, place)
             trials: list[dict[str, Any]] = []
-            if settings["target"]["name"] == "max_drop":
-                if pieces.is_decoder(settings):
-                    raise ConfigError(
-                        "target=max_drop is for networks that read images; give sparsity and target=params, flops or "
-                        "components."
-                    )
+            if price.searched:
                 summary, edits, predicted, trials = drop.search_(
                     model,
                     settings,
@@ -101,7 +97,7 @@ def prune(
             )
         with pieces.timed(seconds, "save"):
             pieces.save_network(place, loaded, model)
-            asked = {"sparsity": settings["sparsity"], "target": settings["target"]["name"]}
+            asked = {"sparsity": settings["sparsity"], "target": price.name}
             exported = pieces.export(place.path / "export", settings["export"], loaded, model, asked)
         with pieces.timed(seconds, "evaluate"):
             beside = {"dense": dense} if settings["measure_dense"] else {}
@@ -144,7 +140,7 @@ def _follow(settings: Mapping[str, Any]) -> None:
     if settings["resume"]:
         place = artifacts.RunDirectory.reopen(settings["resume"])
         done = pieces.edits_so_far(place, weights_hash(loaded.model), calibration)
-    for _ in _events(loaded.model, settings, calibration, device, done, None):
+    for _ in _events(loaded.model, settings, calibration, device, done, config.build(settings["target"])):
         pass
 
 
@@ -163,7 +159,7 @@ def _edit_(
     from modhifi_cli.engine.plan import Plan, Summary
     from modhifi_cli.evaluation.latency_table import LatencyTable
 
-    events = _events(model, settings, calibration, device, done, times.latency())
+    events = _events(model, settings, calibration, device, done, times.price())
     edits, summary, warned = list(done), None, set()
     predicted: dict[str, float] = {}
     if done:
@@ -206,7 +202,7 @@ def _plan(
     from modhifi_cli.engine.plan import Plan
     from modhifi_cli.evaluation.latency_table import LatencyTable
 
-    for event in _events(model, settings, calibration, device, (), times.latency()):
+    for event in _events(model, settings, calibration, device, (), times.price()):
         if isinstance(event, Progress):
             console.progress(event)
         elif isinstance(event, LatencyTable):
@@ -222,7 +218,7 @@ def _events(
     calibration: ImageSource,
     device: torch.device,
     done: Sequence[Edit],
-    latency: Any,
+    price: Any,
 ) -> Iterator[Any]:
     """The run of our method, or of an outside one where the settings name it; both tell the same kinds of records."""
     from modhifi_cli.engine.prune import prune_
@@ -235,21 +231,20 @@ def _events(
             model,
             calibration=calibration,
             sparsity=float(settings["sparsity"]),
-            target=settings["target"]["name"],
+            target=price,
             batchnorm=settings["batchnorm"],
             exclude=tuple(settings["exclude"]),
             round_to=settings["round_to"],
             batch_size=settings["runtime"]["batch_size"],
             device=device,
             done=done,
-            latency=latency,
         )
     steps = {key: config.build(settings[key]) for key in _STEPS}
     keep = pieces.is_decoder(settings)  # the head of a language model is no linear layer behind a pooling
     recipe = Recipe(
         **steps, classifier="keep" if keep else settings["classifier"], seed=settings["runtime"]["seed"]
     )
-    budget = Budget(float(settings["sparsity"]), settings["target"]["name"], settings["round_to"], latency)
+    budget = Budget(float(settings["sparsity"]), price, settings["round_to"])
     return prune_(_walk(model, settings, calibration, device), recipe, budget, done=done)
 
 
@@ -324,7 +319,8 @@ def _write_outcome(
             "verb": "prune",
             "model": loaded.name,
             "weights": loaded.weights,
-            "target": settings["target"]["name"],
+            "target": config.build(settings["target"]).name,
+            "goal": config.build(settings["target"]).goal(settings["sparsity"]),
             "sparsity": settings["sparsity"],
             "achieved": dict(summary.achieved),
             "latency": summary.latency,

@@ -110,7 +110,7 @@ def _subject(
         sources=tuple(settings["study"].get("sources", ())),
         asked=settings["layers"] if isinstance(settings["layers"], str) else tuple(settings["layers"]),
         seeds=tuple(settings["seeds"]),
-        steps=steps | {"target": settings["target"]["name"]},
+        steps=steps | {"target": config.build(settings["target"]).name},
         batch_size=settings["runtime"]["batch_size"],
         device=device,
     )

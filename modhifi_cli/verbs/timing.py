@@ -12,8 +12,8 @@ from torch import nn
 
 from modhifi_cli.console import Console
 from modhifi_cli.files import artifacts
-from modhifi_cli.records import Preprocess
-from modhifi_cli.verbs import pieces
+from modhifi_cli.records import Preprocess, TextInput
+from modhifi_cli.settings import config
 
 FILE = "latency_table.json"
 _FAR = 0.03  # a prediction that is farther off than that is a warning
@@ -30,7 +30,7 @@ class Times:
     """
 
     def __init__(self, settings: Mapping[str, Any], facts: Mapping[str, Any], place: artifacts.RunDirectory) -> None:
-        self._asked = settings["target"]
+        self._asked = config.build(settings["target"])
         self._own = place.path / FILE
         self._shared: Path | None = None
         if facts.get("sweep"):
@@ -38,30 +38,17 @@ class Times:
             digest = hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()[:8]
             self._shared = Path(facts["sweep"]) / f"latency_table_{digest}.json"
 
-    @property
-    def wanted(self) -> bool:
-        """Whether the target is time."""
-        return "latency" in (self._asked["name"], self._asked.get("of"))
-
-    def latency(self) -> Any:
-        """How the task shall measure; with the run's own table first (a continued run must not measure again)."""
-        from modhifi_cli.engine.prices import LatencySettings
-        from modhifi_cli.evaluation import latency_probe
-
-        if not self.wanted:
-            return None
-        given = [path for path in (self._own, self._asked["table"], self._shared) if path is not None]
-        found = [path for path in given if path == self._asked["table"] or Path(path).is_file()]
+    def price(self) -> Any:
+        """What shares of the run count; time with the run's own table first (a continued run must not measure again)."""
+        price = self._asked.price if self._asked.searched else self._asked
+        if not price.timed:
+            return price
+        given = [path for path in (self._own, price.table, self._shared) if path is not None]
+        found = [path for path in given if path == price.table or Path(path).is_file()]
         table = artifacts.load_latency_table(found[0]) if found else None
         if table is not None and not self._own.is_file():
             self.keep(table)
-        return LatencySettings(
-            self._asked["batch_size"],
-            self._asked["rounds"],
-            float(self._asked["max_seconds"]),
-            table,
-            latency_probe.stopwatch,
-        )
+        return dataclasses.replace(price, measured=table)
 
     def keep(self, table: Any) -> None:
         """Put the table into the run's folder, and where the other runs of a sweep look for it."""
@@ -72,9 +59,9 @@ class Times:
     def clocked(
         self,
         summary: Any,
-        dense: nn.Module,
+        dense: nn.Module | None,
         model: nn.Module,
-        preprocess: Preprocess,
+        preprocess: Preprocess | TextInput,
         device: torch.device,
         console: Console,
     ) -> Any:
@@ -85,6 +72,9 @@ class Times:
         if summary.latency is None:
             return summary
         table = artifacts.load_latency_table(self._own)
+        if dense is None:  # a language model whose dense network was not kept
+            return summary
+        price = self.price()
         if not measured_here(table, device):
             told = f"{table.protocol.get('device')}, {table.protocol.get('threads')} threads"
             warning = f"the latency table is that of another machine ({told}), so the share of time was not checked."
@@ -95,11 +85,11 @@ class Times:
         for event in latency_probe.saved_share(
             dense.eval(),
             model.eval(),
-            pieces.example_inputs(preprocess, 1).to(next(model.parameters())),
+            _example(table.protocol["input"], model, preprocess, device),
             batch=batch,
-            rounds=2 * self._asked["rounds"],
-            max_seconds=float(self._asked["max_seconds"]),
-            stopwatch=latency_probe.stopwatch,
+            rounds=2 * price.rounds,
+            max_seconds=float(price.max_seconds),
+            stopwatch=latency_probe.stopwatch_in(price.serve, device),
         ):
             if isinstance(event, latency_probe.Saved):
                 found = event
@@ -116,10 +106,20 @@ class Times:
             console.warning(warning)
             warnings = (*warnings, warning)
         measured = {"measured": found.share, "p10": found.low, "p90": found.high, "rounds": found.rounds}
-        kept = {key: table.protocol[key] for key in ("batch", "device", "threads", "clock")}
+        kept = {key: table.protocol[key] for key in ("batch", "runtime", "device", "threads", "clock") if key in table.protocol}
         return dataclasses.replace(
             summary,
             achieved={**summary.achieved, "latency": found.share},
             latency={**summary.latency, **measured, "dense_ms": table.dense_ms, **kept},
             warnings=warnings,
         )
+
+
+def _example(
+    shape: list[int], model: nn.Module, preprocess: Preprocess | TextInput, device: torch.device
+) -> torch.Tensor:
+    """One input of the shape that the table was measured with: noise, or ids of tokens."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(preprocess, TextInput):
+        return torch.randint(0, preprocess.vocabulary, (1, *shape), generator=generator).to(device)
+    return torch.randn((1, *shape), generator=generator).to(next(model.parameters()))

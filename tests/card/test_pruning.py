@@ -54,7 +54,6 @@ def test_the_rivals_run_on_the_card(preset):
             config.build(settings["outside"])(
                 model, calibration=from_batches(labelled_images("batchnorm")), sparsity=0.3, target="params",
                 batchnorm=settings["batchnorm"], exclude=(), round_to=1, batch_size=20, device="cuda", done=(),
-                latency=None,
             )
         )  # fmt: skip
         assert all(parameter.is_cuda for parameter in model.parameters())

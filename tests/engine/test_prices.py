@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modhifi_cli.engine.plan import Plan, Summary
-from modhifi_cli.engine.prices import LatencySettings
+from modhifi_cli.engine.prices import Latency, MaxDrop, Params, as_price
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.surgery import weights_hash
@@ -18,13 +18,13 @@ from tests.machines import Machine
 
 
 def timed(machine, **settings):
-    return LatencySettings(batch_size=2, rounds=3, max_seconds=1e9, stopwatch=machine, **settings)
+    return Latency(batch_size=2, rounds=3, max_seconds=1e9, stopwatch=machine, **settings)
 
 
 def pruned(name, machine, *, latency=None, **settings):
     model, images = setting(name)
     dense = copy.deepcopy(model)
-    settings = {"target": "latency", "latency": latency or timed(machine), **settings}
+    settings = {"target": latency or timed(machine), **settings}
     edits, events = run(model, images, **settings)
     tables = [event for event in events if isinstance(event, LatencyTable)]
     return dense, model, edits, events, tables
@@ -62,7 +62,7 @@ def test_trials_put_a_wrong_table_right_before_the_cut():
     }
     scale = table.layers_ms({}) / type(table)(**{**vars(table), "kinds": kinds}).layers_ms({})
     wrong = type(table)(**{**vars(table), "kinds": kinds, "scale": table.scale * scale, "aims": {}})
-    dense, model, _, events, later = pruned("projected", machine, sparsity=0.4, latency=timed(machine, table=wrong))
+    dense, model, _, events, later = pruned("projected", machine, sparsity=0.4, latency=timed(machine, measured=wrong))
     reached = machine.share(dense, model, torch.randn(2, 3, 16, 16))
     (aim, offset) = next(iter(later[-1].aims.values()))
     assert abs(aim - 0.4) > 0.02  # the wrong table had to be asked for something else
@@ -77,7 +77,7 @@ def test_a_continued_run_takes_the_saved_table_and_times_nothing():
     def forbidden(module, images):
         raise AssertionError("measured again")
 
-    settings = {"latency": timed(forbidden, table=tables[-1]), "allocation": Global(), "done": edits[:2]}
+    settings = {"latency": timed(forbidden, measured=tables[-1]), "allocation": Global(), "done": edits[:2]}
     _, again, rest, _, _ = pruned("projected", machine, **settings)
     assert weights_hash(again) == weights_hash(model)
     assert [edit.name for edit in rest] == [edit.name for edit in edits[2:]]
@@ -92,7 +92,7 @@ def test_a_share_of_time_out_of_reach_names_the_largest_possible():
 def test_another_networks_table_is_refused():
     _, _, _, _, tables = pruned("projected", Machine(fixed=0.05))
     with pytest.raises(ConfigError, match=r"target.table: the table was measured for other layers"):
-        pruned("concatenated", Machine(), latency=timed(Machine(), table=tables[-1]))
+        pruned("concatenated", Machine(), latency=timed(Machine(), measured=tables[-1]))
 
 
 def test_an_outside_pruner_is_run_to_a_share_of_time_too():
@@ -100,8 +100,8 @@ def test_an_outside_pruner_is_run_to_a_share_of_time_too():
     dense, machine = copy.deepcopy(model), Machine(fixed=0.01)
     events = list(
         torch_pruning_(
-            model, calibration=images, sparsity=0.3, target="latency", importance="magnitude", batch_size=8,
-            latency=timed(machine),
+            model, calibration=images, sparsity=0.3, target=timed(machine), importance="magnitude",
+            batch_size=8,
         )
     )  # fmt: skip
     reached = machine.share(dense, model, torch.randn(2, 3, 16, 16))
@@ -116,5 +116,27 @@ def test_uneven_widths_take_the_step_of_the_machine():
     sizes = [16, 16]
     share = lambda keep: 1 - sum(-(-k // 8) * 8 for k in keep) / 32  # noqa: E731 - one line, used once
     curves = [[0.01 * removed for removed in range(16)], [0.02 * removed for removed in range(16)]]
-    assert Global()(sizes, sizes, share, sparsity=0.25, step=1, curves=curves, stepwise=True) == [8, 16]
-    assert Uniform()(sizes, sizes, share, sparsity=0.5, step=1, stepwise=True) == [8, 8]
+    assert Global()(sizes, sizes, share, sparsity=0.25, steps=[1, 1], curves=curves, stepwise=True) == [8, 16]
+    assert Uniform()(sizes, sizes, share, sparsity=0.5, steps=[1, 1], stepwise=True) == [8, 8]
+
+
+def test_a_table_of_another_runtime_is_refused():
+    _, _, _, _, tables = pruned("projected", Machine(fixed=0.05))
+    with pytest.raises(ConfigError, match=r"the table was measured in eager, and runtime.serve=onnxruntime"):
+        pruned("projected", Machine(), latency=timed(Machine(), measured=tables[-1], serve="onnxruntime"))
+
+
+def test_time_in_another_runtime_is_measured_there():
+    pytest.importorskip("onnxruntime")
+    price = Latency(batch_size=1, rounds=1, max_seconds=0.1, serve="onnxruntime")
+    _, model, _, events, tables = pruned("projected", None, latency=price, sparsity=0.1)
+    assert tables[0].protocol["runtime"] == "onnxruntime" and tables[0].dense_ms > 0
+    assert events[-1].latency.keys() == {"table", "predicted"}
+
+
+def test_prices_say_what_they_count():
+    assert Params().goal(0.4) == "40 % of parameters removed"
+    assert MaxDrop(value=2.0, of="latency").goal(None) == "as little time as 2 points of agreement allow"
+    assert MaxDrop(of="latency", serve="onnxruntime").price == Latency(serve="onnxruntime")
+    with pytest.raises(ConfigError, match=r"target must be one of params, flops, components, got 'flop'; .*'flops'"):
+        as_price("flop")

@@ -48,7 +48,7 @@ def setting(name, count=24):
 
 
 RECIPE = ("scoring", "selection", "compensation", "allocation", "schedule", "classifier")
-BUDGET = ("sparsity", "target", "round_to", "latency")
+BUDGET = ("sparsity", "target", "round_to")
 
 
 def pruning(model, images, *, done=(), seed=0, **settings):
@@ -393,10 +393,10 @@ def test_a_network_without_a_linear_classifier_cannot_be_refitted():
 @pytest.mark.parametrize(
     ("setting_", "message"),
     [
-        ({"target": "memory"}, "target must be one of params, flops, components, latency, got 'memory'"),
+        ({"target": "memory"}, "target must be one of params, flops, components, got 'memory'"),
         ({"batchnorm": "train"}, "batchnorm must be 'reestimate' or 'stored', got 'train'"),
         ({"classifier": "train"}, "classifier must be 'keep', 'refit' or 'auto', got 'train'"),
-        ({"round_to": 0}, "round_to must be at least 1, got 0"),
+        ({"round_to": 0}, "round_to must be a whole number from 1, or auto; got 0"),
     ],
 )
 def test_settings_out_of_range_are_named(setting_, message):

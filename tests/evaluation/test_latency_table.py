@@ -90,7 +90,7 @@ def test_what_lies_between_the_layers_is_fitted_to_whole_networks():
 def test_the_time_bound_leaves_the_coarse_grid_and_three_rounds_of_networks():
     model, example = networks.small("projected")
     ticks = iter(range(10**6))
-    _, table = table_of(model, Machine(), example, rounds=50, max_seconds=5, clock=lambda: float(next(ticks)))
+    _, table = table_of(model, Machine(), example, rounds=50, max_seconds=5, now=lambda: float(next(ticks)))
     assert table.protocol["layer_rounds"] == 1 and table.protocol["network_rounds"] == 3
     assert all(len(times.outputs) <= 4 for times in table.kinds.values())
 
@@ -159,13 +159,13 @@ def test_two_networks_are_timed_side_by_side_in_turning_order():
     assert order[2:] == [True, False, False, True] * 2
 
 
-def test_the_stopwatch_follows_the_thread_where_one_thread_does_the_work():
+def test_the_stopwatch_follows_the_processor_where_one_thread_does_the_work():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert latency_probe.clock_name(torch.device("cpu")) == "thread"
+        assert latency_probe.clock_name(torch.device("cpu"), 1) == "processor"
         torch.set_num_threads(2)
-        assert latency_probe.clock_name(torch.device("cpu")) == "wall"
+        assert latency_probe.clock_name(torch.device("cpu"), 2) == "wall"
         assert latency_probe.stopwatch(torch.nn.Identity(), torch.zeros(1)) >= 0
     finally:
         torch.set_num_threads(before)

@@ -33,7 +33,7 @@ def test_rows_stand_in_the_order_of_measuring_with_both_sides():
 
 
 def timed(macs, speedup, p10, p90):
-    protocol = {"batch": 64, "compile": "none", "p10": p10, "p90": p90}
+    protocol = {"batch": 64, "runtime": "eager", "low": p10, "high": p90}
     return (
         Measurement("dense", "macs", 100.0, "MACs"), Measurement("pruned", "macs", macs, "MACs"),
         Measurement("pruned", "speedup", speedup, "×", protocol),
@@ -42,14 +42,27 @@ def timed(macs, speedup, p10, p90):
 
 def test_fewer_flops_that_are_no_less_time_are_said():
     said = reports.not_faster(timed(70.0, 1.02, 0.99, 1.05))
-    words = "30.0% fewer FLOPs are only 2.0% less time here (batch of 64, compile=none, 0.99 to 1.05 times as fast"
+    words = "30.0% fewer FLOPs are only 2.0% less time in eager here (batch of 64, 0.99 to 1.05 times as fast"
     assert said.startswith(words)
-    assert "round_to=8" in said and "target=latency" in said
-    assert "no less time (25.0% more) here" in reports.not_faster(timed(70.0, 0.8, 0.75, 0.9))
+    assert "round_to=auto" in said and "target=latency" in said
+    assert "no less time (25.0% more) in eager here" in reports.not_faster(timed(70.0, 0.8, 0.75, 0.9))
     assert reports.not_faster(timed(70.0, 1.3, 1.2, 1.4)) is None, "23 % less time for 30 % fewer FLOPs"
     assert reports.not_faster(timed(70.0, 1.1, 0.9, 1.4)) is None, "the clock is too restless to say so"
     assert reports.not_faster(timed(95.0, 1.0, 1.0, 1.0)) is None
     assert reports.not_faster(timed(70.0, 1.0, 1.0, 1.0)[:2]) is None, "nothing was timed"
+
+
+def test_two_times_are_compared_by_the_speedup_alone():
+    speedup = {"told": "too noisy to tell: between 0.80 and 1.30 times", "runtime": "eager", "batch": 64}
+    rows = reports.table(
+        [Measurement("dense", "latency_ms", 12.0, "ms", {"runtime": "eager", "batch": 64}),
+         Measurement("pruned", "latency_ms", 15.0, "ms", {"runtime": "eager", "batch": 64}),
+         Measurement("pruned", "speedup", 1.1, "×", speedup)]
+    )  # fmt: skip
+    assert [(row.label, row.after, row.change, row.better) for row in rows] == [
+        ("latency, eager, batch 64", "15.0 ms", "", None),
+        ("speedup, eager", "too noisy to tell: between 0.80 and 1.30 times", "", None),
+    ]
 
 
 def test_one_network_stands_in_its_own_column():
@@ -93,9 +106,9 @@ def test_change_from_zero_is_a_difference_not_a_share():
 
 def test_measurements_with_one_protocol_share_its_line():
     protocol = {"batch": 64, "iterations": 5}
-    measured = [Measurement("dense", name, 1.0, "ms", protocol) for name in ("latency_ms", "latency_median_ms")]
+    measured = [Measurement("dense", name, 1.0, "ms", protocol) for name in ("latency_ms", "latency_ms_jit")]
 
-    assert reports.protocol_lines(measured) == ["dense, latency_ms, latency_median_ms: batch 64; iterations 5"]
+    assert reports.protocol_lines(measured) == ["dense, latency_ms, latency_ms_jit: batch 64; iterations 5"]
 
 
 def test_a_chart_comes_back_from_its_json_and_numbers_that_are_none_stay_out():

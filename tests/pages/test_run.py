@@ -48,7 +48,7 @@ RESULTS = {
     "warnings": ["The target was\nmissed."],
     "seconds": {"prune": 12.3},
 }  # fmt: skip
-SETTINGS = {"sparsity": 0.4, "exclude": [], "batchnorm": "reestimate", "target": {"name": "flops"},
+SETTINGS = {"sparsity": 0.4, "exclude": [], "batchnorm": "reestimate", "target": {"_target_": "modhifi_cli.engine.prices.Flops"},
             "compensation": {"_target_": "modhifi_cli.numerics.compensation.Joint", "ridge": "auto"}}  # fmt: skip
 ENVIRONMENT = {"command": "modhifi prune model=resnet56_cifar resume=there", "device": "cpu", "threads": 2,
                "packages": {"torch": "2.0", "timm": None}}  # fmt: skip
@@ -164,12 +164,15 @@ def test_a_run_to_a_share_of_time_says_what_was_predicted_and_what_the_clock_sai
 
 def test_a_search_within_a_bound_names_the_bound_and_lists_its_trials():
     trials = [{"asked, flops": "30.0%", "measured drop, points": "1.50", "verdict": "broke the bound"}]
-    settings = {"target": {"name": "max_drop", "value": 1.0, "of": "flops", "table": None}}
+    settings = {"target": {"_target_": "modhifi_cli.engine.prices.MaxDrop", "value": 1.0, "of": "flops", "table": None}}
     text = pages.markdown(
-        made({**RESULTS, "target": "max_drop", "sparsity": None, "trials": trials}, settings=settings)
+        made(
+            {**RESULTS, "target": "max_drop", "sparsity": None, "trials": trials,
+             "goal": "as few FLOPs as 1 points of agreement allow"}, settings=settings,
+        )  # fmt: skip
     )
-    assert text.startswith("# resnet56_cifar: as few flops as 1 points of agreement allow\n")
-    assert "| target | max_drop (value 1, of flops) |" in text and "asked:" not in text
+    assert text.startswith("# resnet56_cifar: as few FLOPs as 1 points of agreement allow\n")
+    assert "| target | MaxDrop (value 1, of flops) |" in text and "asked:" not in text
     assert "| 30.0% | 1.50 | broke the bound |" in text
 
 

@@ -160,7 +160,7 @@ def test_settings_out_of_range_are_one_sentence(option_a):
         run(option_a, importance="magnitud")
     with pytest.raises(ConfigError, match=r"sparsity .* must lie in \[0, 1\), got 1"):
         run(option_a, sparsity=1.0)
-    with pytest.raises(ConfigError, match="run to a share of params, flops, components, latency, got 'speed'"):
+    with pytest.raises(ConfigError, match="target must be one of params, flops, components, got 'speed'"):
         run(option_a, target="speed")
     with pytest.raises(ConfigError, match="exclude: the network has no module 'layer9'"):
         run(option_a, exclude=["layer9"])

@@ -11,6 +11,7 @@ from modhifi_cli.cli import main
 from modhifi_cli.files import artifacts
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.settings import config
+from tests.machines import Machine
 from tests.decoders import saved
 from tests.evaluation.test_language import TEXT
 
@@ -172,7 +173,6 @@ def test_a_decoder_without_text_is_calibrated_on_what_it_says_itself(words, here
     (["data.length=1000"], "made for at most 64 tokens"),
     (["data.sequences=1000"], "1000 were asked for"),
     (["data=digits"], "a language model reads text"),
-    (["target=latency"], "target"),
     (["scoring=tvsprune"], "a language model reads text"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_and_leaves_nothing(words, here, capsys, asked, said):
@@ -213,7 +213,7 @@ def test_uneven_widths_are_the_same_recipe_with_another_allocation():
 
 def test_the_table_of_language_models_counts_parameters_and_measures_perplexity():
     settings = config.compose("compare", ["experiment=language_smollm2"])
-    assert settings["target"]["name"] == "params" and settings["components"] == ["mlp"]
+    assert settings["target"]["_target_"].endswith(".Params") and settings["components"] == ["mlp"]
     assert "token_perplexity" in settings["evaluation"]
     known = set(config.groups()["preset"])
     assert set(settings["methods"]) <= known
@@ -227,3 +227,21 @@ def test_rivals_of_language_models_compose():
     assert without["compensation"]["_target_"].endswith("NoCompensation")
     rival = config.compose("prune", ["model=smollm2_135m", "preset=fluctuation_bias"])
     assert rival["decoder"]["add_bias"] and rival["scoring"]["_target_"].endswith("Fluctuation")
+
+
+def test_time_and_a_bound_on_the_next_tokens_are_targets_of_language_models(words, here, monkeypatch):
+    from modhifi_cli.evaluation import latency_probe
+
+    monkeypatch.setattr(latency_probe, "stopwatch", Machine(fixed=0.01))
+    plain = ["evaluation=[size]", "preset=fast", "round_to=8", "components=[mlp]"]
+    timed = ["target=latency", "target.rounds=3", "target.max_seconds=2", "sparsity=0.1"]
+    assert main(["prune", *words, *plain, *timed, "output_dir=timed"]) == 0
+    (run,) = (here / "timed" / "prune" / "dense").iterdir()
+    latency = artifacts.read_results(run)["latency"]
+    assert {"table", "predicted", "measured", "dense_ms"} <= latency.keys() and latency["batch"] == 1
+    bound = ["target=max_drop", "target.of=params", "target.value=60", "target.trials=2"]
+    assert main(["prune", *words, *plain, *bound, "output_dir=bound"]) == 0
+    (run,) = (here / "bound" / "prune" / "dense").iterdir()
+    results = artifacts.read_results(run)
+    assert [trial for trial in results["trials"] if trial["verdict"] == "taken"]
+    assert results["goal"] == "as few parameters as 60 points of agreement allow"

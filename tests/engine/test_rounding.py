@@ -1,0 +1,54 @@
+"""Multiples for widths: an eighth of a group at most, blocks that runtimes and quantised formats like."""
+
+import pytest
+import torch
+
+from modhifi_cli.engine.rounding import channel_steps, neuron_step, refuse_narrow, told
+from modhifi_cli.errors import ConfigError
+from modhifi_cli.graph.components import ComponentGroup, Slot
+
+
+def group(components, channels=1):
+    slot = Slot("layer", torch.arange(components * channels).view(components, channels))
+    return ComponentGroup("layer", components, (slot,), (), ())
+
+
+def test_a_step_is_a_block_of_channels_and_at_most_an_eighth_of_the_group():
+    widths = [8, 16, 24, 32, 64, 96, 128, 960]
+    steps = channel_steps([group(width) for width in widths], "auto")
+    assert steps == [1, 2, 2, 4, 8, 8, 16, 16]
+    assert all(step * 8 <= width for step, width in zip(steps, widths, strict=True))
+
+
+def test_a_card_wants_multiples_of_8_to_64():
+    assert channel_steps([group(width) for width in (32, 64, 256, 960)], "auto", "cuda") == [1, 8, 32, 64]
+
+
+def test_components_of_many_channels_go_in_blocks_of_channels():
+    assert channel_steps([group(32, 4), group(12, 64)], "auto") == [4, 1]
+
+
+def test_a_given_multiple_is_every_groups():
+    assert channel_steps([group(8), group(512)], 32) == [32, 32]
+
+
+@pytest.mark.parametrize(
+    ("neurons", "step"), [(11008, 256), (4096, 256), (3072, 128), (1536, 64), (1000, 32), (256, 32), (172, 16), (20, 2)]
+)
+def test_neurons_go_in_blocks_that_serving_formats_can_quantise(neurons, step):
+    assert neuron_step(neurons, "auto") == step
+
+
+def test_a_multiple_that_no_group_holds_is_refused_and_one_that_some_hold_is_told():
+    with pytest.raises(ConfigError, match=r"round_to=64: every group has fewer components \(the widest 32\), so none could"):
+        refuse_narrow([16, 32], ["a", "b"], 64)
+    (said,) = refuse_narrow([16, 32, 64], ["a", "b", "c"], 64)
+    assert said == (
+        "round_to=64: a and 1 more have fewer components and stay whole; give round_to=auto or a smaller multiple to "
+        "cut them, too."
+    )
+    assert refuse_narrow([16, 32], ["a", "b"], "auto") == ()
+
+
+def test_steps_are_told_as_one_or_as_a_range():
+    assert (told([8, 8]), told([2, 16, 8], "neurons")) == ("8 components", "2 to 16 neurons")
