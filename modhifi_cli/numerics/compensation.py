@@ -65,6 +65,13 @@ class NoCompensation(_Compensation):
 
 
 @dataclass(frozen=True)
+class Constant(NoCompensation):
+    """Leave the kept weights as they are and restore the mean of the output alone, in a bias or BatchNorm (FLAP's)."""
+
+    needs_statistics: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class PerKernel(_Compensation):
     """One scale for every kept kernel, the paper's compensation (M5): Q_c[C,C] δ_c = r_c[C], w_{ci} ← δ_{ci} w_{ci}.
 

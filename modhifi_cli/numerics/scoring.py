@@ -33,6 +33,7 @@ from modhifi_cli.numerics.discriminability import (
     pairwise_tvs,
 )
 from modhifi_cli.numerics.fidelity import saliency, singleton_fidelity
+from modhifi_cli.numerics.moments import second_moment
 from modhifi_cli.records import Consumer
 
 
@@ -127,6 +128,29 @@ class Fluctuation:
     ) -> Scores:
         """One row of variances for each consumer, output units²."""
         return _energy_votes(consumers, centred=True)
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Wanda's score of a weight, |W| times the root mean square of its input (arXiv:2306.11695), summed by components."""
+
+    needs_statistics: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+
+    def __call__(
+        self,
+        consumers: Sequence[Consumer],
+        producers: Sequence[Tensor] = (),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Scores:
+        """One row of sums for each consumer, output units."""
+        votes = []
+        for consumer in consumers:
+            size = second_moment(consumer.statistics, centred=False).diagonal().clamp(min=0).sqrt()
+            each = (consumer.weight.double().abs().to(size) * size).sum(0)
+            votes.append(each.view(consumer.components, -1).sum(1)[None, : consumer.in_group])
+        return Scores(tuple(votes))
 
 
 @dataclass(frozen=True)
