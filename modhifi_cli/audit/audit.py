@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.audit import further as more
 from modhifi_cli.audit.attacks import Membership, Relearn, infer_membership, relearn
 from modhifi_cli.audit.depths import depths_of_all, read
 from modhifi_cli.audit.figures import DEFINITIONS, accuracies, criteria, distances, figures_of, gap, read_out
@@ -32,6 +33,7 @@ class AuditSettings:
     relearn: Relearn = field(default_factory=Relearn)
     membership: Membership = field(default_factory=Membership)
     verdict: Limits = field(default_factory=Limits)
+    further: more.Further | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class AuditReport:
         definitions: What every figure means.
         protocol: Images, probe classes, depths, thresholds, seeds.
         seconds: By part.
+        further: As `further.further_attacks`; empty where they were left out.
     """
 
     forget: tuple[int, ...]
@@ -74,6 +77,7 @@ class AuditReport:
     definitions: Mapping[str, str]
     protocol: Mapping[str, Any]
     seconds: Mapping[str, float]
+    further: Mapping[str, Any] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """As plain mappings and lists, with what the verdict's criteria derive."""
@@ -168,10 +172,19 @@ def audit(
     relearnt = yield from relearn(models, seen, sources, settings.relearn, seed=seed)
     clock.lap("relearn")
 
+    attacked: Mapping[str, Any] = {}
+    if settings.further is not None:
+        attacked = yield from more.further_attacks(
+            models, seen, sources, relearnt, settings=settings.further, membership=settings.membership, seed=seed
+        )
+        clock.lap("further attacks")
+
     again, accuracy = relearnt.networks, found.accuracy
     figures = {
         name: figures_of(name, accuracy[name], readouts, members.get(name), again.get(name)) for name in seen.names
     }
+    if attacked:
+        figures = {name: own | more.figures_of(name, attacked) for name, own in figures.items()}
     gaps = {}
     if reference is not None:
         gaps = {name: gap(figures[name], figures["reference"]) for name in seen.names if name != "reference"}
@@ -212,6 +225,7 @@ def audit(
             "seed": seed,
         },
         seconds=clock.seconds,
+        further=attacked,
     )
 
 

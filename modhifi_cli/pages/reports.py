@@ -581,6 +581,9 @@ def audit_page(
         membership = ""
     sections.append(f"## Membership\n\n{membership}{one_line(report['protocol']['membership'])}.")
 
+    if report.get("further"):
+        sections.append(_further_section(report["further"]))
+
     rows = [
         (f"softmax: {pair}", f"{sides['forget']:.3f}", f"{sides['retain']:.3f}")
         for pair, sides in report["distances"]["output"].items()
@@ -617,6 +620,27 @@ def audit_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
 def class_name(cls: int, classes: Sequence[str] | None) -> str:
     """``3 (cat)``, or the number alone where nobody knows names."""
     return str(cls) if classes is None or classes[cls] == str(cls) else f"{cls} ({classes[cls]})"
+
+
+def _further_section(found: Mapping[str, Any]) -> str:
+    """Intervals of the attacks that draw, and what rounding does to the accuracies."""
+    drawn = {"neighbour": found["neighbour"], **found["intervals"]}
+    rows = []
+    for figure, by_network in drawn.items():
+        for name, one in by_network.items():
+            if one.get("mean") is None:
+                continue
+            ends = "–" if one["low"] is None else f"{one['low']:.1f} … {one['high']:.1f}"
+            rows.append((figure, _AUDITED[name], f"{one['mean']:.1f}", ends, str(one["draws"])))
+    parts = [markdown_table(("figure", "network", "mean", "95 % interval of the mean", "draws"), rows)]
+    rounded = [
+        (_AUDITED[name], bits, f"{one['forget']:.1f}", f"{one['retain']:.1f}")
+        for name, each in found["rounding"].items()
+        for bits, one in each.items()
+    ]
+    if rounded:
+        parts.append(markdown_table(("network", "weights", "forget, %", "retain, %"), rounded))
+    return "## Several draws, and rounded weights\n\n" + "\n\n".join(parts)
 
 
 def _becomes_section(report: Mapping[str, Any], models: Sequence[str], heads: Sequence[str], where: str) -> str:

@@ -129,8 +129,9 @@ def audit_settings(settings: Mapping[str, Any]) -> AuditSettings:
     Raises:
         ConfigError: If one is out of range.
     """
-    parts = ("probe", "relearn", "membership", "verdict")
-    return AuditSettings(**{part: config.build(settings["audit"][part]) for part in parts})
+    parts = ("probe", "relearn", "membership", "verdict", "further")
+    named = settings["audit"]  # runs from before there were further attacks have none
+    return AuditSettings(**{part: config.build(named[part]) for part in parts if named.get(part)})
 
 
 def write_audit(folder: Path, report: AuditReport, *, model: str, repeat: str) -> None:
