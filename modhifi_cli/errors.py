@@ -45,6 +45,13 @@ EXTRAS: Mapping[str, str] = {
 }
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a card or the processor's allocator had no memory left; torch need not be loaded to ask."""
+    return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
 def package_missing(what: str, package: str) -> ConfigError:
     """The error for a package that is installed on request only, with the words that install it.
 

@@ -34,7 +34,8 @@ class Gathering:
         positions_per_image: Output positions drawn per image and convolution (rows of the statistics), or None for
             all of them. Fewer are cheaper and no longer exact.
         carry_gigabytes: Largest activation, over all images, that is carried from cut to cut instead of recomputed,
-            in 10⁹ bytes; ``"auto"`` takes a sixth of the memory that is free now.
+            in 10⁹ bytes, shared by all networks that carry some; ``"auto"`` takes a sixth of the memory that is free
+            where the activations lie when the run begins.
     """
 
     positions_per_image: int | None = None

@@ -18,7 +18,8 @@ from modhifi_cli.engine.class_features import MapSummaries, map_summaries
 from modhifi_cli.engine.gathering import Gathering, LayerMoments, TargetMoments
 from modhifi_cli.engine.impact import Impact, images_for
 from modhifi_cli.engine.labelling import Labels, image_labels
-from modhifi_cli.engine.plan import check_weights, discover, example_of, limit_bytes, refuse_nothing
+from modhifi_cli.engine.memory import limit_bytes
+from modhifi_cli.engine.plan import check_weights, discover, example_of, refuse_nothing
 from modhifi_cli.engine.site import features_kept
 from modhifi_cli.engine.walk import Budget, Cut, Looking, Pair, Recipe, Repair, Stop, Surveyed
 from modhifi_cli.engine.widths import GroupWidths
@@ -28,6 +29,7 @@ from modhifi_cli.graph.parts import part_of
 from modhifi_cli.graph.segments import Look, Segments
 from modhifi_cli.graph.surgery import slice_module_
 from modhifi_cli.numerics.batchnorm import input_scale, output_moments
+from modhifi_cli.numerics.linalg import at_least_float32
 from modhifi_cli.numerics.moments import reorder
 from modhifi_cli.numerics.scoring import Place
 from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress
@@ -103,7 +105,7 @@ class ImageWalk:
             self._calibration,
             batch_size=self._batch_size,
             device=self.device,
-            limit_bytes=limit_bytes(self.gathering) / networks,
+            limit_bytes=limit_bytes(self.gathering, self.device, networks=networks),
         )
 
     def prepare(self, recipe: Recipe, passes: int) -> Iterator[Progress | Note]:
@@ -456,4 +458,5 @@ def _both(first: Look, second: Look) -> Look:
 
 
 def _channels(maps: Tensor, alive: Tensor | None, axis: int) -> Tensor:
+    maps = at_least_float32(maps)
     return maps if alive is None else maps.index_select(axis, alive.to(maps.device))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.engine.gathering import Gathering
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.graph.attention import find_heads
 from modhifi_cli.graph.components import ComponentGroup, Refusal, shared_tensors
@@ -170,23 +169,6 @@ def example_of(calibration: ImageSource, device: torch.device) -> Tensor:
     if inputs.shape[0] < 2:
         inputs = torch.cat([inputs, inputs.flip(-1)])
     return inputs[:2].to(device)
-
-
-def limit_bytes(gathering: Gathering) -> float:
-    """Largest activation over all images that one network may keep, bytes."""
-    if gathering.carry_gigabytes == "auto":
-        return free_memory() / 6
-    return float(gathering.carry_gigabytes) * 1e9
-
-
-def free_memory() -> float:
-    """Bytes of memory that a process can take now, as the operating system estimates them."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return float(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 8e9  # systems without /proc: a modest laptop
 
 
 def at_widths(

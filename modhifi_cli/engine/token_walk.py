@@ -5,7 +5,6 @@ set; only sums are exchanged, so that all decide and edit alike.
 """
 
 import copy
-import resource
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from modhifi_cli.engine.decoder_widths import Widths
 from modhifi_cli.engine.flow import Flow
 from modhifi_cli.engine.gathering import LayerMoments, TargetMoments, held_out_images
 from modhifi_cli.engine.impact import restored
+from modhifi_cli.engine.memory import peaks
 from modhifi_cli.engine.plan import check_weights
 from modhifi_cli.engine.team import Team
 from modhifi_cli.engine.walk import Budget, Cut, Looking, Pair, Recipe, Repair, Stop, Surveyed
@@ -206,12 +206,11 @@ class TokenWalk:
 
     def notes(self) -> Iterator[Note]:
         """What memory was needed."""
-        device = self.flow.device
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device) / 1e9
-            yield Note(f"memory on the card, measured: {peak:.2f} GB at most")
+        used = peaks(self.flow.device)
+        if "card" in used:
+            yield Note(f"memory on the card, measured: {used['card'] / 1e9:.2f} GB at most")
             return
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        peak = used["process"] / 1e9
         yield Note(f"memory of the process, measured: {peak:.2f} GB at most, network and libraries included")
 
     # ------------------------------------------------------------------------------------------------------ looking

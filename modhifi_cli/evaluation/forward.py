@@ -127,8 +127,12 @@ class RememberedLogits(nn.Module):
 
 
 def _content(images: Tensor) -> str:
-    content = images.detach().cpu().contiguous()
-    return f"{tuple(content.shape)} {content.dtype} {hashlib.sha256(content.numpy().tobytes()).hexdigest()}"
+    return f"{tuple(images.shape)} {images.dtype} {hashlib.sha256(bytes_of(images)).hexdigest()}"
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """A tensor's values as bytes, of any floating type (NumPy knows no bfloat16) and from any device."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def synchronize(device: torch.device) -> None:

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.evaluation.forward import logits_of_batches, ready_to_measure
+from modhifi_cli.evaluation.forward import bytes_of, logits_of_batches, ready_to_measure
 from modhifi_cli.records import ImageSource
 
 
@@ -21,7 +21,7 @@ class SampleAnswers:
 
     def see(self, images: Tensor) -> None:
         """Note a batch of images, ``[batch, channels, height, width]``, by their bytes."""
-        self._hashes.update(hashlib.sha256(image.contiguous().view(torch.uint8).numpy().tobytes()).digest() for image in images)
+        self._hashes.update(hashlib.sha256(bytes_of(image)).digest() for image in images)
 
     def hear(self, logits: Tensor) -> None:
         """Note what the network says of a batch, ``[batch, classes]``."""

@@ -86,6 +86,7 @@ def environment(command: str, device: str) -> dict[str, Any]:
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(torch.device(device)) if cuda else device,
+        "precision": "TF32 in float32 forwards" if cuda and torch.backends.cudnn.allow_tf32 else "forwards as they are",
         "packages": packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

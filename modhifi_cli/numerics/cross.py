@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 from modhifi_cli.errors import NumericsError
+from modhifi_cli.numerics.linalg import at_least_float32, exact_products
 from modhifi_cli.numerics.moments import second_moment
 from modhifi_cli.numerics.regression import Regression
 from modhifi_cli.records import Statistics
@@ -51,6 +52,7 @@ class CrossMoments:
         self._mean: Tensor | None = None
         self._energy: Tensor | None = None
 
+    @exact_products
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """Add one batch.
 
@@ -63,6 +65,7 @@ class CrossMoments:
         """
         if len(inputs) == 0:
             return
+        inputs, targets = at_least_float32(inputs), at_least_float32(targets)
         if not isinstance(self._layer, nn.Conv2d):
             rows = targets.flatten(0, -2)
             cross = rows.T @ inputs.flatten(0, -2)

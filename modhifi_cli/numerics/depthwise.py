@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modhifi_cli.errors import NumericsError
+from modhifi_cli.numerics.linalg import at_least_float32, exact_products
 
 _VALUES_AT_ONCE = 2**24  # patch values that are unfolded at once: 64 MiB
 
@@ -93,6 +94,7 @@ class FilterMoments:
         self._rows = 0
         self._sums: dict[str, Tensor] = {}
 
+    @exact_products
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """Add one batch.
 
@@ -104,6 +106,7 @@ class FilterMoments:
             NumericsError: If a value is not finite.
         """
         layer = self._layer
+        inputs, targets = at_least_float32(inputs), at_least_float32(targets)
         taps = layer.kernel_size[0] * layer.kernel_size[1]
         if isinstance(layer.padding, str):
             inputs, padding = functional.pad(inputs, layer._reversed_padding_repeated_twice), (0, 0)

@@ -3,6 +3,10 @@
 Matrices are symmetric, float64 where a system is solved; batches come first (``[outputs, n, n]``).
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +20,32 @@ _PRECONDITIONER_RANK = 128
 _RESIDUAL = 1e-8
 _ITERATIONS = 300
 _CHUNK_BYTES = 256 * 2**20
+
+
+def exact_products(update: Callable) -> Callable:
+    """Within the decorated function float32 products are not rounded to TF32, whatever forwards may do.
+
+    TF32 keeps 10 bits: sums of squares would be off by 5e-4, and small eigenvalues of a Gram with them.
+    """
+
+    @functools.wraps(update)
+    def exact(*args: Any, **kwargs: Any) -> Any:
+        switches = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = [switch.allow_tf32 for switch in switches]
+        for switch in switches:
+            switch.allow_tf32 = False
+        try:
+            return update(*args, **kwargs)
+        finally:
+            for switch, was in zip(switches, before, strict=True):
+                switch.allow_tf32 = was
+
+    return exact
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 where it comes in half precision: sums are made of float32 or finer."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def feature_index(components: Tensor, features_per_component: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modhifi_cli.errors import NumericsError, UnsupportedModelError
-from modhifi_cli.numerics.linalg import add_gram_, mirror_upper_
+from modhifi_cli.numerics.linalg import add_gram_, exact_products, mirror_upper_
 from modhifi_cli.numerics.rows import Window, draw_positions, rows_at, unfold_columns
 from modhifi_cli.records import Statistics
 
@@ -49,6 +49,7 @@ class RowMoments:
         self._gram: Tensor | None = None
         self._samples: list[Tensor] = []
 
+    @exact_products
     def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
         """Add rows ``[rows, features]`` (any floating type and strides; they are copied where they are kept).
 
@@ -218,6 +219,7 @@ class ConvMoments:
         if positions_per_image is None and _shares_taps(self._window):
             self._shared = _SharedTapMoments(channels, self._window.kernel_size[0], name=name)
 
+    @exact_products
     def update(self, maps: Tensor) -> None:
         """Add the rows of input maps ``[batch, channels, height, width]``, any floating type.
 

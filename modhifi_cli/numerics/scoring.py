@@ -12,18 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from modhifi_cli.errors import (
-    ConfigError,
-    UnsupportedModelError,
-    is_number,
-    is_whole,
-    nearest,
-)
-from modhifi_cli.numerics.contributions import (
-    ContributionMoments,
-    contribution_energies,
-    contribution_moments,
-)
+from modhifi_cli.errors import ConfigError, UnsupportedModelError, is_number, is_whole, nearest
+from modhifi_cli.numerics.contributions import ContributionMoments, contribution_energies, contribution_moments
 from modhifi_cli.numerics.discriminability import (
     BOUNDS,
     WITNESSES,

@@ -495,7 +495,7 @@ def _protocol(
         blocks.append(Listing(tuple(lines)))
     facts = [
         (key, reports.told(environment[key]))
-        for key in ("device", "processor", "processors", "threads", "system", "python", "started")
+        for key in ("device", "precision", "processor", "processors", "threads", "system", "python", "started")
         if environment.get(key) is not None
     ]
     packages = environment.get("packages") or {}
@@ -507,6 +507,12 @@ def _protocol(
         facts.append(("seconds of computing", f"{sum(seconds.values()):.1f} in {len(seconds)} cells"))
     elif seconds:
         facts.append(("seconds", ", ".join(f"{key} {value:.1f}" for key, value in seconds.items())))
+    memory = results.get("memory") or {}
+    if memory.get("card"):
+        share = f"{memory['card'] / 1e9:.2f} of {memory['card_total'] / 1e9:.2f} GB at most"
+        facts.append(("memory of the card", share))
+    if memory.get("process"):
+        facts.append(("memory of the process", f"{memory['process'] / 1e9:.2f} GB at most, libraries included"))
     if facts:
         blocks.append(Table(("", ""), tuple(facts)))
     return [Section("How it was measured", tuple(blocks), folded=True)] if blocks else []

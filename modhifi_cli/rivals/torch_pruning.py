@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.engine.activations import Activations
-from modhifi_cli.engine.plan import Plan, PlannedGroup, Summary, discover, free_memory
+from modhifi_cli.engine.gathering import Gathering
+from modhifi_cli.engine.memory import limit_bytes
+from modhifi_cli.engine.plan import Plan, PlannedGroup, Summary, discover
 from modhifi_cli.engine.prices import COUNTED, Price, Pricing, Subject, as_price
 from modhifi_cli.engine.rounding import AUTO
 from modhifi_cli.engine.widths import NEAR
@@ -428,7 +430,7 @@ def _refresh(
     if not stale:
         return
     activations = Activations(
-        model, segments, calibration, batch_size=batch_size, device=device, limit_bytes=free_memory() / 6
+        model, segments, calibration, batch_size=batch_size, device=device, limit_bytes=limit_bytes(Gathering(), device)
     )
     yield from activations.refresh(stale, item="batchnorm")
     edits = []

@@ -26,7 +26,10 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "runtime.device": (
         "cpu, cuda or cuda:N", lambda v: isinstance(v, str) and re.fullmatch(r"cpu|cuda(:\d+)?", v) is not None,
     ),
-    "runtime.dtype": ("float32 or float64", lambda v: v in ("float32", "float64")),
+    "runtime.dtype": (
+        "float32, float64, bfloat16 or float16", lambda v: v in ("float32", "float64", "bfloat16", "float16"),
+    ),
+    "runtime.matmul": ("highest or high", lambda v: v in ("highest", "high")),
     "runtime.threads": ("a whole number from 1, or null", lambda v: v is None or (is_whole(v) and v >= 1)),
     "runtime.batch_size": ("a whole number from 1", lambda v: is_whole(v) and v >= 1),
     "runtime.seed": ("a whole number from 0", lambda v: is_whole(v) and v >= 0),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from modhifi_cli.engine.activations import Activations
 from modhifi_cli.engine.classifier import find_classifier
 from modhifi_cli.engine.gathering import Gathering
-from modhifi_cli.engine.plan import example_of, limit_bytes
+from modhifi_cli.engine.memory import limit_bytes
+from modhifi_cli.engine.plan import example_of
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_
@@ -146,7 +147,7 @@ def unlearn_(
         yield _known(done).summary(names, method)
         return
     activations = Activations(
-        model, segments, calibration, batch_size=batch_size, device=device, limit_bytes=limit_bytes(gathering)
+        model, segments, calibration, batch_size=batch_size, device=device, limit_bytes=limit_bytes(gathering, device)
     )
     yield from activations.advance(_in_front(segments, names[0]), item="calibration images")
     logits = yield from _outputs(activations, classifier, "dense logits")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from modhifi_cli.console import Console, open_console
-from modhifi_cli.errors import ModHiFiError
+from modhifi_cli.engine.memory import reset_peaks
+from modhifi_cli.errors import ModHiFiError, is_out_of_memory
 from modhifi_cli.verbs import pieces
 
 
@@ -34,11 +35,19 @@ def run(verb: str, settings: Mapping[str, Any], facts: Mapping[str, Any], *, fol
     silent = facts.get("parallel") or os.environ.get("RANK", "0") != "0"
     console = Console() if silent else open_console(settings["console"]["style"])
     settings = pieces.with_device(settings, facts)
+    pieces.set_precision(settings)
+    reset_peaks()
     try:
         verb_of = getattr(importlib.import_module(f"modhifi_cli.verbs.{verb}"), verb)
         return verb_of(settings, facts, console, folder)
     except ModHiFiError as error:
         console.error(" ".join(str(error).split()))
         raise
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        told = pieces.memory_full(settings, error)
+        console.error(str(told))
+        raise told from None
     finally:
         console.close()

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from modhifi_cli.console import Console
+from modhifi_cli.engine.memory import peaks
 from modhifi_cli.files import artifacts
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
@@ -16,6 +17,7 @@ _MADE = tuple(f"modhifi_cli.data.{name}." for name in ("synthetic", "inversion",
 
 def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
     asked, settings = settings, dict(settings)
+    of = settings  # whose ``model`` the networks are
     device = pieces.device_of(settings)
     models: dict[str, nn.Module] = {}
     if settings["run"] is None:
@@ -24,7 +26,7 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
     else:
         saved = artifacts.run_folder(settings["run"])
         pieces.warn_of_changed_code(saved, console)
-        before = pieces.settings_of(saved)
+        of = before = pieces.settings_of(saved)
         for key in ("data", "evaluation_data"):
             settings.setdefault(key, before.get(key))
         loaded = artifacts.load_saved(saved)
@@ -43,7 +45,8 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
     calibration = None
     if evaluation is None:
         calibration = pieces.image_source(settings, "data", dense, labelled=False, console=console)
-    models = {name: model.to(device=device, dtype=pieces.dtype_of(settings)) for name, model in models.items()}
+    kept = {**settings, "model": of["model"]}  # a language model stays in its own precision, as in the run
+    models = {name: pieces.placed(model, kept, device) for name, model in models.items()}
     measurements = pieces.measure(settings, models, calibration, evaluation, loaded.preprocess, device, console)
     place = artifacts.RunDirectory.create(folder or pieces.new_folder("evaluate", loaded.name, settings, facts))
     command = pieces.command_line("evaluate", facts["overrides"])
@@ -55,6 +58,7 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
         "model": loaded.name,
         "weights": loaded.weights,
         "measurements": artifacts.measurements_to_json(measurements),
+        "memory": peaks(device),
     }
     artifacts.write_json(place.path / "results.json", results)
     pieces.write_pages(place.path)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import gc
 import inspect
 import json
 import os
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from modhifi_cli.console import Console
 from modhifi_cli.data.classes import Known
 from modhifi_cli.data.making import Making
-from modhifi_cli.errors import ConfigError, DataError, ModHiFiError, NumericsError
+from modhifi_cli.errors import ConfigError, DataError, ModHiFiError, NumericsError, is_out_of_memory
 from modhifi_cli.files import artifacts, cache
 from modhifi_cli.files.exports.written import ExportReport, Intent
 from modhifi_cli.pages import page as pages
@@ -30,6 +31,9 @@ from modhifi_cli.verbs import comparison
 
 # Settings that may differ between a run and its continuation; the audit looks at the network and changes nothing.
 _NOT_COMPARED = ("resume", "console", "output_dir", "audit")
+_OF_MEMORY = (
+    ("runtime", "batch_size"), ("runtime", "threads"), ("statistics", "carry_gigabytes"), ("decoder", "offload"),
+)  # fmt: skip
 _VERIFICATION_IMAGES = 4
 _OF_LOGITS = ("top1", "forget_retain", "agreement")  # measurements that look at a network's answers and nothing else
 # Sources that language models take.
@@ -161,20 +165,60 @@ def measure(
     """Everything that the settings ask for; within a comparison the dense network is measured once for all cells.
 
     `answers` are the networks again, but with a memory of images they have seen: for what looks at logits alone.
+    Where the memory is full it is tried again with half as many inputs a forward, which changes no number.
     """
     remembered = {name: (answers or {}).get(name, model) for name, model in models.items()}
     found: list[Measurement] = [] if shared is None else list(shared.dense(console))
     for name, node in settings["evaluation"].items():
-        found += config.build(node)(
+        found += _with_room(
+            name,
+            config.build(node),
+            console,
+            settings["runtime"]["batch_size"],
             models=shared.models(name, models) if shared else remembered if name in _OF_LOGITS else models,
             evaluation_data=evaluation,
             calibration_data=calibration,
             example=_example_of(settings, preprocess, device),
             device=device,
-            batch_size=settings["runtime"]["batch_size"],
             progress=console.progress,
         )
     return tuple(found)
+
+
+def _with_room(
+    name: str, measurement: Any, console: Console, batch_size: int, *, device: torch.device, **given: Any
+) -> tuple[Measurement, ...]:
+    """A measurement with as many inputs a forward as the memory takes: half as many after each time it was full."""
+    while True:
+        try:
+            return measurement(batch_size=batch_size, device=device, **given)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or batch_size == 1:
+                raise
+        # Out of the handler, so that the frames of the failed forward hold no tensors any more.
+        batch_size //= 2
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        console.note(f"{name}: the memory of {device} was full, so it goes on with {batch_size} inputs a forward")
+
+
+def memory_full(settings: Mapping[str, Any], error: BaseException) -> ConfigError:
+    """What a user is told when a card or the host had no memory left."""
+    device, batch = settings["runtime"]["device"], settings["runtime"]["batch_size"]
+    where = f"the memory of {device}" if is_card_full(error) else "the memory of this machine"
+    helps = [f"runtime.batch_size={max(1, batch // 2)} (now {batch})"]
+    if settings.get("statistics"):
+        helps.append("statistics.carry_gigabytes=0")
+    if settings.get("decoder") and is_decoder(settings):
+        helps[-1] = "decoder.offload=true"
+    first = str(error).strip().splitlines()[0][:160]
+    return ConfigError(f"{where} is full; {' or '.join(helps)} needs less of it ({first}).")
+
+
+def is_card_full(error: BaseException) -> bool:
+    """Whether it was a card that had no memory left."""
+    return is_out_of_memory(error) and "DefaultCPUAllocator" not in str(error)
 
 
 def name_forgotten_(settings: dict[str, Any], forget: Sequence[int] | None) -> None:
@@ -427,14 +471,21 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 def same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     before = settings_of(folder)
-    ours = {key: value for key, value in portable(settings).items() if key not in _NOT_COMPARED}
-    theirs = {key: value for key, value in before.items() if key not in _NOT_COMPARED}
-    found = config.differences(ours, theirs)
+    found = config.differences(_compared(portable(settings)), _compared(before))
     if found:
         raise ConfigError(
             f"resume={folder}: the run was begun with other settings: {'; '.join(found[:5])}"
             f"{f' and {len(found) - 5} more' if len(found) > 5 else ''}; give the same ones, or start a new run."
         )
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those that change memory and speed alone, so that a run may go on with less of both."""
+    kept = {key: value for key, value in settings.items() if key not in _NOT_COMPARED}
+    for group, key in _OF_MEMORY:
+        if isinstance(kept.get(group), Mapping):
+            kept[group] = {name: value for name, value in kept[group].items() if name != key}
+    return kept
 
 
 def edits_so_far(place: artifacts.RunDirectory, dense_hash: str, calibration: ImageSource) -> tuple[Edit, ...]:
@@ -477,7 +528,9 @@ def kept_for_resume(
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_resume(verb, place, facts)) from None
-    except ModHiFiError as error:
+    except (ModHiFiError, RuntimeError) as error:
+        if not isinstance(error, ModHiFiError) and not is_out_of_memory(error):
+            raise
         with contextlib.suppress(DataError):  # a full disk may be the very cause
             place.log(f"failed: {error}")
         if not resumed:
@@ -547,7 +600,18 @@ def team_of(settings: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def dtype_of(settings: Mapping[str, Any]) -> torch.dtype:
-    return {"float32": torch.float32, "float64": torch.float64}[settings["runtime"]["dtype"]]
+    return getattr(torch, settings["runtime"]["dtype"])
+
+
+def set_precision(settings: Mapping[str, Any]) -> None:
+    """Say whether float32 products and convolutions of forwards may be rounded to TF32 on a card.
+
+    Torch rounds those of convolutions unless told otherwise. Sums of the method are exact either way
+    (`modhifi_cli.numerics.linalg.exact_products`).
+    """
+    high = settings["runtime"]["matmul"] == "high"
+    torch.backends.cuda.matmul.allow_tf32 = high
+    torch.backends.cudnn.allow_tf32 = high
 
 
 def new_folder(verb: str, model: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:

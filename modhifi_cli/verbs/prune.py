@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from modhifi_cli.console import Console
+from modhifi_cli.engine.memory import peaks
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.files import artifacts
 from modhifi_cli.pages import reports
@@ -334,6 +335,7 @@ def _write_outcome(
             **quality.entries(sample, calibration, seen),
             "widths": {name: {key: [counts[key], kept[name][key]] for key in counts} for name, counts in widths.items()},
             "warnings": [*(seen.warnings if seen else ()), *summary.warnings],
+            "memory": peaks(settings["runtime"]["device"]),
             "seconds": dict(seconds),
         },
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modhifi_cli.console import Console
+from modhifi_cli.engine.memory import peaks
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.files import artifacts
 from modhifi_cli.pages import reports
@@ -214,6 +215,7 @@ def _write(
             "calibration": dict(calibration.protocol),
             "evaluation": None if evaluation is None else dict(evaluation.protocol),
             "warnings": warnings,
+            "memory": peaks(settings["runtime"]["device"]),
             "seconds": dict(seconds),
         },
     )

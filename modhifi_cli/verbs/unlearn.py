@@ -11,6 +11,7 @@ from torch import nn
 
 from modhifi_cli.audit.audit import AuditReport
 from modhifi_cli.console import Console
+from modhifi_cli.engine.memory import peaks
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.files import artifacts
@@ -265,6 +266,7 @@ def _write_outcome(
             "calibration": dict(calibration.protocol) | {"labels": labels.account},
             **quality.entries(sample, calibration, seen),
             "warnings": warnings,
+            "memory": peaks(settings["runtime"]["device"]),
             "seconds": dict(seconds),
         },
     )

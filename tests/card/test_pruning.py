@@ -1,7 +1,6 @@
 """Every recipe on every kind of network and every way to forget on the pretended card: the same choices as off it."""
 
 import pytest
-import torch
 
 import modhifi_cli
 from modhifi_cli.engine.prune import prune_

@@ -1,0 +1,111 @@
+"""Memory belongs to the card: limits are a share of its own, peaks are of each job, and a full card is one sentence."""
+
+import pytest
+import torch
+
+from modhifi_cli.cli import main
+from modhifi_cli.engine.gathering import Gathering
+from modhifi_cli.engine.memory import free_memory, limit_bytes, peaks, reset_peaks
+from modhifi_cli.errors import is_out_of_memory
+from modhifi_cli.files import artifacts
+from tests.card import pretend
+
+RUN = ["data.num_samples=64", "evaluation_data.num_samples=60", "preset=fast", "sparsity=0.3", "console=plain"]
+RUN += ["runtime=gpu", "evaluation=[top1]"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def only_run(here):
+    (folder,) = (here / "outputs" / "prune").glob("*/*")
+    return folder
+
+
+def test_limits_are_shares_of_what_is_free_where_activations_lie():
+    with pretend.card(memory=6e6):
+        held = torch.zeros(750_000, device="cuda")
+        assert free_memory("cuda") == 3e6
+        assert limit_bytes(Gathering(), "cuda") == 5e5
+        assert limit_bytes(Gathering(), "cuda", networks=2) == 2.5e5
+        assert limit_bytes(Gathering(carry_gigabytes=0.001), "cuda", networks=2) == 5e5
+        del held
+    assert limit_bytes(Gathering(), "cpu") > 1e6
+
+
+def test_the_most_that_was_held_is_counted_anew_for_each_job():
+    with pretend.card(memory=1e9):
+        torch.zeros(1_000_000, device="cuda")
+        assert peaks("cuda")["card"] == 4_000_000
+        reset_peaks()
+        torch.zeros(1_000, device="cuda")
+        found = peaks("cuda")
+        assert found["card"] == 4_000 and found["card_total"] == 1e9 and found["process"] > 1e7
+    assert set(peaks("cpu")) == {"process"}
+
+
+@pytest.mark.card
+def test_a_run_tells_the_memory_of_the_card_on_its_page(here):
+    with pretend.card(memory=2e9) as seen:
+        assert main(["prune", *RUN]) == 0
+        memory = artifacts.read_results(only_run(here))["memory"]
+    assert 0 < memory["card"] <= seen.peak and memory["card_total"] == 2e9
+    assert "memory of the card" in (only_run(here) / "report.md").read_text()
+
+
+@pytest.mark.card
+def test_a_full_card_is_one_sentence_with_what_helps_and_how_to_go_on(here, capsys):
+    with pretend.card(memory=4e5):
+        assert main(["prune", *RUN]) == 2
+    told = capsys.readouterr()
+    (line,) = told.err.strip().splitlines()
+    assert line.startswith("error: the memory of cuda is full; runtime.batch_size=128 (now 256) or statistics.")
+
+
+@pytest.mark.card
+def test_a_run_that_met_a_full_card_goes_on_with_smaller_batches(here, capsys, monkeypatch):
+    save = artifacts.RunDirectory.save_edit
+
+    def full(run, edit, dense_hash):
+        save(run, edit, dense_hash)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pretend.card():
+        with monkeypatch.context() as patched:
+            patched.setattr(artifacts.RunDirectory, "save_edit", full)
+            assert main(["prune", *RUN]) == 2
+        said = capsys.readouterr()
+        (line,) = said.err.strip().splitlines()
+        assert "the memory of cuda is full" in line and "Tried to allocate 2.00 GiB" in line
+        assert "once the cause is mended: Go on with: modhifi prune" in said.out and "resume=outputs" in said.out
+        words = ["runtime.batch_size=16", "statistics.carry_gigabytes=0", f"resume={only_run(here)}"]
+        assert main(["prune", *RUN, *words]) == 0
+    assert not only_run(here).name.endswith(".incomplete")
+
+
+@pytest.mark.card
+def test_a_measurement_that_fills_the_card_goes_on_with_half_the_batch(here, capsys, monkeypatch):
+    from modhifi_cli.evaluation import top1
+
+    measure, asked = top1.measure, []
+
+    def measured(*, batch_size, **given):
+        asked.append(batch_size)
+        if batch_size > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return measure(batch_size=batch_size, **given)
+
+    monkeypatch.setattr(top1, "measure", measured)
+    with pretend.card():
+        assert main(["prune", *RUN]) == 0
+    assert asked == [256, 128, 64]
+    assert "top1: the memory of cuda was full, so it goes on with 64 inputs a forward" in capsys.readouterr().out
+
+
+def test_what_is_no_want_of_memory_stays_a_defect():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
