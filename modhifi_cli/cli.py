@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from modhifi_cli.errors import ConfigError, ModHiFiError, nearest
+from modhifi_cli.errors import ConfigError, EndedElsewhere, ModHiFiError, nearest
 from modhifi_cli.settings import config
 
 USER_ERROR = 2
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ended_like_ctrl_c():
             return _run(words)
     except ModHiFiError as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        if not isinstance(error, EndedElsewhere):
+            print(f"error: {_sentence(error)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt as interrupt:
         print(f"interrupted. {interrupt}".strip(), file=sys.stderr)

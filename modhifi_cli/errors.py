@@ -29,6 +29,10 @@ class NumericsError(ModHiFiError):
     """A number is not finite, or a system of equations cannot be solved as asked."""
 
 
+class EndedElsewhere(ModHiFiError):
+    """Another process of the same run has met an error and said so; this one ends with it, and says nothing."""
+
+
 # Import name of a package that is not installed with the core → the extra of pyproject.toml that brings it.
 EXTRAS: Mapping[str, str] = {
     "accelerate": "language",

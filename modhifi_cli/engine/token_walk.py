@@ -127,6 +127,7 @@ class TokenWalk:
         self._towards_dense = False
         self._number, self._layer, self._dense_layer = 0, nn.Module(), nn.Module()
         self._added: set[str] = set()
+        self._edits = 0
 
     def prepare(self, recipe: Recipe, passes: int) -> Iterator[Progress | Note]:
         """Say what memory will be needed; keep the dense network where layers are cut in several passes."""
@@ -156,7 +157,10 @@ class TokenWalk:
             if self._dense is not None:
                 twin = layer if self._twin is None else self._twin.get_submodule(stop.name)
                 self._dense_layer = copy.deepcopy(twin).to(self.flow.device)
+            before = self._edits
             yield
+            if self._edits > before:
+                self.flow.team.agree(stop.name, layer.state_dict(), self.flow.device)
             self._dense_layer = nn.Module()
 
     def leave(self, stop: Stop) -> Iterator[Progress]:
@@ -253,6 +257,7 @@ class TokenWalk:
     def cut_(self, part: ComponentGroup, kept: Tensor) -> Cut:
         """Slice the part's writers and reader, and set the head counts that follow."""
         own = self._part[part.name]
+        self._edits += 1
         outputs, inputs, attributes = slice_part_(self.model, self.layout, own, kept)
         return Cut(outputs, inputs, {own.parent: attributes} if attributes else {})
 

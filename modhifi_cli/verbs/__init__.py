@@ -3,16 +3,17 @@
 A run is a folder (`artifacts`), a voice (`console`) and a sequence of records (`tasks`). Nothing here computes.
 """
 
+import contextlib
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from modhifi_cli.console import Console, open_console
 from modhifi_cli.engine.memory import reset_peaks
-from modhifi_cli.errors import ModHiFiError, is_out_of_memory
-from modhifi_cli.verbs import pieces
+from modhifi_cli.errors import EndedElsewhere, ModHiFiError, is_out_of_memory
+from modhifi_cli.verbs import cards, pieces
 
 
 def run(verb: str, settings: Mapping[str, Any], facts: Mapping[str, Any], *, folder: Path | None = None) -> Path | None:
@@ -34,20 +35,36 @@ def run(verb: str, settings: Mapping[str, Any], facts: Mapping[str, Any], *, fol
     # Of several processes of one run the first one speaks.
     silent = facts.get("parallel") or os.environ.get("RANK", "0") != "0"
     console = Console() if silent else open_console(settings["console"]["style"])
-    settings = pieces.with_device(settings, facts)
-    pieces.set_precision(settings)
-    reset_peaks()
     try:
-        verb_of = getattr(importlib.import_module(f"modhifi_cli.verbs.{verb}"), verb)
-        return verb_of(settings, facts, console, folder)
+        with cards.own_card(settings, facts) as settings, _in_one_sentence(settings, console):
+            pieces.set_precision(settings)
+            reset_peaks()
+            verb_of = getattr(importlib.import_module(f"modhifi_cli.verbs.{verb}"), verb)
+            return verb_of(settings, facts, console, folder)
+    finally:
+        cards.part()
+        console.close()
+
+
+@contextlib.contextmanager
+def _in_one_sentence(settings: Mapping[str, Any], console: Console) -> Iterator[None]:
+    """Whatever the user can mend is told once: also a full memory, and the end of another process of the run."""
+    try:
+        yield
+    except EndedElsewhere:
+        raise
     except ModHiFiError as error:
-        console.error(" ".join(str(error).split()))
+        told = " ".join(str(error).split())
+        cards.leave_word(told)
+        console.error(told)
         raise
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            full = pieces.memory_full(settings, error)
+            cards.leave_word(str(full))
+            console.error(str(full))
+            raise full from None
+        ended = cards.ended_elsewhere(error)
+        if ended is None:
             raise
-        told = pieces.memory_full(settings, error)
-        console.error(str(told))
-        raise told from None
-    finally:
-        console.close()
+        raise ended from None

@@ -27,7 +27,7 @@ from modhifi_cli.pages import reports
 from modhifi_cli.pages import run as run_pages
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Preprocess, TextInput
 from modhifi_cli.settings import config
-from modhifi_cli.verbs import comparison
+from modhifi_cli.verbs import cards, comparison
 
 # Settings that may differ between a run and its continuation; the audit looks at the network and changes nothing.
 _NOT_COMPARED = ("resume", "console", "output_dir", "audit")
@@ -529,7 +529,7 @@ def kept_for_resume(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_resume(verb, place, facts)) from None
     except (ModHiFiError, RuntimeError) as error:
-        if not isinstance(error, ModHiFiError) and not is_out_of_memory(error):
+        if not isinstance(error, ModHiFiError) and not is_out_of_memory(error) and not cards.ended_elsewhere(error):
             raise
         with contextlib.suppress(DataError):  # a full disk may be the very cause
             place.log(f"failed: {error}")
@@ -557,14 +557,6 @@ def portable(settings: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def with_device(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """In a parallel sweep each job takes its own card: job n card n modulo their number."""
-    settings = copy.deepcopy(dict(settings))
-    if facts.get("parallel") and settings["runtime"]["device"] == "cuda" and torch.cuda.is_available():
-        settings["runtime"]["device"] = f"cuda:{facts['number'] % torch.cuda.device_count()}"
-    return settings
-
-
 def device_of(settings: Mapping[str, Any]) -> torch.device:
     runtime = settings["runtime"]
     if runtime["threads"] is not None:
@@ -572,6 +564,8 @@ def device_of(settings: Mapping[str, Any]) -> torch.device:
     device = torch.device(runtime["device"])
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # a card for every process
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if torch.cuda.is_available() and device.index < torch.cuda.device_count():
+            torch.cuda.set_device(device)  # what torch and NCCL place by themselves goes there, too
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"runtime.device={runtime['device']}: torch finds no graphics card here; use runtime=cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -50,7 +50,7 @@ def run_sweep_job(composed: Any, facts: Mapping[str, Any]) -> None:
     try:
         settings = config.settings(facts["verb"], composed)
         if final.is_dir():
-            pieces.same_settings(final, pieces.with_device(settings, facts))
+            pieces.same_settings(final, settings)
             record["status"] = "finished before"
         else:
             interrupted = final.with_name(final.name + artifacts.INCOMPLETE)

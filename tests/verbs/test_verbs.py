@@ -312,15 +312,6 @@ def test_two_jobs_of_a_sweep_side_by_side(here):
     assert float(rows[0]["removed_params"]) < float(rows[1]["removed_params"])
 
 
-def test_a_job_beside_others_takes_its_card_by_number(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    settings = {"runtime": {"device": "cuda"}}
-    cards = [pieces.with_device(settings, {"parallel": True, "number": n})["runtime"]["device"] for n in range(5)]
-    assert cards == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0"]
-    assert pieces.with_device(settings, {"parallel": False, "number": 3})["runtime"]["device"] == "cuda"
-
-
 WRONG = {
     "everything excluded": (["exclude=[conv1,layer1,layer2,layer3]"], "cannot be reached"),
     "an unknown module": (["exclude=[layer9]"], "the network has no module 'layer9'"),
