@@ -10,12 +10,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.engine.memory import free_memory
 from modhifi_cli.engine.team import Team
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.graph.decoder import Call, enter, run_layer
 from modhifi_cli.records import ImageSource, Progress
 
-_TOKENS_AT_ONCE = 8192  # of one forward through a layer
+TOKENS_AT_ONCE = 8192  # of one forward through a layer
 Look = Callable[[Tensor], None]
 
 
@@ -61,9 +62,11 @@ class Flow:
         self.layers = layers
         self.device = device
         self._home = next(model.parameters()).device
+        self._ends = self._home
+        self._resident: set[int] | None = None
         self._store = torch.device("cpu") if offload else device
         self._source = calibration
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._hidden: list[Tensor] = []
         self.tokens = 0
@@ -72,11 +75,11 @@ class Flow:
         """Stand in front of the first layer."""
         self._hidden, self.tokens = [], 0
         total, number = self._behind - self.first, 0
-        for batch, _ in self._source.batches(self._batch_size):
+        for batch, _ in self._source.batches(self.batch_size):
             own = batch[max(self.first - number, 0) : max(self._behind - number, 0)]
             number += len(batch)
-            for part in own.split(max(1, _TOKENS_AT_ONCE // batch.shape[1])) if len(own) else ():
-                hidden, calls = enter(self.model, self.layers, part.to(self._home))
+            for part in own.split(max(1, TOKENS_AT_ONCE // batch.shape[1])) if len(own) else ():
+                hidden, calls = enter(self.model, self.layers, part.to(self._ends))
                 self._hidden.append(hidden.to(self._store))
                 self._calls.setdefault(tuple(part.shape), [call.to(self.device) for call in calls])
                 self.tokens += part.numel()
@@ -97,14 +100,46 @@ class Flow:
         try:
             yield layer
         finally:
-            if not keep:
+            if self._resident is not None and self._has_room(layer):
+                self._resident.add(number)
+            elif not keep:
                 layer.to(self._home)
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Within it layers stay on the device once they were there, as long as half of it is free, and so does the head.
+
+        For walks that come back to layers again and again, and leave them as they are.
+        """
+        self._resident = set()
+        self._move_ends_(self.device)
+        try:
+            yield
+        finally:
+            stayed, self._resident = self._resident, None
+            self._move_ends_(self._home)
+            for number in stayed:
+                self.model.get_submodule(self.layers[number]).to(self._home)
+
+    def _has_room(self, layer: nn.Module) -> bool:
+        if self.device.type != "cuda":
+            return self.device == self._home
+        size = sum(tensor.numel() * tensor.element_size() for tensor in layer.parameters())
+        return free_memory(self.device) - size > torch.cuda.mem_get_info(self.device)[1] / 2
+
+    def _move_ends_(self, device: torch.device) -> None:
+        """Put what stands in front of the layers and behind them on a device: embedding, last norm, head."""
+        inside = {id(module) for name in self.layers for module in self.model.get_submodule(name).modules()}
+        for module in self.model.modules():
+            if id(module) not in inside:
+                module._apply(lambda tensor: tensor.to(device), recurse=False)
+        self._ends = device
 
     def call(self, number: int, hidden: Tensor) -> Call:
         """How a layer is called for hidden states of any number of sequences, on the device."""
         shape = tuple(hidden.shape[:2])
         if shape not in self._calls:
-            tokens = torch.zeros(shape, dtype=torch.int64, device=self._home)
+            tokens = torch.zeros(shape, dtype=torch.int64, device=self._ends)
             self._calls[shape] = [call.to(self.device) for call in enter(self.model, self.layers, tokens)[1]]
         return self._calls[shape][number]
 

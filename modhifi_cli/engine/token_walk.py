@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from modhifi_cli.engine.decoder_widths import Widths
 from modhifi_cli.engine.flow import Flow
+from modhifi_cli.engine.forecast import forecast
 from modhifi_cli.engine.gathering import LayerMoments, TargetMoments, held_out_images
 from modhifi_cli.engine.impact import restored
-from modhifi_cli.engine.memory import peaks
+from modhifi_cli.engine.memory import free_memory, peaks
 from modhifi_cli.engine.plan import check_weights
 from modhifi_cli.engine.team import Team
 from modhifi_cli.engine.walk import Budget, Cut, Looking, Pair, Recipe, Repair, Stop, Surveyed
 from modhifi_cli.errors import ConfigError, DataError
-from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, output_size
+from modhifi_cli.graph.components import ComponentGroup, Layout, Slot
 from modhifi_cli.graph.decoder import KINDS, UNITS, Call, Part, find_parts, leave, run_layer, slice_part_
 from modhifi_cli.models.hf import accepts_heads
 from modhifi_cli.numerics.scoring import Place
@@ -130,10 +131,27 @@ class TokenWalk:
         self._edits = 0
 
     def prepare(self, recipe: Recipe, passes: int) -> Iterator[Progress | Note]:
-        """Say what memory will be needed; keep the dense network where layers are cut in several passes."""
+        """Say what memory will be needed and whether it is there; keep the dense network where layers are cut in several passes."""
         self._towards_dense = recipe.compensation.reference == "dense"
         self._twin = copy.deepcopy(self.model) if self._towards_dense and passes > 1 else None
-        yield Note(self._memory_estimate())
+        expected = forecast(
+            self.model,
+            self.decoder,
+            sequences=self.samples,
+            length=self.length,
+            batch_size=self.flow.batch_size,
+            passes=passes,
+            reference=recipe.compensation.reference,
+            hold_out=recipe.compensation.wants_held_out or recipe.allocation.needs_curves,
+            uneven=recipe.allocation.needs_curves,
+            statistics=recipe.needs_statistics,
+            offload=self.options.offload,
+            dense_copies=0,
+        )
+        yield Note(expected.on_the_card())
+        lacking = expected.does_not_fit(free_memory(self.flow.device))
+        if lacking is not None:
+            yield Note(f"warning: {lacking}")
 
     def prices(self, recipe: Recipe, budget: Budget) -> Widths:
         """What widths cost."""
@@ -233,18 +251,19 @@ class TokenWalk:
         numbers = torch.arange(self.samples)
         held = numbers[held_out_images(numbers)]
         held_out = len(held) > 0
-        trial = TokenTrial(self, (held if held_out else numbers)[: max(1, _TRIAL_TOKENS // self.length)])
-        for stop in self.stops:
-            with self.at(stop):
-                if stop.parts:
-                    slots = [part.consumers[0] for part in stop.parts]
-                    gathered = yield from self._look(slots, stop.name, hold_out=held_out)
-                    if held_out:
-                        gathered = {name: replace(one, statistics=one.fitted) for name, one in gathered.items()}
-                    for part in stop.parts:
-                        yield Surveyed(part, gathered, trial)
-                yield from self.leave(stop)
-            trial.advance()
+        with self.flow.resident():
+            trial = TokenTrial(self, (held if held_out else numbers)[: max(1, _TRIAL_TOKENS // self.length)])
+            for stop in self.stops:
+                with self.at(stop):
+                    if stop.parts:
+                        slots = [part.consumers[0] for part in stop.parts]
+                        gathered = yield from self._look(slots, stop.name, hold_out=held_out)
+                        if held_out:
+                            gathered = {name: replace(one, statistics=one.fitted) for name, one in gathered.items()}
+                        for part in stop.parts:
+                            yield Surveyed(part, gathered, trial)
+                    yield from self.leave(stop)
+                trial.advance()
 
     def _look(self, slots: Sequence[Slot], item: str, *, hold_out: bool) -> Looking:
         moments = {slot.module: self.sums(slot.module, hold_out=hold_out) for slot in slots}
@@ -372,25 +391,6 @@ class TokenWalk:
             )
         self._added.add(part.name)
 
-    def _memory_estimate(self) -> str:
-        """What the run will need where the layers run: one layer, the waiting tokens, and the widest statistics."""
-        layer = self.model.get_submodule(self.decoder.layers[0])
-        layer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in layer.parameters())
-        size = next(self.model.parameters()).element_size()
-        width = output_size(self.model.get_submodule(self.parts[0].consumers[0].module))
-        waiting = self.samples * self.length * width * size * (2 if self._towards_dense else 1)
-        features = max(part.consumers[0].index.numel() for part in self.parts)
-        # Moments of all, fitted and held-out tokens, and as much again for one solve.
-        statistics = 6 * 8 * features**2
-        batch = 8192 * (features * 3 + width * 4) * size
-        total = layer_bytes + waiting * (not self.options.offload) + statistics + batch
-        whole = sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
-        return (
-            f"memory where the layers run, estimated: {total / 1e9:.2f} GB (one layer {layer_bytes / 1e9:.2f}, waiting "
-            f"tokens {waiting / 1e9:.2f}{' offloaded' if self.options.offload else ''}, statistics "
-            f"{statistics / 1e9:.2f}, one batch {batch / 1e9:.2f}); the whole network has {whole / 1e9:.2f} GB"
-        )
-
 
 class TokenTrial:
     """Some calibration tokens in the dense network, which are tried from the layer at work to the logits.
@@ -439,8 +439,7 @@ class TokenTrial:
         for later in range(number, len(layers)):
             with self._flow.at_work(later, keep=later == self._at) as layer:
                 hidden = run_layer(layer, hidden, self._calls[later])
-        home = next(self._walk.model.parameters()).device
-        return leave(self._walk.model, layers, hidden.to(home)).float().log_softmax(-1)
+        return leave(self._walk.model, layers, hidden).float().log_softmax(-1)
 
 
 def _watched(layer: nn.Module, reader: nn.Module, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:

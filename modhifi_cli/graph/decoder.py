@@ -227,6 +227,7 @@ def find_parts(
     components: Sequence[str] = KINDS,
     unit: str = "auto",
     exclude: Sequence[str] = (),
+    check: bool = True,
 ) -> Decoder:
     """What of each decoder layer can be pruned, checked against the slicing law.
 
@@ -239,6 +240,8 @@ def find_parts(
         unit: What is removed of attention: ``"kv_group"`` a KV head with all its query heads, ``"query_head"`` the same
             number of query heads from every KV head, ``"auto"`` the former from 4 KV heads on.
         exclude: Names of modules (or their beginnings) to leave alone.
+        check: Whether the law is asked; without it the network's tensors may be on ``meta``, and fused projections
+            count as laid out in the first way that is known.
 
     Raises:
         ConfigError: If an excluded module does not exist.
@@ -250,7 +253,9 @@ def find_parts(
             raise ConfigError(f"exclude: the network has no module '{asked}', {nearest(asked, names)}")
     layers = decoder_layers(model)
     device = next(model.parameters()).device
-    _, calls = enter(model, layers, torch.arange(8, device=device)[None] % model.config.vocab_size)
+    calls: list[Call] = []
+    if check:
+        _, calls = enter(model, layers, torch.arange(8, device=device)[None] % model.config.vocab_size)
     parts: list[Part] = []
     refused: list[Refusal] = []
     verdicts: dict[Any, int | str] = {}
@@ -263,6 +268,9 @@ def find_parts(
             asked = next((word for word in exclude if _touches(found[0], word)), None)
             if asked is not None:
                 refused.append(Refusal(found[0].name, f"it touches {asked}, which is excluded"))
+                continue
+            if not check:
+                parts.append(found[0])
                 continue
             layer = model.get_submodule(name)
             shapes = tuple((key, tuple(tensor.shape)) for key, tensor in layer.named_parameters())

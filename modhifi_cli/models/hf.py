@@ -108,6 +108,40 @@ def load(
     )
 
 
+def outline(
+    *, path: str | None, revision: str | None = None, dtype: str | None = None, trust_remote_code: bool | None = None
+) -> nn.Module:
+    """A decoder of a configuration, its tensors on ``meta``: nothing but ``config.json`` is read.
+
+    Args:
+        path: Folder with ``config.json``, or a name on the hub.
+        revision: Branch, tag or commit on the hub.
+        dtype: As in `load`; ``"auto"`` as the configuration says.
+        trust_remote_code: Whether code from the hub may run.
+
+    Raises:
+        ConfigError: If there is no path.
+        DataError: If the folder has no configuration, or the hub cannot be reached.
+        UnsupportedModelError: If it is no causal decoder.
+    """
+    if path is None:
+        raise ConfigError("model: dry_run=true reads a configuration; give model.path=FOLDER_OR_HUB_NAME.")
+    place = Path(path).expanduser()
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise DataError(f"model.path: {place} has no config.json; copy the network's there.")
+    options: dict[str, Any] = {"trust_remote_code": bool(trust_remote_code)}
+    if revision is not None:
+        options["revision"] = revision
+    source = str(place) if place.is_dir() else path
+    with _quiet(), _explained(source), torch.device("meta"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(source, **options)
+        _refuse_unsuitable(config, gguf=False)
+        wanted = config.dtype if dtype in (None, "auto") else DTYPES[dtype]
+        return AutoModelForCausalLM.from_config(config, dtype=wanted).eval().requires_grad_(False)
+
+
 def build(*, config: Mapping[str, Any], dtype: str = "float32") -> nn.Module:
     """An untrained decoder from its configuration, weights undefined.
 

@@ -57,6 +57,7 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "retain_drop": ("a share from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "minutes": ("a number of minutes above 0, or null", lambda v: v is None or (_is_number(v) and v > 0)),
     "check_data": ("true or false", lambda v: isinstance(v, bool)),
+    "dry_run": ("true or false", lambda v: isinstance(v, bool)),
     "form": ("array or folder", lambda v: v in ("array", "folder")),
     "cache": ("use, show or clean", lambda v: v in ("use", "show", "clean")),
     "output_dir": ("a folder", lambda v: isinstance(v, str) and v != ""),

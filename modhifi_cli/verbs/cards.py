@@ -46,7 +46,9 @@ def _first_free(names: list[str]) -> Iterator[int]:
     folder = Path(tempfile.gettempdir()) / f"modhifi-cards-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise ConfigError(f"{folder}: expected a folder of your own for the locks of cards, got somebody else's; set TMPDIR.")
+        raise ConfigError(
+            f"{folder}: expected a folder of your own for the locks of cards, got somebody else's; set TMPDIR."
+        )
     while True:
         for number, name in enumerate(names):
             with (folder / name).open("w") as lock:

@@ -16,7 +16,7 @@ from modhifi_cli.files import artifacts
 from modhifi_cli.pages import reports
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress
 from modhifi_cli.settings import config
-from modhifi_cli.verbs import comparison, drop, healing, pieces, quality, timing
+from modhifi_cli.verbs import comparison, drop, dry_run, healing, pieces, quality, timing
 
 _STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
 _GROUP_FACTS = ("dead_outputs", "fidelity", "subset_fidelity", "rows", "seconds")
@@ -31,6 +31,8 @@ def prune(
 ) -> Path | None:
     from modhifi_cli.graph.surgery import describe_widths, weights_hash
 
+    if settings["dry_run"]:
+        return dry_run.show(settings, console)
     command = pieces.command_line("prune", facts["overrides"])
     pieces.foresee_exports(settings)
     if pieces.team_of(settings)[0] > 0:

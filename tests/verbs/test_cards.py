@@ -62,7 +62,9 @@ def test_a_job_waits_where_no_card_is_free(two_cards, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "facts"), [("cuda", {"parallel": False}), ("cuda:1", BESIDE), ("cpu", BESIDE)], ids=["alone", "named", "cpu"]
+    ("asked", "facts"),
+    [("cuda", {"parallel": False}), ("cuda:1", BESIDE), ("cpu", BESIDE)],
+    ids=["alone", "named", "cpu"],
 )
 def test_a_device_that_was_chosen_or_need_not_be_stays(two_cards, asked, facts):
     with cards.own_card({"runtime": {"device": asked}}, facts) as kept:
