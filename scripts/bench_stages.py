@@ -29,6 +29,9 @@ CASES = (
 )
 
 
+STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
+
+
 class Clock:
     """Processor seconds by stage, nested stages counted apart, and the largest resident memory seen in each."""
 
@@ -96,10 +99,11 @@ def measure(
     """Print the table of one network. Runs in a process of its own."""
     import torch
 
-    from modhifi_cli.engine import curves
+    from modhifi_cli.engine import curves, image_walk
     from modhifi_cli.engine import dense as dense_reference
-    from modhifi_cli.engine import prune as task
     from modhifi_cli.engine.gathering import Gathering
+    from modhifi_cli.engine.prune import prune_
+    from modhifi_cli.engine.walk import Budget, Recipe
     from modhifi_cli.graph.segments import Segments
     from modhifi_cli.numerics import moments
     from modhifi_cli.numerics.batchnorm import BatchNormMoments
@@ -128,7 +132,7 @@ def measure(
 
     time.perf_counter = time.process_time  # what edits say of their seconds, on the same clock
     clock = Clock()
-    task.discover = clock.timed("groups and law", task.discover)
+    image_walk.discover = clock.timed("groups and law", image_walk.discover)
     Segments.run = clock.timed("forwards", Segments.run)
     BatchNormMoments.update = clock.timed("BatchNorm moments", BatchNormMoments.update)
     moments.ConvMoments.update = clock.timed("second moments", moments.ConvMoments.update)
@@ -139,17 +143,12 @@ def measure(
     solving = 0.0
     started = time.process_time()
     with clock.stage("rest"):
-        for event in task.prune_(
-            model,
-            calibration=source,
-            sparsity=sparsity,
-            target="flops",
-            **{key: config.build(steps[key]) for key in ("scoring", "selection", "compensation", "allocation", "schedule")},
-            batchnorm=steps["batchnorm"],
-            classifier=steps["classifier"],
-            batch_size=batch,
-            gathering=Gathering(positions_per_image=positions or None, carry_gigabytes=carry),
-        ):
+        gathering = Gathering(positions_per_image=positions or None, carry_gigabytes=carry)
+        walk = image_walk.ImageWalk(
+            model, source, batchnorm=steps["batchnorm"], batch_size=batch, gathering=gathering
+        )
+        recipe = Recipe(**{key: config.build(steps[key]) for key in STEPS}, classifier=steps["classifier"])
+        for event in prune_(walk, recipe, Budget(sparsity, "flops")):
             if isinstance(event, Edit):
                 solving += event.facts.get("seconds", {}).get("solving", 0.0)
     total = time.process_time() - started
@@ -173,9 +172,9 @@ def measure_decoder(sequences: int, length: int, batch: int, sparsity: float, pr
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from modhifi_cli.data.text import TokenWindows
-    from modhifi_cli.engine import decoder_curves
-    from modhifi_cli.engine import prune_decoder as task
-    from modhifi_cli.engine import token_walk as decoder_flow
+    from modhifi_cli.engine import curves, flow, token_walk
+    from modhifi_cli.engine.prune import prune_
+    from modhifi_cli.engine.walk import Budget, Recipe
     from modhifi_cli.numerics import moments
     from modhifi_cli.records import Edit, Note
     from modhifi_cli.settings import config
@@ -197,29 +196,24 @@ def measure_decoder(sequences: int, length: int, batch: int, sparsity: float, pr
 
     clock, ran = Clock(), {"tokens": 0}
     steps = config.compose("prune", ["model=smollm2_135m", f"preset={preset}"])
-    real = decoder_flow.run_layer
+    real = flow.run_layer
 
     def counted(layer, hidden, call):
         ran["tokens"] += hidden.shape[0] * hidden.shape[1]
         return real(layer, hidden, call)
 
-    for module in (decoder_flow, decoder_curves, task):
+    for module in (flow, token_walk):
         module.run_layer = clock.timed("forwards through layers", counted)
     moments.RowMoments.update = clock.timed("second moments", moments.RowMoments.update)
-    decoder_curves.elimination = clock.timed("error curves: elimination", decoder_curves.elimination)
+    curves.elimination = clock.timed("error curves: elimination", curves.elimination)
     time.perf_counter = time.process_time  # what edits say of their seconds, on the same clock
     solving, notes = 0.0, []
     started = time.process_time()
     with clock.stage("rest"):
-        for event in task.prune_decoder_(
-            model,
-            calibration=source,
-            sparsity=sparsity,
-            target="params",
-            **{key: config.build(steps[key]) for key in ("scoring", "selection", "compensation", "allocation", "schedule")},
-            options=config.build(steps["decoder"], components=tuple(steps["components"])),
-            batch_size=batch,
-        ):
+        options = config.build(steps["decoder"], components=tuple(steps["components"]))
+        walk = token_walk.TokenWalk(model, source, options=options, batch_size=batch)
+        recipe = Recipe(**{key: config.build(steps[key]) for key in STEPS})
+        for event in prune_(walk, recipe, Budget(sparsity)):
             if isinstance(event, Edit):
                 solving += event.facts.get("seconds", {}).get("solving", 0.0)
             elif isinstance(event, Note):
