@@ -4,11 +4,13 @@ They hold tensors and plain values only, so that any of them can be saved, compa
 Feature order is component-major everywhere: feature = component × features_per_component + offset (method.md, 1).
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from modhifi_cli.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,119 @@ class Measurement:
     protocol: Mapping[str, Any] = field(default_factory=dict)
 
 
+FORMAT_VERSION = 1  # of every JSON file that a run writes
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run writes into results.json, as the pages read it; a verb fills what it has.
+
+    Attributes:
+        verb: That made it.
+        model: Name of the network.
+        weights: Where its weights came from.
+        measurements: Of every network that was measured.
+        warnings: Sentences that the reader must see.
+        seconds: By part of the run.
+        memory: Peaks in bytes: ``process``, ``card`` of ``card_total``.
+        target, goal, sparsity: What was asked of a pruning run, by the price's name, in words and as a share; `sparsity`
+            is None where the run found it.
+        achieved: Shares removed, by target.
+        latency: Shares of time saved: ``table``, ``predicted``, ``measured`` and how.
+        healing: What training after the cut was tried, and what came of it.
+        trials: What was tried before the run settled, one mapping a trial.
+        groups: One mapping an edit, with its facts.
+        predicted_error: Group → error that the curves predicted.
+        widths: Module → attribute → dense and kept number.
+        exports: One mapping a file.
+        calibration: Protocol of the sample; likewise `evaluation`.
+        calibration_quality: What was found of it; of text `calibration_samples`, its beginning.
+        forget, classes: Forgotten classes, and the names of all.
+        method, strength, finetuned_epochs, labels, layers, audit: Of an unlearning run.
+        study, settings, seeds, findings, summary, notes, charts, rows, cells, missing_cells: Of a study.
+        further: What another version wrote beside these.
+    """
+
+    verb: str
+    model: str = "network"
+    weights: str = ""
+    measurements: tuple[Measurement, ...] = ()
+    warnings: Sequence[str] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, float] = field(default_factory=dict)
+    target: str | None = None
+    goal: str | None = None
+    sparsity: float | None = None
+    achieved: Mapping[str, float] = field(default_factory=dict)
+    latency: Mapping[str, Any] | None = None
+    healing: Mapping[str, Any] | None = None
+    trials: Sequence[Mapping[str, Any]] = ()
+    groups: Sequence[Mapping[str, Any]] = ()
+    predicted_error: Mapping[str, float] = field(default_factory=dict)
+    widths: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    exports: Sequence[Mapping[str, Any]] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    calibration_quality: Mapping[str, Any] = field(default_factory=dict)
+    calibration_samples: Sequence[str] = ()
+    forget: Sequence[int] = ()
+    classes: Sequence[str] | None = None
+    method: str | None = None
+    strength: Mapping[str, float] = field(default_factory=dict)
+    finetuned_epochs: int | None = None
+    labels: str | None = None
+    layers: Sequence[Mapping[str, Any]] = ()
+    audit: Mapping[str, Any] | None = None
+    study: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = ()
+    findings: Sequence[Mapping[str, Any]] = ()
+    summary: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+    charts: Sequence[str] = ()
+    rows: int = 0
+    cells: int = 0
+    missing_cells: int = 0
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "Results":
+        """From the content of results.json; what is null or absent is empty, unknown measurements are left out.
+
+        Raises:
+            DataError: If it does not say what was done, or a later version wrote it.
+        """
+        if not isinstance(content.get("verb"), str):
+            raise DataError(
+                "results.json does not say what was done (no 'verb'); the folder was written by another version of "
+                "modhifi or is damaged, run again."
+            )
+        if content.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
+            raise DataError(
+                f"results.json was written in format {content['format_version']}, this version reads up to "
+                f"{FORMAT_VERSION}; install a newer modhifi."
+            )
+        known = {key: value for key, value in content.items() if key in cls.__dataclass_fields__ and value is not None}
+        further = {key: value for key, value in content.items() if key not in cls.__dataclass_fields__}
+        found = []
+        for entry in content.get("measurements") or ():
+            if isinstance(entry, Mapping) and {"model", "name", "value", "unit"} <= entry.keys():
+                own = {key: entry[key] for key in ("model", "name", "value", "unit")}
+                found.append(Measurement(**own, protocol=entry.get("protocol") or {}))
+        return cls(**{**known, "measurements": tuple(found), "further": further})
+
+    @classmethod
+    def written(cls, **fields: Any) -> dict[str, Any]:
+        """The content of results.json: the fields that a verb has, measurements as mappings.
+
+        Raises:
+            TypeError: If a field is none that pages know: nobody would read it.
+        """
+        cls(**fields)
+        measured = [asdict(one) for one in fields.get("measurements", ())]
+        return {"format_version": FORMAT_VERSION, **fields, "measurements": measured}
+
+
 @dataclass(frozen=True)
 class Series:
     """One curve, or the bars of one kind, of a `Chart`.
@@ -145,7 +260,7 @@ class Series:
         name: What it is called at its end, or in the legend of bars.
         x: Horizontal values of a curve; empty for bars, whose places are the chart's categories.
         y: Values; NaN or None where there is none.
-        spread: Half the height of the error bars, or empty.
+        spread: Half the height of the error bars, or empty; likewise `x_spread`, half their width.
         panel: The small multiple it is drawn in; "" where the chart has one panel.
         baseline: Drawn dashed: something that others are compared with.
     """
@@ -154,6 +269,7 @@ class Series:
     y: tuple[float | None, ...]
     x: tuple[float, ...] = ()
     spread: tuple[float, ...] = ()
+    x_spread: tuple[float, ...] = ()
     panel: str = ""
     baseline: bool = False
 

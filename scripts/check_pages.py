@@ -3,8 +3,8 @@
     python scripts/check_pages.py report.html …  [--pictures FOLDER]
 
 Every page is opened at desktop (1,280 px) and phone (390 px) width, light and dark, without script. Reported are errors
-and warnings of the console, requests to anything but the file itself, content wider than the window, and text whose
-contrast against the page is below 4.5. Needs Chromium (or the program that CHROMIUM names) and `pip install playwright`.
+and warnings of the console, requests to anything but the file itself, content wider than the window, at desktop width
+tables that are clipped in their box, and text whose contrast against the page is below 4.5. Needs Chromium (or the program that CHROMIUM names) and `pip install playwright`.
 """
 
 import argparse
@@ -22,6 +22,8 @@ _FAULTS = """() => {
   const width = document.documentElement.clientWidth;
   if (document.documentElement.scrollWidth > width)
     found.push(`the page is ${document.documentElement.scrollWidth} px wide in a window of ${width}`);
+  if (width > 1000) for (const e of document.querySelectorAll('.scroll'))
+    if (e.scrollWidth > e.clientWidth + 1) found.push(`a table or figure of ${e.scrollWidth} px in a box of ${e.clientWidth}`);
   const light = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(Number).map(x => x / 255)
     .map(x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4); return 0.2126*v[0] + 0.7152*v[1] + 0.0722*v[2]; };
   const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;

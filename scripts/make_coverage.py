@@ -12,7 +12,8 @@ from pathlib import Path
 
 from modhifi_cli.cli import main as modhifi
 from modhifi_cli.models import catalogue
-from modhifi_cli.pages import reports
+from modhifi_cli.pages import coverage
+from modhifi_cli.pages.page import markdown
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "coverage.md"
 # In the smallest networks the classifier behind a norm weighs most, which nobody can cut. Where that alone stops the
@@ -70,7 +71,7 @@ def main() -> int:
         place = outputs / "coverage" / library
         content = json.loads((place / "results.json").read_text(encoding="utf-8"))
         environment = json.loads((place / "environment.json").read_text(encoding="utf-8"))
-        page = reports.coverage_markdown(content, environment, heading="##")
+        page = markdown(coverage.page(content, environment), heading="##")
         if below:
             page = page.replace(f"## {library}:", f"## {library}, larger networks of files whose smallest falls short:", 1)
         parts.append(page)

@@ -9,32 +9,28 @@ weak pull towards smoothness. All classes come equally often, so that every outp
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modhifi_cli.data.making import Making, kept_or_made
+from modhifi_cli.data.making import Making
 from modhifi_cli.data.pixels import (
     Moving,
+    Parts,
     as_bytes,
     begin,
-    count_classes,
     count_of,
     drawn_shift,
     falling_adam,
-    frozen_copy,
     generator_of,
-    identity_of,
     images_at_once,
     protocol_of,
     refuse_what_is_not_made,
     roughness,
     shifted,
     together_or,
-    wanted_classes,
     warn_of_waiting,
 )
 from modhifi_cli.data.sources import ArrayImages, normalise
@@ -101,27 +97,14 @@ def load(
         steps=steps, lr=lr, together=together, nats=nats, smoothness=smoothness, starts=starts, gigabytes=gigabytes
     )
     count = count_of(num_samples, preprocess)
-    model = frozen_copy(making)
-    known = count_classes(model, preprocess, making.device, source="class_inversion")
-    wanted = wanted_classes(classes, known, together=together, seed=seed)
-    identity = identity_of("class_inversion", VERSION, making, preprocess, how, wanted=wanted, seed=seed)
-    store = making.store(cache, making.name, identity)
+    own = Parts.of("class_inversion", VERSION, how, making, preprocess, classes=classes, seed=seed, cache=cache)
     parts = -(-count // together)
-    found, anew = [], 0
-    for number in range(parts):
-        make = partial(
-            invert_classes, model, preprocess, how, wanted=wanted, number=number, parts=parts, seed=seed, making=making
-        )
-        part, new = kept_or_made(store, number, make)
-        anew += new
-        found.append(part)
-    if store.place is not None:
-        made = "taken from" if not anew else "made and kept in"
-        making.note(f"{count} images that the network calls {len(set(wanted))} classes, {made} {store.place}")
+    found = [own.part(number, parts, invert_classes) for number in range(parts)]
+    own.tell(f"{count} images that the network calls {len(set(own.wanted))} classes")
     images = np.concatenate([part["images"].numpy() for part in found])[:count]
     sure = torch.cat([part["confidence"] for part in found])[:count]
     right = torch.cat([part["predicted"] == part["wanted"] for part in found])[:count]
-    protocol = protocol_of(images, identity, how, path="made from the network's own answers", classes=classes) | {
+    protocol = protocol_of(images, own.identity, how, path="made from the network's own answers", classes=classes) | {
         "predicted_as_wanted": round(float(right.float().mean()), 4),
         "mean_confidence": round(float(sure.mean()), 4),
     }

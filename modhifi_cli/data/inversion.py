@@ -10,7 +10,6 @@ however many images fit into one forward: the sums of the others stand in for th
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -18,20 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modhifi_cli.data.making import Making, kept_or_made
+from modhifi_cli.data.making import Making
 from modhifi_cli.data.pixels import (
     SUITS,
     Moved,
     Moving,
+    Parts,
     as_bytes,
     begin,
-    count_classes,
     count_of,
     drawn_shift,
     falling_adam,
-    frozen_copy,
     generator_of,
-    identity_of,
     images_at_once,
     outside,
     protocol_of,
@@ -39,7 +36,6 @@ from modhifi_cli.data.pixels import (
     roughness,
     shifted,
     together_or,
-    wanted_classes,
     warn_of_waiting,
 )
 from modhifi_cli.data.sources import ArrayImages, normalise
@@ -126,26 +122,18 @@ def load(
     if not isinstance(confidence, (int, float)) or isinstance(confidence, bool) or not 0 <= confidence < 1:
         raise ConfigError(f"data.confidence: expected a probability with 0 <= confidence < 1, got {confidence!r}.")
     require_statistics(making.model)
-    model = frozen_copy(making).to(memory_format=torch.channels_last)  # a quarter faster on processors
-    known = count_classes(model, preprocess, making.device, source="inversion")
-    wanted = wanted_classes(classes, known, together=inversion.together, seed=seed)
-    identity = identity_of("inversion", VERSION, making, preprocess, inversion, wanted=wanted, seed=seed)
-    store = making.store(cache, making.name, identity)
+    own = Parts.of("inversion", VERSION, inversion, making, preprocess, classes=classes, seed=seed, cache=cache)
+    own.model.to(memory_format=torch.channels_last)  # a quarter faster on processors
     found: list[np.ndarray] = []
     facts: list[dict[str, float]] = []
-    have, number, made, parts = 0, 0, 0, -(-count // inversion.together)
+    have, number, parts = 0, 0, -(-count // inversion.together)
     while have < count:
         if number == _MOST_PARTS * parts:
             raise DataError(
                 f"data.confidence={confidence:g}: only {have} of {number * inversion.together} images made are called "
                 f"their class with that probability, {count} were asked for; lower it, or raise data.class_weight."
             )
-        make = partial(
-            invert, model, preprocess, inversion, wanted=wanted, number=number, parts=max(parts, number + 1),
-            seed=seed, making=making,
-        )  # fmt: skip
-        part, new = kept_or_made(store, number, make)
-        made += new
+        part = own.part(number, max(parts, number + 1), invert)
         sure = (part["predicted"] == part["wanted"]) & (part["confidence"] >= confidence)
         images = part["images"][sure] if confidence > 0 else part["images"]
         found.append(images.numpy())
@@ -155,13 +143,11 @@ def load(
             {"before": before, "after": after, "as_wanted": float((part["predicted"] == part["wanted"]).float().mean())}
         )
         number += 1
-    if store.place is not None:
-        how = "taken from" if not made else "made and kept in"
-        making.note(f"{count} images inverted from BatchNorm statistics, {how} {store.place}")
+    own.tell(f"{count} images inverted from BatchNorm statistics")
     images = np.concatenate(found)[:count]
     protocol = protocol_of(
-        images, identity, inversion, path="made from the network's BatchNorm statistics",
-        classes=wanted, confidence=confidence,
+        images, own.identity, inversion, path="made from the network's BatchNorm statistics",
+        classes=own.wanted, confidence=confidence,
     ) | {
         "distance_before": round(float(np.mean([fact["before"] for fact in facts])), 5),
         "distance_after": round(float(np.mean([fact["after"] for fact in facts])), 5),

@@ -5,8 +5,9 @@ what a set is kept under, starts, how images are seen in a step and what becomes
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modhifi_cli.data.making import Making
+from modhifi_cli.data.making import Making, Store, kept_or_made
 from modhifi_cli.data.procedural import KINDS, draw, made_samples, refuse_given_labels
 from modhifi_cli.data.sources import sha256_of_samples
 from modhifi_cli.errors import ConfigError, UnsupportedModelError, is_number, is_whole, nearest
@@ -102,6 +103,76 @@ def frozen_copy(making: Making) -> nn.Module:
     """The network on its device, float32, evaluation mode, without gradients for its parameters."""
     model = copy.deepcopy(making.model).to(device=making.device, dtype=torch.float32)
     return model.eval().requires_grad_(False)
+
+
+@dataclass
+class Parts:
+    """The parts of one set, from the cache or made: what both ways to invert a network share.
+
+    Attributes:
+        model: The network with gradients off for its parameters, on the device.
+        preprocess: What it wants.
+        how: Settings of a part.
+        wanted: Classes in turn.
+        seed: Of everything that is drawn.
+        making: Who listens.
+        identity: Everything that decides what the parts look like.
+        store: Where they are kept.
+        made: How many had to be made.
+    """
+
+    model: nn.Module
+    preprocess: Preprocess
+    how: Moving
+    wanted: list[int]
+    seed: int
+    making: Making
+    identity: dict[str, Any]
+    store: Store
+    made: int = 0
+
+    @classmethod
+    def of(
+        cls, source: str, version: int, how: Moving, making: Making, preprocess: Preprocess, *,
+        classes: Sequence[int] | None, seed: int, cache: str | None,
+    ) -> "Parts":  # fmt: skip
+        """Look at the network and find the set's place.
+
+        Args:
+            source: Name of the data source.
+            version: Of its procedure.
+            how: Settings of a part.
+            making: The network, and who listens.
+            preprocess: What the network wants.
+            classes: That the images shall show; None for all.
+            seed: Of everything that is drawn.
+            cache: Where parts are kept.
+
+        Raises:
+            ConfigError: If a class is not one of the network's.
+            DataError: If the cache cannot be opened.
+            UnsupportedModelError: If the network is no classifier of one image tensor.
+        """
+        model = frozen_copy(making)
+        known = count_classes(model, preprocess, making.device, source=source)
+        wanted = wanted_classes(classes, known, together=how.together, seed=seed)
+        identity = identity_of(source, version, making, preprocess, how, wanted=wanted, seed=seed)
+        return cls(model, preprocess, how, wanted, seed, making, identity, making.store(cache, making.name, identity))
+
+    def part(self, number: int, parts: int, make: Callable[..., Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """One part: `make` is called as `inversion.invert` where it is not kept already; `parts` is for progress."""
+        own = partial(
+            make, self.model, self.preprocess, self.how, wanted=self.wanted, number=number, parts=parts,
+            seed=self.seed, making=self.making,
+        )  # fmt: skip
+        found, new = kept_or_made(self.store, number, own)
+        self.made += new
+        return found
+
+    def tell(self, what: str) -> None:
+        """Say where the set lies, if it is kept: `what` was taken from there, or made and kept."""
+        if self.store.place is not None:
+            self.making.note(f"{what}, {'made and kept in' if self.made else 'taken from'} {self.store.place}")
 
 
 def identity_of(

@@ -176,24 +176,13 @@ def monotone(values: np.ndarray) -> np.ndarray:
     Returns:
         As `values`; equal to it where it never falls already.
     """
+    from sklearn.isotonic import isotonic_regression
+
     level = np.array(values, dtype=np.float64)
     for _ in range(20):
-        level = np.apply_along_axis(_pooled, 1, level)
-        level = np.apply_along_axis(_pooled, 0, level)
+        level = np.apply_along_axis(isotonic_regression, 1, level)
+        level = np.apply_along_axis(isotonic_regression, 0, level)
     return np.maximum.accumulate(np.maximum.accumulate(level, axis=0), axis=1)
-
-
-def _pooled(values: np.ndarray) -> np.ndarray:
-    """Isotonic regression of one line by pooling neighbours that stand in the wrong order."""
-    pools: list[list[float]] = []  # mean, count
-    for value in values:
-        pools.append([float(value), 1])
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            mean, count = pools.pop()
-            before = pools[-1]
-            before[0] = (before[0] * before[1] + mean * count) / (before[1] + count)
-            before[1] += count
-    return np.concatenate([np.full(int(count), mean) for mean, count in pools])
 
 
 def _place(knots: tuple[int, ...], value: int) -> tuple[int, float]:

@@ -8,7 +8,7 @@ import base64
 import html
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -123,27 +123,51 @@ class Fact:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole page."""
+    """A whole page.
+
+    Attributes:
+        title: Headline.
+        lead: What it is about, in a sentence.
+        facts: The few numbers at the top.
+        sections: What follows.
+        banner: What has to be read before any number, or "".
+        mood: Whether the banner is good news (True), bad (False) or neither.
+    """
 
     title: str
     lead: str
     facts: tuple[Fact, ...]
     sections: tuple[Section, ...]
+    banner: str = ""
+    mood: bool | None = None
+
+
+def sections(*found: Section | None) -> tuple[Section, ...]:
+    """Those sections that there is something to say in."""
+    return tuple(section for section in found if section is not None)
+
+
+def table(records: Sequence[Mapping[str, str]]) -> Table:
+    """Records as a table: the head is all their keys in order of appearance, what a record lacks is empty."""
+    head = tuple(dict.fromkeys(key for record in records for key in record))
+    return Table(head, tuple(tuple(record.get(key, "") for key in head) for record in records))
 
 
 # ------------------------------------------------------------------------------------------------------------ Markdown
 
 
-def markdown(page: Page) -> str:
-    """The page as Markdown, ending in a newline."""
-    parts = [f"# {one_line(page.title)}"]
+def markdown(page: Page, *, heading: str = "#") -> str:
+    """The page as Markdown, ending in a newline; `heading` are the marks of its first heading."""
+    parts = [f"{heading} {one_line(page.title)}"]
+    if page.banner:
+        parts.append(f"**{one_line(page.banner)}**")
     if page.lead:
         parts.append(one_line(page.lead))
     if page.facts:
         rows = tuple((fact.label, fact.value, fact.change) for fact in page.facts)
         parts.append(markdown_table(("", "", "change"), rows))
     for section in page.sections:
-        parts.append(f"## {one_line(section.title)}")
+        parts.append(f"{heading}# {one_line(section.title)}")
         parts += [text for block in section.blocks if (text := _markdown_block(block))]
     return "\n\n".join(parts) + "\n"
 
@@ -185,6 +209,9 @@ def to_html(page: Page) -> str:
     """The page as one HTML file without script and without anything to load."""
     numbers = itertools.count()
     body = [f"<h1>{_escaped(page.title)}</h1>"]
+    if page.banner:
+        mood = {True: " good", False: " bad", None: ""}[page.mood]
+        body.append(f'<p class="banner{mood}">{_escaped(page.banner)}</p>')
     if page.lead:
         body.append(f'<p class="lead">{_escaped(page.lead)}</p>')
     if page.facts:
@@ -311,7 +338,7 @@ def _breakable(text: str) -> str:
     return re.sub(r"([._/])(?=[A-Za-z])", r"\1<wbr>", _escaped(text))
 
 
-_NUMBER = re.compile(r"^[−+±-]?\d")
+_NUMBER = re.compile(r"^[−+±-]?\d|^–$")  # a dash stands where a number could not be had
 
 _SVG_COLOURS = (
     ("#ffffff", "paper"), ("#000000", "ink"), ("#555555", "quiet"), ("#dddddd", "line"), ("#0072b2", "c0"),
@@ -327,20 +354,25 @@ _STYLE = """
 --warn:#3a2e14}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem}
+main{max-width:68rem;margin:0 auto;padding:1.5rem 1rem 4rem}
 h1{font-size:1.6rem;line-height:1.25;margin:.2rem 0 .4rem;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:2.2rem 0 .6rem;line-height:1.3}
 .lead{color:var(--quiet);margin:.2rem 0 1.2rem;overflow-wrap:anywhere}
+.banner{border-left:6px solid var(--line);background:var(--soft);border-radius:.4rem;padding:.7rem 1rem;font-size:1.15rem;
+font-weight:600;max-width:none}.banner.good{border-color:var(--good)}.banner.bad{border-color:var(--bad);background:var(--warn)}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:.6rem;margin:1rem 0}
 .facts>div{background:var(--soft);border-radius:.5rem;padding:.6rem .8rem}
 dt{color:var(--quiet);font-size:.82rem}dd{margin:0;font-size:1.25rem;font-weight:600;font-variant-numeric:tabular-nums}
 dd.change{font-size:.82rem;font-weight:400;color:var(--quiet)}.better,dd.better{color:var(--good)}.worse,dd.worse{color:var(--bad)}
 .claim{border-left:4px solid var(--line);padding-left:.9rem;margin:1rem 0}.claim h3{font-size:1rem;margin:0}
 .claim p{margin:.2rem 0}
-.scroll{overflow-x:auto;margin:.6rem 0}
+.scroll{overflow-x:auto;margin:.6rem 0;background:linear-gradient(to right,var(--paper) 1.5rem,transparent),
+linear-gradient(to left,var(--paper) 1.5rem,transparent) 100% 0,linear-gradient(to right,var(--line),transparent .7rem),
+linear-gradient(to left,var(--line),transparent .7rem) 100% 0;background-repeat:no-repeat;background-size:3rem 100%,3rem 100%,
+.7rem 100%,.7rem 100%;background-attachment:local,local,scroll,scroll}
 table{border-collapse:collapse;font-size:.9rem;min-width:50%}
 th,td{text-align:left;padding:.32rem .7rem .32rem 0;border-bottom:1px solid var(--line);vertical-align:top}
-th{color:var(--quiet);font-weight:500}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+th{color:var(--quiet);font-weight:500;vertical-align:bottom}.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:nowrap}
 p,li{overflow-wrap:anywhere;max-width:46rem}ul{padding-left:1.2rem}li{margin:.3rem 0}
 .note{color:var(--quiet);font-size:.85rem}
 ul.warning,p.warning{background:var(--warn);border-left:4px solid var(--c4);padding:.6rem .8rem .6rem 1.6rem;

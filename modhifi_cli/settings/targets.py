@@ -35,6 +35,9 @@ _MOVED: Mapping[str, str] = {
     "files.exports.to_torch_export": "files.exports.torch_export.TorchExport",
 }
 
+# Settings that were tried and are gone, by what they were of, with the value that left them off.
+_GONE: Mapping[str, Mapping[str, Any]] = {"numerics.selection.Greedy": {"swaps": 0}}
+
 # Arguments that are not settings: they come into being during the run and are passed when a `_partial_` is called.
 _GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
     "data": ("preprocess", "labelled"),
@@ -136,7 +139,9 @@ def at_present(node: Any) -> Any:
         old = next((place for place in _MOVED if f"{name}.".startswith(f"{PACKAGE}{place}.")), None)
         if old is not None:
             plain["_target_"] = f"{PACKAGE}{_MOVED[old]}{name.removeprefix(PACKAGE + old)}"
-    return plain
+    # A setting that is gone and was left off asks for nothing; another value of it is refused as unknown.
+    off = _GONE.get(str(plain.get("_target_")).removeprefix(PACKAGE), {})
+    return {key: value for key, value in plain.items() if key not in off or value != off[key]}
 
 
 def _price_at_present(target: dict[str, Any]) -> dict[str, Any]:

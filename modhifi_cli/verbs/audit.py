@@ -13,7 +13,9 @@ from modhifi_cli.engine.labelling import Labels, image_labels
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.files import artifacts
-from modhifi_cli.pages import plots, reports
+from modhifi_cli.pages import audit as audit_pages
+from modhifi_cli.pages import figures
+from modhifi_cli.pages.terms import class_name
 from modhifi_cli.records import ImageSource, LoadedModel, Measurement
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
@@ -58,7 +60,7 @@ def audit(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     )
     final = place.finish(edits=False)
     show_audit(console, report)
-    console.note(f"the audit lies in {final / 'audit.md'}")
+    console.note(f"the audit's page is {final / 'audit.html'}, the same as text audit.md")
     console.result({"folder": str(final), "verdict": report.verdict.level, "figures": report.figures})
     return final
 
@@ -135,7 +137,7 @@ def audit_settings(settings: Mapping[str, Any]) -> AuditSettings:
 
 
 def write_audit(folder: Path, report: AuditReport, *, model: str, repeat: str) -> None:
-    """Write ``audit.json``, ``audit.md`` and ``audit.png|svg`` into a run folder.
+    """Write ``audit.json``, ``audit.md|html`` and ``audit.png|svg`` into a run folder.
 
     Args:
         folder: Where to.
@@ -144,19 +146,21 @@ def write_audit(folder: Path, report: AuditReport, *, model: str, repeat: str) -
         repeat: The command that does it again.
     """
     content = report.plain()
-    forgotten = ", ".join(reports.class_name(cls, report.classes) for cls in report.forget)
+    forgotten = ", ".join(class_name(cls, report.classes) for cls in report.forget)
     title = f"{model}, forgetting {forgotten}"
     artifacts.write_json(folder / "audit.json", {"format_version": artifacts.FORMAT_VERSION, **content})
-    figure = pieces.write_figure(folder, "audit", plots.audit(content, title=title))
-    figures = {"What is readable inside, relearning, what the images become, every class": figure} if figure else {}
-    page = reports.audit_page(title=f"Audit: {title}", report=content, figures=figures, repeat=repeat)
-    artifacts.write_text(folder / "audit.md", page)
+    kinds = figures.audit(content, title=title)
+    pieces.write_figure(folder, "audit", kinds)
+    svg = kinds["svg"].decode() if "svg" in kinds else None
+    pieces.write_page(
+        folder, "audit", audit_pages.page(title=f"Audit: {title}", report=content, svg=svg, repeat=repeat)
+    )
 
 
 def show_audit(console: Console, report: AuditReport) -> None:
     """Print the figures and the verdict with its grounds."""
     console.table(
-        "audit (%, relearn steps, TV 0 … 1; audit.md explains the figures)", reports.audit_rows(report.plain())
+        "audit (audit.html explains the figures)", audit_pages.rows(report.plain())
     )
     console.note(f"verdict: {report.verdict.level}")
     for sentence in report.verdict.sentences:
@@ -166,8 +170,8 @@ def show_audit(console: Console, report: AuditReport) -> None:
 def audit_measurements(report: AuditReport) -> tuple[Measurement, ...]:
     """The figures as measurements: ``audit_MIA``, ``audit_relearn_steps`` …"""
     found = []
-    for model, figures in report.figures.items():
-        for name, value in figures.items():
+    for model, own in report.figures.items():
+        for name, value in own.items():
             unit = "steps" if name == "relearn steps" else "" if name.startswith("TV") else "%"
             if value is not None:
                 term = "audit_" + name.replace(", ", "_").replace(" ", "_")

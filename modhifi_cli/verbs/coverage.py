@@ -1,7 +1,6 @@
 """`modhifi coverage`: every network of a library pruned with random weights, one file each, and the table of them."""
 
 import fnmatch
-import json
 import os
 import re
 import signal
@@ -13,13 +12,14 @@ from typing import Any
 
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, ModHiFiError
-from modhifi_cli.files import artifacts
-from modhifi_cli.pages import reports
+from modhifi_cli.files import artifacts, kept
+from modhifi_cli.pages import coverage as coverage_pages
 from modhifi_cli.records import Progress
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
 
 _VERSION = 3  # to be raised when networks are examined in another way: older results are then made anew
+_OF_A_NETWORK = ("counts",)
 _SMALL = (64, 96, 128, 160, 224, 256, 300, 320)  # sizes that are tried where a network does not ask for its own
 
 
@@ -42,11 +42,12 @@ def coverage(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
     results: dict[str, dict[str, Any]] = {}
     waiting = []
     for name in chosen:
-        kept = None if any(fnmatch.fnmatchcase(name, each) for each in again) else _kept(place, name, asked)
-        if kept is None:
+        anew = any(fnmatch.fnmatchcase(name, each) for each in again)
+        known = None if anew else kept.read_cell(_file(place, name), _OF_A_NETWORK, asked=asked)
+        if known is None:
             waiting.append(name)
         else:
-            results[name] = kept
+            results[name] = known
     jobs = _jobs(settings, len(waiting))
     console.note(
         f"{len(chosen)} networks of {library}, {len(results)} of them finished before; {jobs} at once; in {place}"
@@ -76,10 +77,10 @@ def coverage(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
     }
     artifacts.write_json(place / "environment.json", environment)
     artifacts.write_json(place / "results.json", content)
-    artifacts.write_text(place / "coverage.md", reports.coverage_markdown(content, environment))
+    pieces.write_page(place, "coverage", coverage_pages.page(content, environment))
     counted = sum(row["counts"] for row in rows)
     console.table(f"{library}: {counted} of {len(rows)} networks count", [_shown(row) for row in rows])
-    console.note(f"the table with every reason is {place / 'coverage.md'}")
+    console.note(f"the table with every reason is {place / 'coverage.html'}")
     console.result({"folder": str(place), "networks": len(rows), "count": counted})
     return place
 
@@ -135,15 +136,6 @@ def _file(place: Path, name: str) -> Path:
     return place / "networks" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.json"
 
 
-def _kept(place: Path, name: str, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is known of a network, if it was asked in the same way of the same versions; else None."""
-    try:
-        found = json.loads(_file(place, name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and found.get("asked") == asked and "counts" in found else None
-
-
 def _examined(
     names: Sequence[str],
     place: Path,
@@ -180,7 +172,7 @@ def _examined(
                     process.kill()
                 process.join()
                 del running[name]
-                found = None if late else _kept(place, name, asked)
+                found = None if late else kept.read_cell(_file(place, name), _OF_A_NETWORK, asked=asked)
                 if found is None:
                     why = f"it took longer than {settings['timeout']} s" if late else _died(process, settings["memory"])
                     found = _failed(name, kinds[name], asked, why) | {"seconds": round(time.monotonic() - began, 1)}

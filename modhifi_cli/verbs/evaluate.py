@@ -9,6 +9,7 @@ from torch import nn
 from modhifi_cli.console import Console
 from modhifi_cli.engine.memory import peaks
 from modhifi_cli.files import artifacts
+from modhifi_cli.records import Results
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
 
@@ -52,14 +53,10 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
     command = pieces.command_line("evaluate", facts["overrides"])
     artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(asked)))
     artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
-    results = {
-        "format_version": artifacts.FORMAT_VERSION,
-        "verb": "evaluate",
-        "model": loaded.name,
-        "weights": loaded.weights,
-        "measurements": artifacts.measurements_to_json(measurements),
-        "memory": peaks(device),
-    }
+    results = Results.written(
+        verb="evaluate", model=loaded.name, weights=loaded.weights, measurements=measurements,
+        memory=peaks(device),
+    )
     artifacts.write_json(place.path / "results.json", results)
     pieces.write_pages(place.path)
     final = place.finish(edits=False)

@@ -11,7 +11,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,17 @@ from modhifi_cli.data.making import Making
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError, NumericsError, is_out_of_memory
 from modhifi_cli.files import artifacts, cache
 from modhifi_cli.files.exports.written import ExportReport, Intent
+from modhifi_cli.pages import figures, many, terms
 from modhifi_cli.pages import page as pages
-from modhifi_cli.pages import reports
 from modhifi_cli.pages import run as run_pages
-from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Preprocess, TextInput
+from modhifi_cli.pages.card import model_card
+from modhifi_cli.pages.page import Page
+from modhifi_cli.records import Chart, Edit, ImageSource, LoadedModel, Measurement, Preprocess, Results, TextInput
 from modhifi_cli.settings import config
-from modhifi_cli.verbs import cards, comparison
+from modhifi_cli.verbs import cards
+
+if TYPE_CHECKING:
+    from modhifi_cli.verbs.shared import Shared
 
 # Settings that may differ between a run and its continuation; the audit looks at the network and changes nothing.
 _NOT_COMPARED = ("resume", "console", "output_dir", "audit")
@@ -159,7 +164,7 @@ def measure(
     preprocess: Preprocess,
     device: torch.device,
     console: Console,
-    shared: comparison.Shared | None = None,
+    shared: "Shared | None" = None,
     answers: Mapping[str, nn.Module] | None = None,
 ) -> tuple[Measurement, ...]:
     """Everything that the settings ask for; within a comparison the dense network is measured once for all cells.
@@ -229,15 +234,26 @@ def name_forgotten_(settings: dict[str, Any], forget: Sequence[int] | None) -> N
 
 
 def show_measurements(console: Console, measurements: Sequence[Measurement]) -> None:
-    names = {measurement.model for measurement in measurements}
+    names = list(dict.fromkeys(measurement.model for measurement in measurements))
+    after = next((name for name in names if name != "dense"), "edited")
     rows = [
-        {"": row.label, "dense": row.before, "edited": row.after, "change": row.change}
-        for row in reports.table(measurements)
+        {"": row.label, "dense": row.before, after: row.after, "change": row.change}
+        for row in terms.table(measurements)
     ]
     if rows and len(names) == 1:
-        rows = [{"": row[""], next(iter(names)): row["dense"] or row["edited"]} for row in rows]
+        rows = [{"": row[""], names[0]: row["dense"] or row[after]} for row in rows]
     if rows:
         console.table("before and after" if len(names) > 1 else "measured", rows)
+
+
+def show_end(console: Console, final: Path, warnings: int) -> None:
+    """The end of a run that made a network: whether to trust it, where it is, how to use it, what comes next."""
+    told = {0: "no warning was raised", 1: "one warning was raised"}.get(warnings, f"{warnings} warnings were raised")
+    console.note(f"{told}; the page is report.html, the network model/, both in")
+    console.note(f"  {final}")
+    console.note(f"proof that it answers as it did:  modhifi verify run={final}")
+    console.note(f"in Python:  import modhifi_cli; model = modhifi_cli.load_model({str(final)!r})")
+    console.note(f"next, on other data or with other measurements:  modhifi evaluate run={final}")
 
 
 def save_network(place: artifacts.RunDirectory, loaded: LoadedModel, model: nn.Module) -> None:
@@ -343,6 +359,35 @@ def write_figure(folder: Path, stem: str, kinds: Mapping[str, bytes]) -> str | N
     return f"{stem}.svg" if "svg" in kinds else None
 
 
+def draw_all(folder: Path, charts: Sequence[Chart]) -> dict[str, dict[str, bytes]]:
+    """Draw charts and write them into a folder; those that had a point, by name."""
+    drawn = {}
+    for chart in charts:
+        kinds = figures.draw(chart)
+        if write_figure(folder, chart.name, kinds):
+            drawn[chart.name] = kinds
+    return drawn
+
+
+def write_page(folder: Path, stem: str, page: Page) -> None:
+    """Write one page as ``stem.md`` and ``stem.html``."""
+    artifacts.write_text(folder / f"{stem}.md", pages.markdown(page))
+    artifacts.write_text(folder / f"{stem}.html", pages.to_html(page))
+
+
+def write_many(
+    folder: Path, stem: str, rows: Sequence[many.Row], *, dense: Mapping[str, float] | None = None, **about: Any
+) -> list[str]:
+    """Write the page of several runs with its figures, whose names are returned; arguments as of `many.page`."""
+    for pattern in ("frontier_*.*", "tradeoff_*.*", "methods.*"):  # an older figure must not stand beside this table
+        for path in folder.glob(pattern):
+            path.unlink()
+    charts = many.charts(rows, dense)
+    drawn = draw_all(folder, charts)
+    write_page(folder, stem, many.page(rows, charts, drawn, dense=dense, **about))
+    return list(drawn)
+
+
 def write_pages(folder: Path) -> None:
     """Make ``report.md``, ``report.html`` and the figures of a run or study from the other files of its folder.
 
@@ -350,7 +395,8 @@ def write_pages(folder: Path) -> None:
         DataError: If a file that the page is made of is missing, damaged or of another version.
     """
     material = artifacts.report_material(folder)
-    material["charts"] = [reports.chart_from_json(chart) for chart in material["charts"]]
+    material["results"] = Results.read(material["results"])
+    material["charts"] = [figures.chart_from_json(chart) for chart in material["charts"]]
     if "settings" in material:
         try:
             material["settings"] = config.from_yaml(material["settings"])
@@ -359,9 +405,7 @@ def write_pages(folder: Path) -> None:
     drawn = run_pages.figures(material)
     for stem, kinds in drawn.items():
         write_figure(folder, stem, kinds)
-    page = run_pages.page(material, drawn)
-    artifacts.write_text(folder / "report.md", pages.markdown(page))
-    artifacts.write_text(folder / "report.html", pages.to_html(page))
+    write_page(folder, "report", run_pages.page(material, drawn))
 
 
 def write_card(
@@ -374,7 +418,7 @@ def write_card(
     trained: str = "",
 ) -> None:
     """Put a page beside a pruned language model's weights that says what it is, how it loads and how good it is."""
-    card = reports.model_card(
+    card = model_card(
         loaded.name,
         origin=loaded.weights,
         native=artifacts.opens_natively(place.path),
@@ -621,10 +665,28 @@ def command_line(verb: str, overrides: Sequence[str]) -> str:
     return shlex.join(["modhifi", verb, *overrides])
 
 
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = round(time.perf_counter() - started, 3)
+class Steps:
+    """The parts of a run: where it stands, for whoever watches, and how long each took.
+
+    Args:
+        console: Told of every part.
+        words: Part → what it is called, in order; of others nothing is said.
+
+    Attributes:
+        seconds: By part.
+    """
+
+    def __init__(self, console: Console, words: Mapping[str, str]) -> None:
+        self._console, self._words = console, dict(words)
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Around one part."""
+        if part in self._words:
+            self._console.part(self._words[part], list(self._words).index(part) + 1, len(self._words))
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = round(time.perf_counter() - started, 3)

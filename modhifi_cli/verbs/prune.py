@@ -13,10 +13,11 @@ from modhifi_cli.console import Console
 from modhifi_cli.engine.memory import peaks
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.files import artifacts
-from modhifi_cli.pages import reports
-from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress
+from modhifi_cli.pages import terms
+from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress, Results
 from modhifi_cli.settings import config
-from modhifi_cli.verbs import comparison, drop, dry_run, healing, pieces, quality, timing
+from modhifi_cli.verbs import drop, dry_run, healing, pieces, quality, timing
+from modhifi_cli.verbs.shared import Shared
 
 _STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
 _GROUP_FACTS = ("dead_outputs", "fidelity", "subset_fidelity", "rows", "seconds")
@@ -27,7 +28,7 @@ def prune(
     facts: Mapping[str, Any],
     console: Console,
     folder: Path | None,
-    shared: comparison.Shared | None = None,
+    shared: Shared | None = None,
 ) -> Path | None:
     from modhifi_cli.graph.surgery import describe_widths, weights_hash
 
@@ -42,8 +43,14 @@ def prune(
     if place is not None:
         pieces.same_settings(place.path, settings)
     device = pieces.device_of(settings)
-    seconds: dict[str, float] = {}
-    with pieces.timed(seconds, "load"):
+    steps = pieces.Steps(
+        console,
+        {"load": "loading", "prune": "pruning"}
+        | ({"heal": "healing"} if settings.get("healing") else {})
+        | {"save": "saving", "evaluate": "measuring"}
+        | ({"latency": "timing"} if settings["target"]["_target_"].endswith(".Latency") else {}),
+    )
+    with steps("load"):
         found = pieces.sources(settings, console) if shared is None else shared.sources(settings)
         loaded, calibration, evaluation = found
         pieces.foresee_exports(settings, loaded)
@@ -69,7 +76,7 @@ def prune(
             f"{calibration.protocol['skipped_files'][0]} the first"
         )
     with pieces.kept_for_resume("prune", place, facts, resumed=bool(resumed), console=console):
-        with pieces.timed(seconds, "prune"):
+        with steps("prune"):
             model = pieces.placed(loaded.model, settings, device)
             settings, seen = quality.before_the_run(
                 model, calibration, settings, loaded.preprocess, device, console, place
@@ -94,33 +101,33 @@ def prune(
                 summary, edits, predicted = _edit_(
                     model, settings, calibration, device, done, place, dense_hash, console, times
                 )
-        with pieces.timed(seconds, "heal"):
+        with steps("heal"):
             healed = healing.heal_(
                 model, dense, settings, calibration, edits, healed_before, device, place, dense_hash, console
             )
-        with pieces.timed(seconds, "save"):
+        with steps("save"):
             pieces.save_network(place, loaded, model)
             asked = {"sparsity": settings["sparsity"], "target": price.name}
             exported = pieces.export(place.path / "export", settings["export"], loaded, model, asked)
-        with pieces.timed(seconds, "evaluate"):
+        with steps("evaluate"):
             beside = {"dense": dense} if settings["measure_dense"] else {}
             models = {**beside, "pruned": model}
             measurements = pieces.measure(
                 settings, models, calibration, evaluation, loaded.preprocess, device, console, shared
             )
-        with pieces.timed(seconds, "latency"):
+        with steps("latency"):
             summary = times.clocked(summary, dense, model, loaded.preprocess, device, console)
         sample = pieces.sample_shown(
             place.path, settings, loaded, dense, calibration, device, None if seen is None else seen.sample
         )
-        lagging = reports.not_faster(measurements)
+        lagging = terms.not_faster(measurements)
         if lagging is not None:
             place.log(f"warning: {lagging}")
             console.warning(lagging)
         told = () if lagging is None else (lagging,)
         summary = dataclasses.replace(summary, warnings=(*summary.warnings, *shared_text, *told, *healing.told(healed)))
         _write_outcome(
-            place, settings, loaded, widths, sample, model, summary, edits, predicted, measurements, exported, seconds,
+            place, settings, loaded, widths, sample, model, summary, edits, predicted, measurements, exported, steps.seconds,
             calibration, trials, seen, healed,
         )  # fmt: skip
         if pieces.is_decoder(settings):
@@ -179,7 +186,8 @@ def _edit_(
         elif isinstance(event, Edit):
             place.save_edit(event, dense_hash)
             edits.append(event)
-            place.log(f"edit {event.name}: kept {event.kept.numel()}, removed {event.removed.numel()}")
+            counts = f"kept {event.kept.numel()}, removed {event.removed.numel()}"
+            place.log(f"edit {event.name}: {counts}" if event.removed.numel() else f"repaired {event.name}")
         elif isinstance(event, LatencyTable):
             times.keep(event)
         elif isinstance(event, Summary):
@@ -314,42 +322,41 @@ def _write_outcome(
         for edit in edits
         if edit.removed.numel()
     ]
+    price = config.build(settings["target"])
     labelled = {"labels": told for edit in edits[:1] if (told := edit.facts.get("labels"))}
     artifacts.write_json(
         place.path / "results.json",
-        {
-            "format_version": artifacts.FORMAT_VERSION,
-            "verb": "prune",
-            "model": loaded.name,
-            "weights": loaded.weights,
-            "target": config.build(settings["target"]).name,
-            "goal": config.build(settings["target"]).goal(settings["sparsity"]),
-            "sparsity": settings["sparsity"],
-            "achieved": dict(summary.achieved),
-            "latency": summary.latency,
-            "healing": healed,
-            "trials": [dict(trial) for trial in trials],
-            "measurements": artifacts.measurements_to_json(measurements),
-            "groups": groups,
-            "predicted_error": dict(predicted),
-            "exports": [{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
-            "calibration": dict(calibration.protocol) | labelled,
+        Results.written(
+            verb="prune",
+            model=loaded.name,
+            weights=loaded.weights,
+            target=price.name,
+            goal=price.goal(settings["sparsity"]),
+            sparsity=settings["sparsity"],
+            achieved=dict(summary.achieved),
+            latency=summary.latency,
+            healing=healed,
+            trials=[dict(trial) for trial in trials],
+            measurements=measurements,
+            groups=groups,
+            predicted_error=dict(predicted),
+            exports=[{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
+            calibration=dict(calibration.protocol) | labelled,
             **quality.entries(sample, calibration, seen),
-            "widths": {name: {key: [counts[key], kept[name][key]] for key in counts} for name, counts in widths.items()},
-            "warnings": [*(seen.warnings if seen else ()), *summary.warnings],
-            "memory": peaks(settings["runtime"]["device"]),
-            "seconds": dict(seconds),
-        },
+            widths={name: {key: [counts[key], kept[name][key]] for key in counts} for name, counts in widths.items()},
+            warnings=[*(seen.warnings if seen else ()), *summary.warnings],
+            memory=peaks(settings["runtime"]["device"]),
+            seconds=dict(seconds),
+        ),
     )
     pieces.write_pages(place.path)
     place.log("finished")
 
 
 def _show_outcome(console: Console, final: Path, summary: Any, measurements: Sequence[Measurement]) -> None:
-    shares = ", ".join(f"{share:.1%} of {name}" for name, share in summary.achieved.items())
-    console.note(f"removed {shares}")
+    console.note(f"removed {terms.removed(summary.achieved)}")
     pieces.show_measurements(console, measurements)
-    console.note(f"the new network lies in {final / 'model'}; the report in {final / 'report.html'} and report.md")
+    pieces.show_end(console, final, len(summary.warnings))
     console.result(
         {
             "folder": str(final),

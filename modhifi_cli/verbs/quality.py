@@ -109,20 +109,9 @@ def entries(sample: Mapping[str, Any], source: ImageSource, quality: Any) -> dic
 
 
 def told(quality: Any) -> str:
-    """The quality of a set in one line."""
-    ranks = [layer.effective_rank / layer.channels for layer in quality.layers]
-    parts = [
-        "BatchNorm distance " + ("none stored" if quality.distance is None else f"{quality.distance:.4f}"),
-        f"{quality.classes_seen} of {quality.classes} classes seen (balance {quality.balance:.2f})",
-        f"mean confidence {quality.confidence:.2f}",
-        f"copies {quality.twins:.1%}",
-    ]
-    if ranks:
-        parts.insert(1, f"effective rank {sum(ranks) / len(ranks):.0%} of the channels")
-    if quality.repairs:
-        errors = [f"{trial.fitted:.1%}/{trial.held_out:.1%}" for trial in quality.repairs]
-        parts.append(f"trial repairs, error fitted/held out {', '.join(errors)}")
-    return f"quality of {quality.samples} calibration images: " + "; ".join(parts)
+    """The quality of a set in one line; what it rests on is in the run's quality.json."""
+    verdict = "poor, as the warnings say" if quality.warnings else "good"
+    return f"calibration set: {verdict} ({quality.samples} images; {FILE} has the details)"
 
 
 def as_pixels(images: Tensor, preprocess: Preprocess) -> np.ndarray:

@@ -8,9 +8,8 @@ from typing import Any
 from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.files import artifacts
-from modhifi_cli.pages import page as pages
-from modhifi_cli.pages import plots
-from modhifi_cli.pages import run as run_pages
+from modhifi_cli.pages import many
+from modhifi_cli.records import Results
 from modhifi_cli.verbs import pieces
 
 
@@ -27,7 +26,7 @@ def report(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
     else:
         place = Path(run) if run is not None else pieces.new_folder("report", "comparison", settings, facts)
         found = several or [inside for given in runs for inside in _runs_inside(Path(given)) or [Path(given)]]
-        _compare(place, found, pieces.command_line("report", facts["overrides"]))
+        write_comparison(place, found, pieces.command_line("report", facts["overrides"]))
     console.note(f"the page is {place / 'report.html'}, the same as text report.md")
     console.result({"folder": str(place)})
     return place
@@ -45,21 +44,19 @@ def _runs_inside(folder: Path) -> list[Path]:
     )
 
 
-def _compare(place: Path, folders: Sequence[Path], command: str) -> None:
+def write_comparison(place: Path, folders: Sequence[Path], command: str) -> None:
+    """Write ``report.md|html`` with figures of several finished runs.
+
+    Raises:
+        DataError: If none of them has measurements.
+    """
     runs = []
     for folder in folders:
         material = artifacts.report_material(artifacts.run_folder(folder, needs=("results.json",)))
         words = shlex.split(str(material.get("environment", {}).get("command", "")))[2:]
-        runs.append(run_pages.compared(material["results"], words, str(folder)))
-    rows = run_pages.grouped(runs)
-    if not any(row["measured"] for row in rows):
+        runs.append(many.run_of(Results.read(material["results"]), words, str(folder)))
+    rows = many.grouped(many.named(runs))
+    if not any(row.mean for row in rows):
         raise DataError(f"runs: none of the {len(runs)} runs has measurements to compare; evaluate them first.")
     artifacts.make_folder(place)
-    charts = [*run_pages.frontiers(rows), *run_pages.tradeoffs(rows)]
-    drawn = {}
-    for chart in charts:
-        drawn[chart.name] = plots.draw(chart)
-        pieces.write_figure(place, chart.name, drawn[chart.name])
-    page = run_pages.comparison(rows, charts, drawn, command)
-    artifacts.write_text(place / "report.md", pages.markdown(page))
-    artifacts.write_text(place / "report.html", pages.to_html(page))
+    pieces.write_many(place, "report", rows, command=command)

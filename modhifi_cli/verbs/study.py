@@ -2,8 +2,6 @@
 
 import copy
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +10,15 @@ from typing import Any
 from modhifi_cli.console import Console
 from modhifi_cli.engine.memory import peaks
 from modhifi_cli.errors import ConfigError
-from modhifi_cli.files import artifacts
-from modhifi_cli.pages import reports
-from modhifi_cli.records import ImageSource, LoadedModel, Progress
+from modhifi_cli.files import artifacts, kept
+from modhifi_cli.pages.figures import chart_to_json
+from modhifi_cli.pages.many import csv_text
+from modhifi_cli.records import ImageSource, LoadedModel, Progress, Results
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
 
 _CELLS_VERSION = 1  # to be raised when cells are computed in another way: older ones are then computed anew
+_OF_A_CELL = ("rows", "seconds")
 _NOT_IN_FOLDER = ("study=", "layers=", "seeds=", "minutes=", "study.", "console", "output_dir=", "hydra")
 
 
@@ -39,25 +39,25 @@ def study(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     for number, cell in enumerate(cells):
         told = ", ".join(str(value) for key, value in cell.items() if key != "layers" and value != "")
         console.progress(Progress("cells", told, number, len(cells)))
-        path = place / "cells" / f"{_digest({'cell': cell, **identity})}.json"
-        kept = _kept(path)
-        if kept is None:
-            if settings["minutes"] is not None and time.monotonic() - started > 60 * settings["minutes"]:
-                missing += 1
-                continue
+        path = place / "cells" / f"{kept.digest({'cell': cell, **identity})}.json"
+        late = settings["minutes"] is not None and time.monotonic() - started > 60 * settings["minutes"]
+        if late and kept.read_cell(path, _OF_A_CELL) is None:
+            missing += 1
+            continue
+
+        def computed(cell: Mapping[str, Any] = cell) -> dict[str, Any]:
             begun = time.perf_counter()
-            try:
-                kept = {"cell": cell, "rows": _computed(asked.compute(subject, cell), console)}
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(
-                    f"{len(seconds)} of {len(cells)} cells are finished and kept; the same command goes on with the "
-                    "others"
-                ) from None
-            kept["seconds"] = round(time.perf_counter() - begun, 3)
-            artifacts.write_json(path, kept)
-            kept = _kept(path)  # as a later command will read it
-        rows += kept["rows"]
-        seconds[told] = kept["seconds"]
+            found = {"cell": cell, "rows": _computed(asked.compute(subject, cell), console)}
+            return found | {"seconds": round(time.perf_counter() - begun, 3)}
+
+        try:
+            found = kept.kept_cell(path, computed, _OF_A_CELL)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{len(seconds)} of {len(cells)} cells are finished and kept; the same command goes on with the others"
+            ) from None
+        rows += found["rows"]
+        seconds[told] = found["seconds"]
     console.progress(Progress("cells", "done", len(cells), len(cells)))
     if not rows:
         raise ConfigError(f"minutes={settings['minutes']}: no cell was finished in that time; give more minutes.")
@@ -157,17 +157,6 @@ def _computed(steps: Any, console: Console) -> list[dict[str, Any]]:
             return done.value
 
 
-def _kept(path: Path) -> dict[str, Any] | None:
-    """A finished cell, or None: a file that cannot be read as one is as good as none."""
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found["rows"], list) and "seconds" in found else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _write(
     place: Path,
     settings: Mapping[str, Any],
@@ -186,9 +175,9 @@ def _write(
     outcome = _named(asked.conclude(rows), loaded.name)
     artifacts.write_text(place / "config.yaml", config.to_yaml(pieces.portable(settings)))
     artifacts.write_json(place / "environment.json", artifacts.environment(command, str(subject.device)))
-    artifacts.write_text(place / "rows.csv", reports.csv_text(rows))
+    artifacts.write_text(place / "rows.csv", csv_text(rows))
     for chart in outcome.charts:
-        artifacts.write_json(place / f"{chart.name}.json", reports.chart_to_json(chart))
+        artifacts.write_json(place / f"{chart.name}.json", chart_to_json(chart))
     warnings = []
     if missing:
         warnings.append(
@@ -197,27 +186,26 @@ def _write(
         )
     artifacts.write_json(
         place / "results.json",
-        {
-            "format_version": artifacts.FORMAT_VERSION,
-            "verb": "study",
-            "study": name,
-            "model": loaded.name,
-            "weights": loaded.weights,
-            "settings": {key: value for key, value in settings["study"].items() if not key.startswith("_")},
-            "seeds": settings["seeds"],
-            "findings": [vars(finding) for finding in outcome.findings],
-            "summary": list(outcome.summary),
-            "notes": list(outcome.notes),
-            "charts": [chart.name for chart in outcome.charts],
-            "rows": len(rows),
-            "cells": len(cells),
-            "missing_cells": missing,
-            "calibration": dict(calibration.protocol),
-            "evaluation": None if evaluation is None else dict(evaluation.protocol),
-            "warnings": warnings,
-            "memory": peaks(settings["runtime"]["device"]),
-            "seconds": dict(seconds),
-        },
+        Results.written(
+            verb="study",
+            study=name,
+            model=loaded.name,
+            weights=loaded.weights,
+            settings={key: value for key, value in settings["study"].items() if not key.startswith("_")},
+            seeds=settings["seeds"],
+            findings=[vars(finding) for finding in outcome.findings],
+            summary=list(outcome.summary),
+            notes=list(outcome.notes),
+            charts=[chart.name for chart in outcome.charts],
+            rows=len(rows),
+            cells=len(cells),
+            missing_cells=missing,
+            calibration=dict(calibration.protocol),
+            evaluation=None if evaluation is None else dict(evaluation.protocol),
+            warnings=warnings,
+            memory=peaks(settings["runtime"]["device"]),
+            seconds=dict(seconds),
+        ),
     )
     pieces.write_pages(place)
 
@@ -246,7 +234,3 @@ def _show(
             "summary": list(outcome.summary),
         }
     )
-
-
-def _digest(plain: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,9 +1,6 @@
 """Sweeps: finished jobs are skipped, interrupted ones go on, failed ones are recorded; and the summary of all."""
 
-import csv
-import io
 import json
-import traceback
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,24 +8,26 @@ from statistics import fmean
 from typing import Any
 
 from modhifi_cli.console import open_console
-from modhifi_cli.errors import ModHiFiError
-from modhifi_cli.files import artifacts
+from modhifi_cli.files import artifacts, kept
+from modhifi_cli.pages.many import csv_text
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces, run
+from modhifi_cli.verbs.report import write_comparison
 
+_RESUMED = ("prune", "unlearn")  # verbs whose runs go on where they stopped
 # What the table of a sweep shows of summary.csv, and under which head: a terminal is narrow.
 _SHOWN = {
-    "removed_params": "params removed",
-    "removed_flops": "flops removed",
-    "dense_top1": "dense top1",
-    "pruned_top1": "pruned top1",
-    "pruned_agreement": "agreement",
-    "dense_forget_accuracy": "dense forget",
-    "edited_forget_accuracy": "edited forget",
-    "dense_retain_accuracy": "dense retain",
-    "edited_retain_accuracy": "edited retain",
-    "edited_audit_probe_penultimate": "edited probe",
-    "head_only_audit_probe_penultimate": "control probe",
+    "removed_params": "parameters removed, %",
+    "removed_flops": "FLOPs removed, %",
+    "dense_top1": "dense top-1, %",
+    "pruned_top1": "pruned top-1, %",
+    "pruned_agreement": "agreement, %",
+    "dense_forget_accuracy": "dense forget, %",
+    "edited_forget_accuracy": "edited forget, %",
+    "dense_retain_accuracy": "dense retain, %",
+    "edited_retain_accuracy": "edited retain, %",
+    "edited_audit_probe_penultimate": "edited probe, %",
+    "head_only_audit_probe_penultimate": "control probe, %",
     "edited_audit_relearn_steps": "relearn steps",
 }
 
@@ -43,37 +42,26 @@ def run_sweep_job(composed: Any, facts: Mapping[str, Any]) -> None:
     sweep = Path(facts["sweep"])
     own = [word for word in facts["overrides"] if not word.startswith(("console", "output_dir="))]
     final = sweep / config.slug(own, leading=facts["swept"])
-    record = {"number": facts["number"], "overrides": own, "folder": final.name, "status": "running", "message": ""}
     path = sweep / "jobs" / f"{facts['number']:04d}.json"
     artifacts.make_folder(path.parent)
-    artifacts.write_json(path, record)
+    about = {"number": facts["number"], "overrides": own, "folder": final.name}
     try:
-        settings = config.settings(facts["verb"], composed)
-        if final.is_dir():
+        # Settings are read inside, so that a job that asks for what cannot be is recorded like any other failure.
+        settings: dict[str, Any] = {}
+
+        def known() -> None:
+            settings.update(config.settings(facts["verb"], composed))
             pieces.same_settings(final, settings)
-            record["status"] = "finished before"
-        else:
-            interrupted = final.with_name(final.name + artifacts.INCOMPLETE)
-            if (interrupted / "calibration.json").exists() and "resume" in settings:
-                settings["resume"] = str(interrupted)
-            elif interrupted.exists():
-                artifacts.RunDirectory(final).discard_if_empty()
-            run(facts["verb"], settings, facts, folder=final)
-            record["status"] = "finished"
-    except KeyboardInterrupt:
-        record["status"] = "interrupted"
-        raise
-    except Exception as error:
-        record |= {"status": "failed", "message": " ".join(str(error).split()) or type(error).__name__}
-        if not isinstance(error, ModHiFiError):
-            # A defect of ours must not be hidden by the sweep: its traceback is kept beside the record.
-            record["message"] = f"{type(error).__name__}: {record['message']} (see jobs/{path.stem}.txt)"
-            artifacts.write_text(path.with_suffix(".txt"), traceback.format_exc())
+
+        def make(resume: str | None) -> None:
+            settings.update(config.settings(facts["verb"], composed))
+            run(facts["verb"], settings | ({"resume": resume} if resume else {}), facts, folder=final)
+
+        kept.keep_job(final, path, about, make, resumable=facts["verb"] in _RESUMED, known=known)
     finally:
-        artifacts.write_json(path, record)
-        style = composed.console.style
+        record = artifacts.read_object(path, "the record of a job")
         told = f"job {record['number']} {record['status']}: {record['folder']} {record['message']}"
-        open_console(style).note(told.rstrip())
+        open_console(composed.console.style).note(told.rstrip())
 
 
 def begin_sweep(folder: Path) -> None:
@@ -99,7 +87,7 @@ def summarise_sweep(folder: Path, style: str) -> int:
     """
     records = [json.loads(artifacts.read_text(path)) for path in sorted((folder / "jobs").glob("*.json"))]
     keys = list(dict.fromkeys(word.partition("=")[0] for record in records for word in record["overrides"]))
-    rows = []
+    rows, measured = [], False
     for record in records:
         given = dict(word.partition("=")[::2] for word in record["overrides"])
         row: dict[str, Any] = {"job": record["number"]} | {key: given.get(key, "") for key in keys}
@@ -110,34 +98,41 @@ def summarise_sweep(folder: Path, style: str) -> int:
             audit = results.get("audit") or {"measurements": []}
             if "verdict" in audit:
                 row["verdict"] = audit["verdict"]
-            for measured in [*results["measurements"], *audit["measurements"]]:
-                row[f"{measured['model']}_{measured['name']}"] = measured["value"]
+            measured = measured or bool(results["measurements"])
+            for one in [*results["measurements"], *audit["measurements"]]:
+                row[f"{one['model']}_{one['name']}"] = one["value"]
         row |= {"folder": record["folder"], "message": record["message"]}
         rows.append(row)
     if any({"edited_forget_accuracy", "edited_audit_FA"} & row.keys() for row in rows):
         rows.append(_mean_row(rows))  # the literature's figures are means over the forgotten classes
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("folder", "message")))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*columns, "folder", "message"], restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    artifacts.write_text(folder / "summary.csv", text.getvalue())
+    last = {key: "" for key in (*columns, "folder", "message")}
+    artifacts.write_text(folder / "summary.csv", csv_text([last | row for row in rows]))
     console = open_console(style)
     changing = [key for key in keys if len({row.get(key) for row in rows if row["job"] != "mean"}) > 1] or keys[-1:]
     present = {column: head for column, head in _SHOWN.items() if column in columns}
     present = present or {column: column for column in [c for c in columns if c.startswith(("dense_", "pruned_"))][:6]}
     failed = [row for row in rows if row["status"] and not row["status"].startswith("finished")]
     shown = {"job": "job", **{key: key for key in changing}, **({"status": "status"} if failed else {}), **present}
-    lines = [{head: row.get(key, "") for key, head in shown.items()} for row in rows]
+    lines = [{head: _in_words(key, row.get(key, "")) for key, head in shown.items()} for row in rows]
     console.table(f"sweep of {len(records)} jobs", lines)
     for level, count in Counter(row["verdict"] for row in rows[: len(records)] if "verdict" in row).most_common():
         console.note(f"verdict of {count} jobs: {level}")
     for row in failed:
         console.warning(f"job {row['job']} {row['status']}: {row['message']}")
-    page = f"; one page with figures: modhifi report run={folder}" if len(rows) - len(failed) > 1 else ""
+    finished = [folder / record["folder"] for record in records if record["status"] in kept.FINISHED]
+    page = ""
+    if len(finished) > 1 and measured:
+        write_comparison(folder, finished, f"modhifi report run={folder}")
+        page = f"; the page with figures is {folder / 'report.html'}"
     console.note(f"all numbers are in {folder / 'summary.csv'}{page}")
     console.result({"folder": str(folder), "jobs": rows})
     return len(failed)
+
+
+def _in_words(key: str, value: Any) -> Any:
+    """A cell of the table: shares removed in %, as everywhere else."""
+    return 100 * value if key.startswith("removed_") and isinstance(value, float) else value
 
 
 def _mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:

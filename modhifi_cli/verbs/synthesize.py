@@ -27,14 +27,14 @@ def synthesize(
     pieces.require_data(settings)
     command = pieces.command_line("synthesize", facts["overrides"])
     device = pieces.device_of(settings)
-    seconds: dict[str, float] = {}
+    steps = pieces.Steps(console, {"make": "making images", "quality": "checking them"})
     loaded = config.build(settings["model"])
     if isinstance(loaded.preprocess, TextInput):
         raise ConfigError(
             "modhifi synthesize writes images; text that a language model makes for itself comes with data=generated."
         )
     try:
-        with pieces.timed(seconds, "make"):
+        with steps("make"):
             source = pieces.image_source(settings, "data", loaded, labelled=False, console=console)
         assert source is not None
     except KeyboardInterrupt:
@@ -43,7 +43,7 @@ def synthesize(
     place.log(command)
     pixels = _pixels(source, loaded)
     model = pieces.placed(loaded.model, settings, device)
-    with pieces.timed(seconds, "quality"):
+    with steps("quality"):
         found = quality.look(model, source, settings, device, console, place)
     artifacts.write_bytes(place.path / "calibration.png", contact_sheet(source, loaded.preprocess))
     _write(place.path, settings["form"], pixels)
@@ -56,7 +56,7 @@ def synthesize(
         "images": dict(source.protocol),
         "form": settings["form"],
         "quality": found.to_json(),
-        "seconds": seconds,
+        "seconds": steps.seconds,
         "command": command,
     }
     artifacts.write_json(place.path / "manifest.json", manifest)
@@ -67,7 +67,7 @@ def synthesize(
     kind = "arrays" if settings["form"] == "array" else "folder"
     where = final / ("images" if kind == "folder" else "images.npz")
     console.note(f"{len(source)} images in {final}; use them with data={kind} data.path={where}")
-    console.result({"folder": str(final), "images": len(source), "quality": found.to_json(), "seconds": seconds})
+    console.result({"folder": str(final), "images": len(source), "quality": found.to_json(), "seconds": steps.seconds})
     return final
 
 

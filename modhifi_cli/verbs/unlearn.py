@@ -15,8 +15,9 @@ from modhifi_cli.engine.memory import peaks
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.files import artifacts
-from modhifi_cli.pages import reports
-from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress
+from modhifi_cli.pages import audit as audit_pages
+from modhifi_cli.pages.terms import class_name
+from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress, Results
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces, quality
 from modhifi_cli.verbs.audit import audit_measurements, audit_settings, make_audit, show_audit, write_audit
@@ -34,8 +35,13 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     if place is not None:
         pieces.same_settings(place.path, asked)
     device = pieces.device_of(settings)
-    seconds: dict[str, float] = {}
-    with pieces.timed(seconds, "load"):
+    steps = pieces.Steps(
+        console,
+        {"load": "loading", "quality": "checking the calibration set", "unlearn": "unlearning", "save": "saving"}
+        | ({} if settings["audit"] is None else {"audit": "auditing"})
+        | {"evaluate": "measuring"},
+    )
+    with steps("load"):
         pieces.require_data(settings)
         loaded = config.build(settings["model"])
         calibration = pieces.image_source(settings, "data", loaded, labelled=True, console=console)
@@ -58,17 +64,17 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     done = pieces.edits_so_far(place, dense_hash, calibration) if resumed else ()
     place.log(command)
     console.note(f"{loaded.name}: {loaded.weights}; {labels.account}; working in {place.path}")
-    console.note(f"to be forgotten: {', '.join(_class_name(cls, loaded.classes) for cls in forget)}")
+    console.note(f"to be forgotten: {', '.join(class_name(cls, loaded.classes) for cls in forget)}")
     with pieces.kept_for_resume("unlearn", place, facts, resumed=bool(resumed)):
-        with pieces.timed(seconds, "quality"):
+        with steps("quality"):
             _, seen = quality.before_the_run(
                 model, calibration, settings, loaded.preprocess, device, console, place
             )
-        with pieces.timed(seconds, "unlearn"):
+        with steps("unlearn"):
             summary, edits = _edit_(
                 model, settings, loaded, calibration, labels.values, forget, device, done, place, dense_hash, console
             )
-        with pieces.timed(seconds, "save"):
+        with steps("save"):
             pieces.save_network(place, loaded, model)
             told = {"forgotten": ", ".join(map(str, forget))}
             exported = pieces.export(place.path / "export", settings["export"], loaded, model, told)
@@ -76,12 +82,12 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
         answers = {"dense": RememberedLogits(dense), "edited": RememberedLogits(model)}
         audited = None
         if settings["audit"] is not None:
-            with pieces.timed(seconds, "audit"):
+            with steps("audit"):
                 audited = _audited(
                     settings, loaded, dense, model, calibration, labels, evaluation, forget, device, console, answers
                 )
                 write_audit(place.path, audited, model=loaded.name, repeat=f"modhifi audit run={place.final}")
-        with pieces.timed(seconds, "evaluate"):
+        with steps("evaluate"):
             beside = {"dense": dense} if settings["measure_dense"] else {}
             models = {**beside, "edited": model}
             measurements = pieces.measure(
@@ -91,7 +97,7 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
             place.path, settings, loaded, dense, calibration, device, None if seen is None else seen.sample
         )
         _write_outcome(
-            place, settings, loaded, labels, forget, sample, summary, edits, measurements, audited, exported, seconds,
+            place, settings, loaded, labels, forget, sample, summary, edits, measurements, audited, exported, steps.seconds,
             calibration, seen,
         )  # fmt: skip
         final = place.finish()
@@ -247,28 +253,27 @@ def _write_outcome(
     warnings += [_finetuned(summary)] if summary.finetuned else []
     artifacts.write_json(
         place.path / "results.json",
-        {
-            "format_version": artifacts.FORMAT_VERSION,
-            "verb": "unlearn",
-            "model": loaded.name,
-            "weights": loaded.weights,
-            "forget": list(forget),
-            "classes": None if loaded.classes is None else list(loaded.classes),
-            "method": method,
-            "strength": {summary.strength_name: summary.strength},
-            "finetuned_epochs": summary.finetuned,
-            "labels": labels.origin,
-            "layers": layers,
-            "trials": trials,
-            "measurements": artifacts.measurements_to_json(measurements),
-            "audit": None if audited is None else _audit_in_short(audited),
-            "exports": [{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
-            "calibration": dict(calibration.protocol) | {"labels": labels.account},
+        Results.written(
+            verb="unlearn",
+            model=loaded.name,
+            weights=loaded.weights,
+            forget=list(forget),
+            classes=None if loaded.classes is None else list(loaded.classes),
+            method=method,
+            strength={summary.strength_name: summary.strength},
+            finetuned_epochs=summary.finetuned,
+            labels=labels.origin,
+            layers=layers,
+            trials=trials,
+            measurements=measurements,
+            audit=None if audited is None else _audit_in_short(audited),
+            exports=[{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
+            calibration=dict(calibration.protocol) | {"labels": labels.account},
             **quality.entries(sample, calibration, seen),
-            "warnings": warnings,
-            "memory": peaks(settings["runtime"]["device"]),
-            "seconds": dict(seconds),
-        },
+            warnings=warnings,
+            memory=peaks(settings["runtime"]["device"]),
+            seconds=dict(seconds),
+        ),
     )
     pieces.write_pages(place.path)
     place.log("finished")
@@ -286,10 +291,10 @@ def _show_outcome(
     console.note(f"{summary.strength_name} {summary.strength:g} on {len(summary.layers)} layers")
     pieces.show_measurements(console, measurements)
     if audited is None:
-        console.note(reports.NO_AUDIT)
+        console.note(audit_pages.NOT_MADE)
     else:
         show_audit(console, audited)
-    console.note(f"the new network lies in {final / 'model'}; the report in {final / 'report.html'} and report.md")
+    pieces.show_end(console, final, len(summary.warnings))
     console.result(
         {
             "folder": str(final),
@@ -308,7 +313,7 @@ def _audit_in_short(audited: AuditReport) -> dict[str, Any]:
         "verdict": audited.verdict.level,
         "compared_with": audited.verdict.compared_with,
         "sentences": list(audited.verdict.sentences),
-        "figures": reports.audit_rows(audited.plain()),
+        "figures": audit_pages.rows(audited.plain()),
         "measurements": artifacts.measurements_to_json(audit_measurements(audited)),
     }
 
@@ -318,7 +323,3 @@ def _finetuned(summary: Any) -> str:
         f"fine-tuned for {summary.finetuned} epochs on retain samples after the edit: these results are not those of a "
         "closed form alone."
     )
-
-
-def _class_name(cls: int, classes: Sequence[str] | None) -> str:
-    return str(cls) if classes is None or classes[cls] == str(cls) else f"{cls} ({classes[cls]})"

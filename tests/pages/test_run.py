@@ -8,9 +8,8 @@ import pytest
 
 from modhifi_cli.errors import DataError
 from modhifi_cli.pages import page as pages
-from modhifi_cli.pages import plots
 from modhifi_cli.pages import run as run_pages
-from modhifi_cli.records import Chart, Series
+from modhifi_cli.records import Chart, Results, Series
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 
@@ -65,7 +64,7 @@ STUDY = {
 
 
 def made(results=RESULTS, **material):
-    material = {"results": results, **material}
+    material = {"results": Results.read(results), **material}
     return run_pages.page(material, run_pages.figures(material))
 
 
@@ -109,8 +108,10 @@ def test_the_page_of_a_run_holds_every_part():
     text = pages.markdown(whole())
     assert text.startswith("# resnet56_cifar: 40 % of FLOPs removed\n")
     assert "## Warnings\n\n- The target was missed.\n" in text
-    assert "Removed 40.00 % of parameters, 38.21 % of FLOPs, 25.00 % of components (asked: 40 % of FLOPs)." in text
+    assert "- Removed 40 % of parameters, 38.2 % of FLOPs, 25 % of components (asked: 40 % of FLOPs)." in text
     assert "| top-1 accuracy | 93.39 % | 92.19 % | −1.20 points | dense ± 0.25; pruned ± 0.27 |" in text
+    assert "- Cost: top-1 accuracy 93.39 % before, 92.19 % after, −1.20 points; standard error" in text
+    assert "- One warning, below;" in text and "load_model" in text
     assert "dense 9 … 12 ms in 80 % of runs; pruned 7.5 … 9 ms in 80 % of runs" in text
     assert "| layer1.0.conv1 | 16 | 9 (56 %) |" in text and "layer1.0.bn1" not in text
     assert "| layer1.0.conv1 | 4.00 % | 5.00 % |" in text, "predicted and measured error of the group"
@@ -145,12 +146,17 @@ def test_an_unlearning_run_gets_the_parts_that_fit():
     assert "## Trials\n\n| beta | forget |\n| --- | --- |\n| 0.3 | 1.0 % |" in text
     assert "| layer3.2.conv2 | 40 |" in text and "- a story" in text and "90.00 %" in text
     assert "Widths" not in text and "Error of each group" not in text
+    assert "<p class=\"banner" not in pages.to_html(made(results)), "nothing was audited, so there is no verdict"
     assert "## Audit: left out\n" in text and "not what the features still hold" in text
     audit = {"verdict": "forgotten at the output only", "sentences": ["Inside, nothing changed."],
              "figures": [{"figure": "FA", "dense": "90.0", "edited": "0.5"}]}  # fmt: skip
     text = pages.markdown(made({**results, "audit": audit}))
     assert "## Audit: forgotten at the output only\n\n- Inside, nothing changed." in text
     assert "| FA | 90.0 | 0.5 |" in text and "left out" not in text
+    page = pages.to_html(made({**results, "audit": audit}))
+    verdict = '<p class="banner bad">Forgotten at the output only.</p>'
+    assert page.index(verdict) < page.index('<dl class="facts">'), "the verdict is read before any number"
+    assert "change better" not in page, "a class that is no longer answered is no gain by itself"
 
 
 def test_a_run_to_a_share_of_time_says_what_was_predicted_and_what_the_clock_said():
@@ -208,50 +214,40 @@ def test_a_figure_inside_the_page_takes_the_colours_of_the_page():
     assert "<metadata" not in drawing
 
 
+def test_layers_that_kept_their_widths_are_folded_by_name():
+    widths = {**RESULTS["widths"], "fc": {"out_features": [10, 10]}}
+    page = made({**RESULTS, "widths": widths})
+    shown, same = (section for section in page.sections if "outputs" in section.title or "Widths" in section.title)
+    assert "fc" not in str(shown) and not shown.folded
+    assert same.title == "1 layers kept all their outputs" and same.folded and "fc: 10" in str(same)
+
+
+def test_no_absolute_path_of_the_maker_is_on_a_page():
+    odd = {**RESULTS, "weights": "/home/me/weights/net.pt", "warnings": ["read /data/big/train.npz, twice"],
+           "calibration": {"source": "arrays", "path": "/data/big/train.npz", "num_samples": 3}}  # fmt: skip
+    text = pages.to_html(made(odd))
+    assert "/home" not in text and "/data/big" not in text and "…/net.pt" in text and "…/train.npz, twice" in text
+
+
+def test_shares_of_a_language_model_are_told_one_way():
+    results = {"verb": "prune", "model": "m", "target": "params", "sparsity": 0.2,
+               "achieved": {"params": 0.2, "model_params": 0.174, "flops": 0.19}}  # fmt: skip
+    text = pages.markdown(made(results))
+    assert text.startswith("# m: 20 % of decoder parameters removed\n")
+    assert "Removed 20 % of decoder parameters (17.4 % of the network), 19 % of FLOPs (asked: 20 % of decoder" in text
+
+
+def test_results_of_a_later_format_are_refused_and_what_it_adds_is_kept_apart():
+    with pytest.raises(DataError, match="written in format 2, this version reads up to 1; install a newer modhifi"):
+        made({"verb": "prune", "format_version": 2})
+    assert Results.read({"verb": "prune", "new": 1, "groups": None}).further == {"new": 1}
+
+
+def test_a_verb_cannot_write_what_no_page_reads():
+    with pytest.raises(TypeError, match="colour"):
+        Results.written(verb="prune", colour="red")
+
+
 def test_results_of_another_program_are_refused():
     with pytest.raises(DataError, match="does not say what was done .no 'verb'."):
         made({"model": "resnet20"})
-
-
-def test_a_dial_of_an_unlearning_sweep_is_one_curve_of_means_over_the_forgotten_classes():
-    def run(depth, forget, probe, retain, method="contrast"):
-        terms = {"dense": 90.0, "edited": probe, "head_only": 89.0}
-        audit = [measured(model, "audit_probe_penultimate", value, "%") for model, value in terms.items()]
-        audit.append(measured("head_only", "audit_TA", 94.0, "%"))
-        results = {"verb": "unlearn", "model": "r", "forget": [forget], "audit": {"measurements": audit}}
-        results["measurements"] = [measured("edited", "retain_accuracy", retain, "%")]
-        words = [f"method={method}", f"method.depth={depth}", f"forget_class={forget}"]
-        return run_pages.compared(results, words, f"{depth}{forget}{method}")
-
-    runs = [run(2, 0, 80, 92), run(2, 1, 60, 90), run(4, 0, 50, 88), run(4, 1, 40, 86), run(4, 0, 70, 91, "deep")]
-    rows = run_pages.grouped(runs)
-    (chart,) = run_pages.tradeoffs(rows)
-    assert chart.name == "tradeoff_audit_probe_penultimate" and "along depth" in chart.title
-    assert chart.levels == {"dense 90.0": 90.0, "head-only control 89.0": 89.0}
-    assert [(series.name, series.x, series.y) for series in chart.series] == [
-        ("method contrast", (91, 87), (70, 45)), ("method deep", (91,), (70,))
-    ]  # fmt: skip
-    text = pages.markdown(run_pages.comparison(rows, [chart], {chart.name: plots.draw(chart)}, "modhifi report"))
-    assert "| head-only control |  |  | 94 | 89 |" in text and "budgets" not in text
-
-
-def test_runs_that_differ_in_the_draw_alone_are_one_row():
-    def run(preset, seed, top1, budget=0.4):
-        results = {**RESULTS, "sparsity": budget, "achieved": {"flops": budget}}
-        results["measurements"] = [measured("dense", "top1", 93.0, "%"), measured("pruned", "top1", top1, "%")]
-        words = [f"preset={preset}", f"data.seed={seed}", f"sparsity={budget}", "model=resnet56_cifar"]
-        return run_pages.compared(results, words, f"{preset}{seed}{budget}")
-
-    rows = run_pages.grouped([run("best", 0, 90), run("best", 1, 92), run("paper", 0, 80), run("paper", 0, 85, 0.2)])
-    assert [(row["method"], row["budget"], row["seeds"]) for row in rows] == [
-        ("best", 0.4, 2), ("paper", 0.4, 1), ("paper", 0.2, 1)
-    ]  # fmt: skip
-    assert rows[0]["measured"]["top1"] == 91 and abs(rows[0]["measured"]["top1_sd"] - 2**0.5) < 1e-9
-    (chart,) = run_pages.frontiers(rows)
-    assert chart.levels == {"dense 93.00": 93.0}
-    assert [series.name for series in chart.series] == ["best", "paper"]
-    assert chart.series[1].x == (40.0, 20.0) and chart.series[1].y == (80, 85)
-    page = run_pages.comparison(rows, [chart], {chart.name: plots.draw(chart)}, "modhifi report")
-    text = pages.markdown(page)
-    assert "| best | 40 % | 2 | 40 | 91 ± 1.4 |" in text and "| resnet56_cifar, dense |" in text
-    Watcher(pages.to_html(page))

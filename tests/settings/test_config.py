@@ -48,6 +48,12 @@ def test_saved_settings_of_an_earlier_version_name_what_stands_in_its_place_now(
     assert config.build(found["audit"]).steps == 32
 
 
+def test_a_setting_that_is_gone_is_forgotten_where_it_was_left_off():
+    node = "selection: {_target_: modhifi_cli.numerics.selection.Greedy, swaps: %d}"
+    assert config.build(config.from_yaml(node % 0)["selection"]).block == "auto"
+    assert "swaps" in config.from_yaml(node % 3)["selection"], "what asked for something is not forgotten in silence"
+
+
 def test_a_config_that_is_no_mapping_is_refused():
     with pytest.raises(ConfigError, match="not a YAML mapping"):
         config.from_yaml("- 1\n- 2\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from modhifi_cli.pages.reports import chart_to_json
+from modhifi_cli.pages.figures import chart_to_json
 from modhifi_cli.studies.subject import Subject
 
 STORED = Path(__file__).resolve().parent / "charts"

@@ -65,7 +65,7 @@ def change(path, **facts) -> None:
 def test_an_audit_writes_figures_a_page_and_a_verdict(made, here, capsys):
     assert main(["audit", f"run={made}", f"audit.reference={made}", *QUICK]) == 0
     (folder,) = (here / "outputs" / "audit" / "embedded").iterdir()
-    assert {"audit.json", "audit.md", "audit.png", "audit.svg", "config.yaml", "environment.json", "results.json"} == {
+    assert {"audit.json", "audit.md", "audit.html", "audit.png", "audit.svg", "config.yaml", "environment.json", "results.json"} == {
         path.name for path in folder.iterdir()
     }
     content = json.loads((folder / "audit.json").read_text())
@@ -74,10 +74,12 @@ def test_an_audit_writes_figures_a_page_and_a_verdict(made, here, capsys):
     assert content["verdict"]["level"].startswith("forgotten at the output")
     page = (folder / "audit.md").read_text()
     for name, meaning in content["definitions"].items():
-        assert f"- **{name}**: {meaning}." in page
+        assert f"{name}" in page and f": {meaning}." in page
     for sentence in content["verdict"]["sentences"]:
         assert sentence in page
-    assert "| edited − reference |" in page
+    assert "| edited − reference |" in page and "forget accuracy (FA), %" in page
+    html = (folder / "audit.html").read_text()
+    assert '<p class="banner' in html and "<svg" in html
     assert "unlearned" not in page.lower()
     assert (folder / "audit.png").read_bytes()[:4] == b"\x89PNG"
     results = artifacts.read_results(folder)

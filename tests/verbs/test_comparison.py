@@ -11,7 +11,6 @@ from modhifi_cli.cli import main
 from modhifi_cli.errors import NumericsError
 from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.files import artifacts
-from modhifi_cli.pages.reports import comparison_page, comparison_rows, comparison_table, csv_text
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import prune as verb
 
@@ -68,8 +67,8 @@ def finished(tmp_path_factory):
 def test_a_comparison_holds_a_table_and_figures_of_all_cells(finished):
     folder = only_folder(finished)
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"comparison.csv", "comparison.md", "cells.csv", "frontier_flops.png", "frontier_flops.svg"}
-    assert "frontier_latency.png" not in names
+    assert names >= {"comparison.csv", "comparison.md", "comparison.html", "cells.csv", "methods.png", "methods.svg"}
+    assert not [name for name in names if name.startswith("frontier")], "one budget is no curve"
     assert len(list((folder / "cells").iterdir())) == 4
     rows = read_csv(folder / "comparison.csv")
     assert [row["method"] for row in rows] == ["dense", "magnitude", "paper"]
@@ -77,7 +76,8 @@ def test_a_comparison_holds_a_table_and_figures_of_all_cells(finished):
         assert abs(float(row["removed_flops"]) - 100 * float(row["budget"])) < 1
         assert row["seeds"] == "2" and row["top1_sd"] != "" and row["agreement"] != ""
     text = (folder / "comparison.md").read_text()
-    assert "| dense |" in text and "frontier_flops.svg" in text and "modhifi compare" in text
+    assert "| dense |" in text and "methods.svg" in text and "modhifi compare" in text
+    assert "At 40 % " in text and " keeps most: top-1 accuracy " in text
 
 
 def test_cells_share_network_images_and_evaluation_whatever_the_preset_says(finished):
@@ -278,29 +278,6 @@ def test_help_names_the_grid(capsys):
     said = capsys.readouterr().out
     for key in ("methods=", "budgets=", "seeds=", "target=flops", "model=embedded", "batchnorm="):
         assert key in said
-
-
-def test_rows_are_mean_and_deviation_over_finished_seeds():
-    cells = [
-        {"method": "a", "budget": 0.2, "seed": 0, "status": "finished", "message": "", "top1": 90.0, "kl": 0.1},
-        {"method": "a", "budget": 0.2, "seed": 1, "status": "finished", "message": "", "top1": 92.0, "kl": 0.1},
-        {"method": "a", "budget": 0.2, "seed": 2, "status": "failed", "message": "why"},
-        {"method": "b", "budget": 0.2, "seed": 0, "status": "failed", "message": "why"},
-    ]
-    first, second = comparison_rows(cells)
-    assert (first["seeds"], first["failed"], first["top1"]) == (2, 1, 91.0)
-    assert first["top1_sd"] == pytest.approx(2**0.5)
-    assert second == {"method": "b", "budget": 0.2, "seeds": 0, "failed": 1}
-    dense, shown, empty = comparison_table([first, second], {"top1": 93.0})
-    assert (dense["method"], dense["top-1, %"]) == ("dense", "93.00")
-    assert shown["top-1, %"] == "91.00 ± 1.41" and shown["seeds"] == "2 (1 failed)"
-    assert empty["top-1, %"] == ""
-    page = comparison_page(
-        title="t", rows=[first, second], dense={}, failed=["b: why"], figures={"c": "f.svg"},
-        protocol={"target": "flops"}, repeat="modhifi compare",
-    )  # fmt: skip
-    assert "![c](f.svg)" in page and "- b: why" in page and page.endswith("\n")
-    assert csv_text([{"a": 1}, {"a": None, "b": "x,y"}]).splitlines() == ["a,b", "1,", ',"x,y"']
 
 
 def test_remembered_logits_run_the_network_once_per_batch(tiny_convnet):

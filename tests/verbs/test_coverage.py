@@ -42,6 +42,7 @@ def test_a_network_is_cut_saved_and_read_back(done):
 
 def test_the_page_has_a_row_with_versions_and_the_command(done):
     page = (done / "coverage.md").read_text()
+    assert (done / "coverage.html").read_text().startswith("<!doctype html>")
     assert f"| {NAME} | classification | 3×64×64 | 1.2 M | 25 | 0 | 100 % |" in page
     assert "torchvision: 1 of 1 networks" in page and "torch " in page and f"pattern={NAME}" in page
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from modhifi_cli.errors import DataError
-from modhifi_cli.pages import reports
+from modhifi_cli.pages import figures, terms
 from modhifi_cli.records import Chart, Measurement, Series
 
 MEASURED = (
@@ -21,7 +21,7 @@ MEASURED = (
 
 
 def test_rows_stand_in_the_order_of_measuring_with_both_sides():
-    rows = reports.table(MEASURED)
+    rows = terms.table(MEASURED)
 
     assert [(row.label, row.before, row.after, row.change, row.better) for row in rows] == [
         ("top-1 accuracy", "93.39 %", "92.19 %", "−1.20 points", False),
@@ -41,20 +41,20 @@ def timed(macs, speedup, p10, p90):
 
 
 def test_fewer_flops_that_are_no_less_time_are_said():
-    said = reports.not_faster(timed(70.0, 1.02, 0.99, 1.05))
+    said = terms.not_faster(timed(70.0, 1.02, 0.99, 1.05))
     words = "30.0% fewer FLOPs are only 2.0% less time in eager here (batch of 64, 0.99 to 1.05 times as fast"
     assert said.startswith(words)
     assert "round_to=auto" in said and "target=latency" in said
-    assert "no less time (25.0% more) in eager here" in reports.not_faster(timed(70.0, 0.8, 0.75, 0.9))
-    assert reports.not_faster(timed(70.0, 1.3, 1.2, 1.4)) is None, "23 % less time for 30 % fewer FLOPs"
-    assert reports.not_faster(timed(70.0, 1.1, 0.9, 1.4)) is None, "the clock is too restless to say so"
-    assert reports.not_faster(timed(95.0, 1.0, 1.0, 1.0)) is None
-    assert reports.not_faster(timed(70.0, 1.0, 1.0, 1.0)[:2]) is None, "nothing was timed"
+    assert "no less time (25.0% more) in eager here" in terms.not_faster(timed(70.0, 0.8, 0.75, 0.9))
+    assert terms.not_faster(timed(70.0, 1.3, 1.2, 1.4)) is None, "23 % less time for 30 % fewer FLOPs"
+    assert terms.not_faster(timed(70.0, 1.1, 0.9, 1.4)) is None, "the clock is too restless to say so"
+    assert terms.not_faster(timed(95.0, 1.0, 1.0, 1.0)) is None
+    assert terms.not_faster(timed(70.0, 1.0, 1.0, 1.0)[:2]) is None, "nothing was timed"
 
 
 def test_two_times_are_compared_by_the_speedup_alone():
     speedup = {"told": "too noisy to tell: between 0.80 and 1.30 times", "runtime": "eager", "batch": 64}
-    rows = reports.table(
+    rows = terms.table(
         [Measurement("dense", "latency_ms", 12.0, "ms", {"runtime": "eager", "batch": 64}),
          Measurement("pruned", "latency_ms", 15.0, "ms", {"runtime": "eager", "batch": 64}),
          Measurement("pruned", "speedup", 1.1, "×", speedup)]
@@ -66,15 +66,15 @@ def test_two_times_are_compared_by_the_speedup_alone():
 
 
 def test_one_network_stands_in_its_own_column():
-    (dense,) = reports.table([Measurement("dense", "latency_ms", 12.345, "ms")])
-    (pruned,) = reports.table([Measurement("pruned", "latency_ms", 234.5, "ms")])
+    (dense,) = terms.table([Measurement("dense", "latency_ms", 12.345, "ms")])
+    (pruned,) = terms.table([Measurement("pruned", "latency_ms", 234.5, "ms")])
 
     assert (dense.before, dense.after, dense.change) == ("12.3 ms", "", "")
     assert (pruned.before, pruned.after, pruned.change) == ("", "234 ms", "")
 
 
 def test_terms_nobody_knows_keep_their_name_and_make_no_judgement():
-    rows = reports.table(
+    rows = terms.table(
         [Measurement("dense", "grue_count", 5.0, ""), Measurement("pruned", "grue_count", 6.0, "")]
     )
 
@@ -97,29 +97,29 @@ def test_terms_nobody_knows_keep_their_name_and_make_no_judgement():
     ],
 )
 def test_quantities_are_rounded_for_readers(value, unit, text):
-    assert reports.quantity(value, unit) == text
+    assert terms.quantity(value, unit) == text
 
 
 def test_change_from_zero_is_a_difference_not_a_share():
-    assert reports.change(0.0, 0.25, "nats") == "+0.2500"
+    assert terms.change(0.0, 0.25, "nats") == "+0.2500"
 
 
 def test_measurements_with_one_protocol_share_its_line():
     protocol = {"batch": 64, "iterations": 5}
     measured = [Measurement("dense", name, 1.0, "ms", protocol) for name in ("latency_ms", "latency_ms_jit")]
 
-    assert reports.protocol_lines(measured) == ["dense, latency_ms, latency_ms_jit: batch 64; iterations 5"]
+    assert terms.protocol_lines(measured) == ["dense, latency_ms, latency_ms_jit: batch 64; iterations 5"]
 
 
 def test_a_chart_comes_back_from_its_json_and_numbers_that_are_none_stay_out():
     series = (Series("greedy", (0.1, None), (1.0, 2.0), (0.01, 0.0), panel="layer1"),)
     chart = Chart("name", "title", "x, %", "y", series, levels={"dense": 0.9})
-    assert reports.chart_from_json(json.loads(json.dumps(reports.chart_to_json(chart)))) == chart
+    assert figures.chart_from_json(json.loads(json.dumps(figures.chart_to_json(chart)))) == chart
     odd = Chart("name", "t", "x", "y", (Series("a", (float("nan"),), (1.0,)),))
-    assert reports.chart_to_json(odd)["series"][0]["y"] == [None]
+    assert figures.chart_to_json(odd)["series"][0]["y"] == [None]
 
 
 @pytest.mark.parametrize("plain", [{}, {"series": 3}, {"series": [{"name": "a", "y": [], "colour": 1}], "name": "b"}])
 def test_a_chart_of_another_version_is_refused(plain):
     with pytest.raises(DataError, match="a chart's file is damaged or of another version"):
-        reports.chart_from_json(plain)
+        figures.chart_from_json(plain)

@@ -1,16 +1,17 @@
-"""Figures as bytes: charts, frontiers of a comparison, the errors of a run's groups, the page of an audit.
+"""Figures as bytes: charts (which also go to JSON and back), and the figure of an audit.
 
 Plain numbers in, PNG and SVG out. Nothing is shown and nothing is written here; matplotlib is imported when a figure is
 drawn, without a display. Colours are those of Okabe and Ito, which colour-blind readers tell apart; markers and names
 at the curves say the same again.
 """
 
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from modhifi_cli.errors import DataError
 from modhifi_cli.records import Chart, Series
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
@@ -27,23 +28,6 @@ _MOST_CLASSES = 12  # of one panel of an audit
 _MOST_BARS = 120  # groups of one figure: more cannot be read, the table has them all
 
 
-@dataclass(frozen=True)
-class Point:
-    """Mean over seeds of one method at one budget, with the standard deviation where there are several seeds.
-
-    Attributes:
-        x: On the horizontal axis, in its unit.
-        y: On the vertical axis, in its unit.
-        x_spread: Standard deviation of x, 0 with one seed.
-        y_spread: Standard deviation of y, 0 with one seed.
-    """
-
-    x: float
-    y: float
-    x_spread: float = 0.0
-    y_spread: float = 0.0
-
-
 def draw(chart: Chart) -> dict[str, bytes]:
     """Any chart.
 
@@ -55,98 +39,30 @@ def draw(chart: Chart) -> dict[str, bytes]:
     return _draw_bars(chart) if chart.kind == "bars" else _draw_lines(chart)
 
 
-def frontier(
-    curves: Mapping[str, Sequence[Point]],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    dense: float | None,
-    dense_label: str = "dense",
-) -> dict[str, bytes]:
-    """Quality against cost, one curve per method, named at its end; the dense network is a horizontal line.
+def chart_to_json(chart: Chart) -> dict[str, Any]:
+    """A chart as a JSON object; numbers that are not finite become null."""
+    plain = dataclasses.asdict(chart)
+    for series in plain["series"]:
+        for axis in ("x", "y", "spread", "x_spread"):
+            series[axis] = [None if value is None or not isfinite(value) else value for value in series[axis]]
+    return plain
 
-    Args:
-        curves: Points by method. Points that are not finite are left out, and so are methods without any.
-        title: Headline.
-        x_label: Name and unit of the horizontal axis.
-        y_label: Name and unit of the vertical axis.
-        dense: Height of the dense network's line, or None for none.
-        dense_label: What the line is called.
 
-    Returns:
-        ``{"png": bytes, "svg": bytes}``; empty where there is no point to draw.
+def chart_from_json(plain: Mapping[str, Any]) -> Chart:
+    """The chart that `chart_to_json` wrote.
+
+    Raises:
+        DataError: If it is none.
     """
-    drawn = {
-        name: sorted((point for point in points if isfinite(point.x) and isfinite(point.y)), key=lambda point: point.x)
-        for name, points in curves.items()
-    }
-    drawn = {name: points for name, points in drawn.items() if points}
-    if not drawn:
-        return {}
-    figure, (axes,) = _figure(8.0, 4.8)
-    for number, (name, points) in enumerate(drawn.items()):
-        axes.errorbar(
-            [point.x for point in points],
-            [point.y for point in points],
-            xerr=[point.x_spread for point in points],
-            yerr=[point.y_spread for point in points],
-            color=_COLOURS[number % len(_COLOURS)],
-            marker=_MARKERS[number % len(_MARKERS)],
-            linestyle=_LINES[number // len(_COLOURS) % len(_LINES)],
-            markersize=5,
-            linewidth=1.4,
-            elinewidth=1.0,
-            capsize=2.5,
-        )
-    if dense is not None:
-        axes.axhline(dense, color=_GREY, linewidth=1.0, linestyle=(0, (6, 3)), zorder=0)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    figure.canvas.draw()
-    ends = [(points[-1], name, _COLOURS[number % len(_COLOURS)]) for number, (name, points) in enumerate(drawn.items())]
-    _name_curves(axes, ends, dense, dense_label)
-    return _rendered(figure)
-
-
-def group_errors(
-    groups: Sequence[str], *, predicted: Mapping[str, float], measured: Mapping[str, float], title: str
-) -> dict[str, bytes]:
-    """Relative error of each group of coupled components: predicted before the cut, measured after it.
-
-    Args:
-        groups: Names in forward order.
-        predicted: Group → predicted relative error of its consumers' outputs, 0 and above; may lack groups or be empty.
-        measured: The same, measured.
-        title: Headline.
-
-    Returns:
-        ``{"png": bytes, "svg": bytes}``; empty where there is no number to draw. At most 120 groups are drawn.
-    """
-    predicted = {name: value for name, value in predicted.items() if value is not None and isfinite(value)}
-    measured = {name: value for name, value in measured.items() if value is not None and isfinite(value)}
-    names = [name for name in dict.fromkeys(groups) if name in predicted or name in measured][:_MOST_BARS]
-    if not names:
-        return {}
-    figure, (axes,) = _figure(8.0, 1.3 + 0.28 * len(names))
-    series = [("predicted before the cut", predicted, "#56B4E9"), ("measured after it", measured, "#0072B2")]
-    series = [entry for entry in series if any(name in entry[1] for name in names)]
-    height = 0.8 / len(series)
-    for number, (label, values, colour) in enumerate(series):
-        places = [row + (number - (len(series) - 1) / 2) * height for row in range(len(names))]
-        axes.barh(places, [values.get(name, 0.0) for name in names], height, label=label, color=colour)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    axes.set_xlabel("relative error of what reads the group, summed over its readers (share of their output energy)")
-    axes.set_title(title, loc="left", fontsize=11, pad=26)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, ncols=2)
-    return _rendered(figure)
+    try:
+        series = [
+            Series(**{key: tuple(value) if isinstance(value, list) else value for key, value in one.items()})
+            for one in plain["series"]
+        ]
+        rest = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+        return Chart(**{**rest, "series": tuple(series)})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"a chart's file is damaged or of another version ({error}); run the study again.") from error
 
 
 def audit(report: Mapping[str, Any], *, title: str) -> dict[str, bytes]:
@@ -312,7 +228,7 @@ def _draw_lines(chart: Chart) -> dict[str, bytes]:
         if place == min(columns, len(panels)) - 1:
             figure.canvas.draw()
             if len(panels) == 1:
-                _name_curves(axes, ends, None, "", levels=chart.levels)
+                _name_curves(axes, ends, chart.levels)
             else:
                 _list_curves(axes, chart, styles)
     if len(panels) == 1:
@@ -343,22 +259,20 @@ def _list_curves(axes: Any, chart: Chart, styles: Mapping[str, int]) -> None:
     )  # fmt: skip
 
 
-def _draw_curve(axes: Any, series: Series, number: int, *, markers: bool) -> list[tuple[Point, str, str]]:
-    """One curve; where its name goes, or nothing where it has no point."""
-    spread = series.spread or (0.0,) * len(series.y)
-    points = [
-        Point(x, y, 0.0, wide)
-        for x, y, wide in zip(series.x, series.y, spread, strict=True)
-        if _finite(x) and _finite(y)
-    ]
+def _draw_curve(axes: Any, series: Series, number: int, *, markers: bool) -> list[tuple[float, str, str]]:
+    """One curve; the height of its end, its name and its colour, or nothing where it has no point."""
+    nothing = (0.0,) * len(series.y)
+    columns = (series.x, series.y, series.x_spread or nothing, series.spread or nothing)
+    points = sorted(point for point in zip(*columns, strict=True) if _finite(point[0]) and _finite(point[1]))
     if not points:
         return []
-    points.sort(key=lambda point: point.x)
+    x, y, wide, high = zip(*points, strict=True)
     colour = _GREY if series.baseline else _COLOURS[number % len(_COLOURS)]
     axes.errorbar(
-        [point.x for point in points],
-        [point.y for point in points],
-        yerr=[point.y_spread for point in points] if any(spread) else None,
+        x,
+        y,
+        xerr=wide if any(wide) else None,
+        yerr=high if any(high) else None,
         color=colour,
         marker=_MARKERS[number % len(_MARKERS)] if markers and len(points) <= 24 else None,
         linestyle=(0, (3, 2)) if series.baseline else _LINES[number // len(_COLOURS) % len(_LINES)],
@@ -367,11 +281,11 @@ def _draw_curve(axes: Any, series: Series, number: int, *, markers: bool) -> lis
         elinewidth=1.0,
         capsize=2.5,
     )
-    return [(points[-1], series.name, colour)]
+    return [(y[-1], series.name, colour)]
 
 
 def _draw_bars(chart: Chart) -> dict[str, bytes]:
-    """Lying bars, one bundle a category, with the value at each bar's end."""
+    """Lying bars, one bundle a category, with the value at each bar's end; the first 120 of them."""
     places = list(range(len(chart.categories)))[:_MOST_BARS]
     count = len(chart.series)
     figure, (axes,) = _figure(6.4, 1.2 + len(places) * max(0.28, 0.17 * count))
@@ -458,21 +372,14 @@ def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> 
     return figure, grid
 
 
-def _name_curves(
-    axes: Any,
-    ends: Sequence[tuple[Point, str, str]],
-    dense: float | None,
-    dense_label: str,
-    levels: Mapping[str, float] = {},
-) -> None:
+def _name_curves(axes: Any, ends: Sequence[tuple[float, str, str]], levels: Mapping[str, float]) -> None:
     """Write each curve's name right of the axes at the height of its end, pushed apart where names would touch."""
     line = 11.0 * axes.figure.dpi / 72  # pixels of one line of text
     to_pixels, to_data = axes.transData, axes.transData.inverted()
-    left = float(to_pixels.transform((axes.get_xlim()[0], axes.get_ylim()[0]))[0])
-    labels = [(float(to_pixels.transform((point.x, point.y))[1]), name, colour) for point, name, colour in ends]
-    levels = {**levels, dense_label: dense} if dense is not None else levels
     low = axes.get_xlim()[0]  # a logarithmic axis knows no 0
-    labels += [(float(to_pixels.transform((low, level))[1]), name, _GREY) for name, level in levels.items()]
+    left = float(to_pixels.transform((low, axes.get_ylim()[0]))[0])
+    ends = [*ends, *((level, name, _GREY) for name, level in levels.items())]
+    labels = [(float(to_pixels.transform((low, height))[1]), name, colour) for height, name, colour in ends]
     labels.sort()
     heights = [height for height, _, _ in labels]
     # A few sweeps of pushing neighbours apart by half of what they lack settle a dozen names.
