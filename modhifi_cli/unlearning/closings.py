@@ -2,7 +2,8 @@
 
 Behind a block all paths of the network run through one tensor, a cut. Where the cut's output is o + s, or the positive
 part of it, with o what one layer (or the BatchNorm behind it) gives and s the residual stream, that layer can be solved
-so that the whole output, stream included, becomes what is wanted. Found by looking at one example, not declared.
+so that the whole output, stream included, becomes what is wanted; so it can where a layer scale stands between, γ o + s
+with a number for each channel. Found by looking at one example, not declared.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
@@ -15,6 +16,8 @@ from modhifi_cli.engine.activations import Activations
 from modhifi_cli.graph.segments import Segments, inputs_seen
 from modhifi_cli.records import Progress
 
+_LEAST_SCALE = 1e-3  # of the largest γ of a layer scale, below which a channel cannot be steered
+
 
 @dataclass(frozen=True)
 class Closing:
@@ -25,6 +28,8 @@ class Closing:
         stream: Module whose output s is; None with `summed`: s is what the place holds beside o; None without: s = 0.
         summed: Whether the place's output is o + s itself, without an activation behind the sum.
         last: Whether only the classifier and what has no weights of its own to solve come behind it.
+        scale: γ, ``[channels]``, where the place's output is γ o + s; None for o + s.
+        axis: Of the channels that `scale` is for.
         pooled: Whether the classifier sees the place's mean over positions, so that nothing has to be told apart from
             position to position there.
     """
@@ -34,6 +39,8 @@ class Closing:
     summed: bool
     last: bool = False
     pooled: bool = False
+    scale: Tensor | None = None
+    axis: int = -1
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -51,7 +58,28 @@ class Closing:
         """
         if self.stream is not None:
             return given[self.stream]
+        if self.scale is not None:
+            return given[self.place] - own * self._broadcast(own)
         return given[self.place] - own if self.summed else torch.zeros_like(own)
+
+    def solved(self, wanted: Tensor, own: Tensor) -> Tensor:
+        """What the layer must give for γ o to be `wanted`; channels whose γ is next to nothing keep what they give.
+
+        Args:
+            wanted: Of the place, s left out, ``[batch, …]``.
+            own: o as it is, ``[batch, …]``.
+        """
+        if self.scale is None:
+            return wanted
+        scale = self._broadcast(own)
+        usable = scale.abs() > _LEAST_SCALE * scale.abs().max()
+        return torch.where(usable, wanted / torch.where(usable, scale, torch.ones_like(scale)), own)
+
+    def _broadcast(self, like: Tensor) -> Tensor:
+        assert self.scale is not None
+        shape = [1] * like.dim()
+        shape[self.axis] = -1
+        return self.scale.to(like).view(shape)
 
 
 @torch.no_grad()
@@ -195,7 +223,16 @@ def _closing(
     halved = _outputs(model, example, {place}, halve=own)[place]
     if _is_close(halved - 0.5 * mine, whole - mine):
         return Closing(place, None, summed=True)
-    return None
+    axis = -1 if isinstance(model.get_submodule(own), nn.Linear) else 1
+    scale = _scale(2 * (whole - halved), mine, axis)
+    return None if scale is None else Closing(place, None, summed=True, scale=scale, axis=axis)
+
+
+def _scale(part: Tensor, own: Tensor, axis: int) -> Tensor | None:
+    """γ for which γ o is a part of the output, a number for each channel, or None if there is none."""
+    over = [dim for dim in range(own.dim()) if dim != axis % own.dim()]
+    scale = (part * own).sum(over, keepdim=True) / own.square().sum(over, keepdim=True).clamp(min=1e-30)
+    return scale.flatten() if bool(scale.any()) and _is_close(scale * own, part) else None
 
 
 def _is_sum(output: Tensor, whole: Tensor) -> bool:

@@ -147,7 +147,7 @@ class _Mixtures:
             return torch.where(samples.forget[numbers].to(inputs.device)[:, None], mixture, logits)
         own = layer.module.forward(inputs)  # not a call: hooks must not run again
         if norm is None:
-            return mixture - layer.closing.beside(own, given)
+            return layer.closing.solved(mixture - layer.closing.beside(own, given), own)
         stream = layer.closing.beside(norm.forward(own), given)
         scale, usable = input_scale(norm.running_var, norm.eps, None if norm.weight is None else norm.weight.detach())
         shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.detach()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.numerics.contrast import Aim, Group, aim_at
+from modhifi_cli.numerics.moments import second_moment
 from modhifi_cli.numerics.rows import unfold_rows
 from modhifi_cli.records import Statistics
 from modhifi_cli.unlearning.method import (
@@ -87,9 +88,28 @@ class _ContrastMoments:
 
     def solve(self, strength: float) -> LayerEdit:
         retain, forget = (self._moments[which].result().statistics for which in (False, True))
-        aim = self._aim(forget)
-        found, edit = self._site.contrast(retain, forget, aim, beta=strength, ridge=self._method.ridge)
+        aim, kept = self._aim(forget), None
+        if self._site.layer.classifier and strength > 0:
+            aim, kept = self._unanswered(aim, retain, forget)
+        found, edit = self._site.contrast(
+            retain, forget, aim, beta=strength, ridge=self._method.ridge, retain_aim=kept
+        )
         return replace(edit, facts={"moved": found.moved, "lost": found.lost, **edit.facts})
+
+    def _unanswered(self, aim: Aim, retain: Statistics, forget: Statistics) -> tuple[Aim, Aim]:
+        """Aims of the classifier in which the forget classes' logits are the same for all: what retain samples have on
+        average. Kept on the retain samples as they are, these rows would have to tell forget samples apart for ever.
+        """
+        weight, bias = self._site.weight, self._site.bias
+        present = Aim(
+            weight @ second_moment(retain, centred=False) + torch.outer(bias, retain.mean), weight @ retain.mean + bias
+        )
+        rows = list(self._site.samples.forget_classes)
+        level = present.mean[rows].clone()
+        for one, mean in ((aim, forget.mean), (present, retain.mean)):
+            one.cross[rows] = torch.outer(level, mean)
+            one.mean[rows] = level
+        return aim, present
 
     def _aim(self, forget: Statistics) -> Aim:
         weight, bias = self._site.weight, self._site.bias
