@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Healing on ResNet-20, CIFAR-10: half and 65 % of FLOPs with 10,000 unlabelled training images, and with inverted ones.
+# SAMPLES, EPOCHS and TESTS change the numbers; a run takes minutes to an hour of one core.
+#   MODHIFI_TEST_DATA=../shared/data bash scripts/reproduce_healing.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+data="${MODHIFI_TEST_DATA:-../shared/data}"
+common=(
+  model=resnet20_cifar "model.weights=$data/weights/cifar10_resnet20.safetensors" target=flops healing=distill
+  "healing.epochs=${EPOCHS:-6}" evaluation_data=arrays "evaluation_data.path=$data/cifar10/test.npz"
+  "evaluation_data.num_samples=${TESTS:-3000}" 'evaluation=[top1,agreement,size]'
+)
+for share in 0.5 0.65; do
+  "$venv/bin/modhifi" prune "${common[@]}" "sparsity=$share" data=arrays "data.path=$data/cifar10/train_10000.npz" \
+    "data.num_samples=${SAMPLES:-10000}"
+  "$venv/bin/modhifi" prune "${common[@]}" "sparsity=$share" data=inversion
+done
