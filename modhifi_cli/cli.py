@@ -4,25 +4,30 @@ Nothing heavy is imported before a verb starts its work, so that help answers at
 """
 
 import contextlib
+import errno
 import gc
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from modhifi_cli.errors import ConfigError, EndedElsewhere, ModHiFiError, nearest
 from modhifi_cli.settings import config
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+PIPE_CLOSED = 141  # 128 + SIGPIPE, as programs end whose reader (head, less) has left
 
 _FLAGS = frozenset(
     "-m --multirun -c --cfg -p --package --resolve --info -i -cd --config-dir --hydra-help --run -r".split()
 )
 _FLAGS_WITH_VALUE = frozenset("-c --cfg -p --package -cd --config-dir".split())
+
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_SHOWN = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all")}
 
 _outcome: list[BaseException] = []  # what ended the job; Hydra would print a text of its own if it saw the exception
 
@@ -34,27 +39,76 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words after ``modhifi``; None takes them from the process.
 
     Returns:
-        Exit code: 0 done, 2 something the user can mend, 130 interrupted.
+        Exit code: 0 done, 2 something the user can mend, 130 interrupted, 141 nobody reads the output any more.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    with _outliving_terminal():
+        try:
+            with _ended_like_ctrl_c():
+                code = _run(words)
+                sys.stdout.flush()  # here, where a closed pipe can still be said; at exit it is too late
+                return code
+        except ModHiFiError as error:
+            if not isinstance(error, EndedElsewhere):
+                print(f"error: {_sentence(error)}", file=sys.stderr)
+            return USER_ERROR
+        except KeyboardInterrupt as interrupt:
+            print(f"interrupted. {interrupt}".strip(), file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return PIPE_CLOSED
+
+
+class _Outliving:
+    """A stream that goes silent when its terminal is gone, so that a run under nohup ends as if somebody looked on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._gone = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As the stream's own."""
+        return self._kept(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        """As the stream's own."""
+        self._kept(self._stream.flush)
+
+    def _kept(self, act: Callable[[], Any]) -> Any:
+        if self._gone:
+            return None
+        try:
+            return act()
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.ENXIO, errno.EBADF):
+                raise
+            self._gone = True
+            return None
+
+
+@contextlib.contextmanager
+def _outliving_terminal() -> Iterator[None]:
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Outliving(sys.stdout), _Outliving(sys.stderr)  # type: ignore[assignment]
     try:
-        with _ended_like_ctrl_c():
-            return _run(words)
-    except ModHiFiError as error:
-        if not isinstance(error, EndedElsewhere):
-            print(f"error: {_sentence(error)}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted. {interrupt}".strip(), file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output (head, less) left early
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        gone = sys.stdout._gone
+        sys.stdout, sys.stderr = before
+        if gone:  # the interpreter flushes once more when it ends
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 @contextlib.contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
-    """Take a request to end (SIGTERM, as `kill` and the schedulers of clusters send it) like Ctrl-C.
+    """Take a request to end (SIGTERM, as `kill` and the schedulers of clusters send it; SIGHUP) like Ctrl-C.
+
+    SIGHUP is left alone where it is ignored: that is what nohup does.
 
     So the processes that a command has started end with it, and it says how to go on.
     """
@@ -65,11 +119,13 @@ def _ended_like_ctrl_c() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    taken = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in taken}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(words: list[str]) -> int:
@@ -89,6 +145,7 @@ def _run(words: list[str]) -> int:
         print(_list_help() if verb == "list" else config.verb_help(verb))
         return 0
     overrides, flags = _sort_words(verb, rest)
+    config.check_words(verb, overrides)
     if verb == "list":
         return _list(overrides)
     sweeping = "-m" in flags or "--multirun" in flags
@@ -145,12 +202,14 @@ def _sort_words(verb: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
     expects_value = False
     for word in words:
         if expects_value:
+            _check_value(flags[-1], word)
             expects_value = False
             flags.append(word)
         elif word in _FLAGS:
             expects_value = word in _FLAGS_WITH_VALUE
             flags.append(word)
         elif word.startswith("--") and word.partition("=")[0] in _FLAGS_WITH_VALUE:
+            _check_value(word.partition("=")[0], word.partition("=")[2])
             flags.append(word)
         elif word.startswith("--"):
             key, _, value = word[2:].partition("=")
@@ -164,7 +223,28 @@ def _sort_words(verb: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
             raise ConfigError(f"'{word}' is no setting; settings are written key=value (modhifi {verb} --help).")
         else:
             overrides.append(word)
+    if expects_value:
+        _check_value(flags[-1], "")
+    shown = any(flag.partition("=")[0] in _SHOWN for flag in flags)
+    alone = next((flag for flag in flags if flag.partition("=")[0] in ("--resolve", "-p", "--package")), None)
+    if alone is not None and not shown:
+        raise ConfigError(f"{alone} goes with --cfg job, which shows settings instead of running.")
     return overrides, flags
+
+
+def _check_value(flag: str, value: str) -> None:
+    """What a flag of Hydra's needs behind it; the folder of `--config-dir` is looked at before anything is read from it.
+
+    Raises:
+        ConfigError: If it is missing, unknown, or a folder that must not be read.
+    """
+    known = _SHOWN.get(flag)
+    if known is not None and value not in known:
+        raise ConfigError(f"{flag} must be one of {', '.join(known)}, such as --cfg job; got {value!r:.60}.")
+    if not value or value.startswith("-"):
+        raise ConfigError(f"{flag} needs a value behind it; got {value!r:.60}.")
+    if flag in ("--config-dir", "-cd"):
+        config.check_foreign_folder(value)
 
 
 def _list_help() -> str:

@@ -17,6 +17,12 @@ def own_cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_secret(tmp_path_factory) -> None:
+    """Runs of the tests are marked with a secret of their own, not with the user's."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Folder with real weights and data; the test is skipped where it is absent."""

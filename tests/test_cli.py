@@ -74,7 +74,7 @@ WRONG = {
     "an unknown device": (["prune", "runtime.device=tpu"], "runtime.device must be cpu, cuda or cuda:N; got 'tpu'."),
     "values with commas": (["prune", "sparsity=0.1,0.2"], "is a sweep and needs -m"),
     "unreadable grammar": (["prune", "exclude=[a"], "cannot read 'exclude=[a': settings are written key=value"),
-    "a target elsewhere": (["prune", "model._target_=os.system"], "must lie under modhifi_cli; got 'os.system'"),
+    "a target elsewhere": (["prune", "model._target_=os.system"], "must lie under modhifi_cli, or be code of your own named package.module:name; got 'os.system'"),
     "a target that is not": (["prune", "model._target_=modhifi_cli.models.x.y"], "which does not exist"),
     "a group without a choice": (["prune", "data=null"], "a group takes the name of one of its choices"),
     "a mixture of nothing": (["prune", "data=mixed", "data.sources=[]"], "data.sources must be a list such as"),

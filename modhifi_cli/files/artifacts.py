@@ -10,6 +10,8 @@ from modhifi_cli.files.disk import (
     write_text,
 )
 from modhifi_cli.files.edits import load_edits
+from modhifi_cli.files.manifest import NAME as CHECKSUMS
+from modhifi_cli.files.manifest import checked, made_here, renew
 from modhifi_cli.files.results import (
     environment,
     load_latency_table,
@@ -17,6 +19,7 @@ from modhifi_cli.files.results import (
     read_results,
     report_material,
     save_latency_table,
+    text_of,
 )
 from modhifi_cli.files.run_folder import INCOMPLETE, RunDirectory, run_folder
 from modhifi_cli.files.saved_network import (
@@ -31,12 +34,13 @@ from modhifi_cli.files.saved_network import (
     read_answer,
     save_model,
     save_verification,
+    stored_answers,
 )
 
 __all__ = [
-    "FORMAT_VERSION", "INCOMPLETE", "RunDirectory", "answer", "answer_process", "answers_of", "code_changed",
-    "environment", "load_edits", "load_latency_table", "load_model", "load_saved", "load_verification", "make_folder",
-    "measurements_to_json", "opens_natively", "read_answer", "read_object", "read_results", "read_text",
-    "report_material", "run_folder", "save_latency_table", "save_model", "save_verification", "write_bytes",
+    "CHECKSUMS", "FORMAT_VERSION", "INCOMPLETE", "RunDirectory", "answer", "answer_process", "answers_of", "checked", "code_changed",
+    "environment", "load_edits", "load_latency_table", "load_model", "load_saved", "load_verification", "made_here", "make_folder",
+    "measurements_to_json", "opens_natively", "read_answer", "read_object", "read_results", "read_text", "renew",
+    "report_material", "run_folder", "save_latency_table", "save_model", "save_verification", "stored_answers", "text_of", "write_bytes",
     "write_json", "write_text",
 ]  # fmt: skip

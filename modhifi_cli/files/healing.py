@@ -1,14 +1,16 @@
 """The state of a healing that is under way, beside the run's edits: one file, replaced as a whole, gone at the end."""
 
+import hashlib
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from torch import Tensor
 
 from modhifi_cli.engine.healing import HealingState
 from modhifi_cli.errors import DataError
-from modhifi_cli.files.disk import write_bytes
+from modhifi_cli.files.disk import as_metadata, as_tensors, read_bytes, to_bytes, write_bytes
 
 NAME = "healing.safetensors"
 
@@ -19,8 +21,9 @@ def save_state(folder: Path, state: HealingState) -> None:
     Raises:
         DataError: If the disk is full or the place cannot be written.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
-    write_bytes(folder / NAME, save(tensors, {"facts": json.dumps(dict(state.facts))}))
+    facts = json.dumps(dict(state.facts))
+    metadata = {"facts": facts, "sha256": _digest(state.tensors, facts)}
+    write_bytes(folder / NAME, to_bytes(state.tensors, metadata))
 
 
 def load_state(folder: Path) -> HealingState | None:
@@ -30,16 +33,26 @@ def load_state(folder: Path) -> HealingState | None:
         DataError: If it is damaged.
     """
     path = folder / NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            return HealingState(tensors, json.loads(file.metadata()["facts"]))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged ({error}); remove it to begin the healing again.") from error
+        content = read_bytes(path)
+        tensors, metadata = as_tensors(content, path), as_metadata(content, path)
+        if _digest(tensors, metadata["facts"]) != metadata["sha256"]:
+            raise ValueError("its checksum is another")
+        return HealingState(tensors, json.loads(metadata["facts"]))
+    except (DataError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({str(error).removeprefix(f'{path}: ')}); remove it to begin the healing again.") from error
 
 
 def forget_state(folder: Path) -> None:
     """Remove the state once its outcome is among the run's edits."""
     (folder / NAME).unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(to_bytes({"": tensor}))
+    return digest.hexdigest()

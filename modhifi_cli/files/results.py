@@ -12,13 +12,14 @@ import torch
 
 from modhifi_cli.errors import DataError
 from modhifi_cli.evaluation.latency_table import LatencyTable
-from modhifi_cli.files.disk import FORMAT_VERSION, read_json, read_text, write_json
+from modhifi_cli.files import manifest
+from modhifi_cli.files.disk import FORMAT_VERSION, as_object, as_text, read_object, write_json
 from modhifi_cli.records import Measurement
 
 
 def read_results(run: Path) -> dict[str, Any]:
     """The content of a run's ``results.json``."""
-    return read_json(run / "results.json", "a saved run")
+    return _listed(run, "results.json")
 
 
 def save_latency_table(path: Path, table: LatencyTable) -> None:
@@ -38,7 +39,7 @@ def load_latency_table(path: str | os.PathLike[str]) -> LatencyTable:
             f"target.table={file}: no such file; give the latency_table.json of a run with target=latency, or leave "
             "target.table out to measure one."
         )
-    return LatencyTable.from_json(read_json(file, "a latency table"), str(file))
+    return LatencyTable.from_json(read_object(file, "a latency table"), str(file))
 
 
 def report_material(folder: Path) -> dict[str, Any]:
@@ -52,14 +53,43 @@ def report_material(folder: Path) -> dict[str, Any]:
     """
     results = read_results(folder)
     found: dict[str, Any] = {"results": results}
-    if (folder / "config.yaml").is_file():
-        found["settings"] = read_text(folder / "config.yaml")
-    if (folder / "environment.json").is_file():
-        found["environment"] = read_json(folder / "environment.json", "a saved run")
-    found["charts"] = [read_json(folder / f"{Path(str(n)).name}.json", "a study") for n in results.get("charts") or ()]
-    if (folder / "calibration.png").is_file():
-        found["sheet"] = (folder / "calibration.png").read_bytes()
+    if os.path.lexists(folder / "config.yaml"):
+        found["settings"] = as_text(bytes_of(folder, "config.yaml"), folder / "config.yaml")
+    if os.path.lexists(folder / "environment.json"):
+        found["environment"] = _listed(folder, "environment.json")
+    named = results.get("charts") or ()
+    if not isinstance(named, (list, tuple)):
+        raise DataError(f"{folder / 'results.json'}: damaged, its charts are no list; restore the run folder.")
+    found["charts"] = [_listed(folder, f"{Path(str(name)).name}.json") for name in named]
+    if os.path.lexists(folder / "calibration.png"):
+        found["sheet"] = bytes_of(folder, "calibration.png")
     return found
+
+
+def bytes_of(folder: Path, name: str) -> bytes:
+    """A file of a run; what its list of checksums names must be what was written, where there is such a list.
+
+    Raises:
+        DataError: If it is missing, changed or unreadable.
+    """
+    return manifest.checked(folder, unverified=True).bytes_of(name)
+
+
+def text_of(folder: Path, name: str, *, unverified: bool = True) -> str:
+    """As `bytes_of`, as text.
+
+    Args:
+        folder: Of the run.
+        name: Of the file.
+        unverified: Whether the folder may be without a list of checksums.
+    """
+    return manifest.checked(folder, unverified=unverified).text(name)
+
+
+def _listed(folder: Path, name: str) -> dict[str, Any]:
+    if not os.path.lexists(folder / name):
+        raise DataError(f"{folder}: not a saved run, {name} is missing.")
+    return as_object(bytes_of(folder, name), folder / name)
 
 
 def measurements_to_json(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:

@@ -11,87 +11,152 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import DataError, ModHiFiError
+from modhifi_cli.errors import DataError, ModHiFiError, is_number, is_whole
+from modhifi_cli.files import manifest
 from modhifi_cli.files.disk import (
     FORMAT_VERSION,
+    as_tensors,
     disk,
     make_folder,
-    read_json,
-    read_tensors,
+    read_bytes,
+    read_object,
     to_bytes,
     write_bytes,
     write_json,
 )
 from modhifi_cli.records import LoadedModel, Preprocess, TextInput
 
+_ARCHITECTURE, _WEIGHTS, _VERIFICATION = "architecture.json", "weights.safetensors", "verification.safetensors"
+_LARGEST_SIDE = 2**14  # pixels
 _CONTINUED = 16  # tokens of the greedy continuation that is kept for `verify`
 
 
-def load_model(directory: str | os.PathLike[str]) -> nn.Module:
+def load_model(
+    directory: str | os.PathLike[str], *, allow: str | bool = False, unverified: bool = False
+) -> nn.Module:
     """The network that a run saved: an ordinary module of its original class with smaller layers, on the CPU.
+
+    A folder runs no code: where the network is made by code of the user's own (``model=module``), that code is imported
+    only if the caller names it.
 
     Args:
         directory: A run folder, or its ``model`` folder.
+        allow: ``"package.module:function"``, the user's own code that makes this network, exactly as the folder names
+            it; True for whatever it names.
+        unverified: Whether a folder without checksums, as older versions wrote them, may be read.
 
     Returns:
         The network in evaluation mode.
 
     Raises:
-        DataError: If the folder is no saved model, is damaged, or was written by a newer format.
+        DataError: If the folder is no saved model, is damaged or not what was written, names code that was not allowed,
+            or was written by a newer format.
     """
-    saved = load_saved(directory)
-    changed = code_changed(directory)
+    saved = load_saved(directory, allow=allow, unverified=unverified)
+    changed = code_changed(directory, allow=allow)
     if changed is not None:
         warnings.warn(changed, stacklevel=2)
     return saved.model
 
 
-def code_changed(directory: str | os.PathLike[str]) -> str | None:
+def code_changed(directory: str | os.PathLike[str], *, allow: str | bool = False) -> str | None:
     """A warning if the user's own code that makes a saved network (``model=module``) is no longer what it was.
 
     Args:
         directory: A run folder, or its ``model`` folder.
+        allow: As in `load_model`; code that is not allowed is not looked at, since that would import it.
 
     Returns:
         The sentence, or None; also where nothing is saved there.
     """
     from modhifi_cli.models.module import changed_code
 
-    folder = Path(directory)
-    described = folder / "model" / "architecture.json"
-    path = described if described.is_file() else folder / "architecture.json"
-    return changed_code(read_json(path, "a saved model")) if path.is_file() else None
+    path = _model_folder(directory) / _ARCHITECTURE
+    if allow is False or not os.path.lexists(path):
+        return None
+    described = read_object(path, "a saved model")
+    kwargs = described.get("kwargs")
+    named = kwargs.get("factory") if isinstance(kwargs, Mapping) else None
+    return changed_code(described) if named is not None and allow in (True, named) else None
 
 
-def load_saved(directory: str | os.PathLike[str]) -> LoadedModel:
+def load_saved(
+    directory: str | os.PathLike[str], *, allow: str | bool = False, unverified: bool = False
+) -> LoadedModel:
     """As `load_model`, with name, preprocessing, classes and the recipe of the dense network."""
+    folder = _model_folder(directory)
+    if not os.path.lexists(folder / _ARCHITECTURE):
+        raise DataError(f"{folder}: not a saved model, {_ARCHITECTURE} is missing.")
+    files = manifest.checked(folder, unverified=unverified)
+    described = files.object(_ARCHITECTURE)
+    if described.get("reads") == "text":
+        return _load_text(files, described)
+    try:
+        account = _described(described)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{folder / _ARCHITECTURE}: damaged, {' '.join(str(error).split())[:200]} is missing or of the wrong type; "
+            "restore the run folder."
+        ) from error
+    model = _filled(files, account.architecture, described["widths"], allow)
+    return dataclasses.replace(account, model=model)
+
+
+def _model_folder(directory: str | os.PathLike[str]) -> Path:
+    folder = Path(directory)
+    inner = folder / "model"
+    if inner.is_symlink():
+        raise DataError(f"{inner}: a link, and no link in a run folder is followed; put the folder itself there.")
+    return inner if inner.is_dir() else folder
+
+
+def _described(told: Mapping[str, Any]) -> LoadedModel:
+    """Everything that ``architecture.json`` says of a network that reads images, without the network.
+
+    Raises:
+        KeyError, TypeError, ValueError: If something is missing or wrong.
+    """
+    seen = told["preprocess"]
+    size, mean, std = (tuple(seen[key]) for key in ("size", "mean", "std"))
+    if len(size) != 2 or not all(is_whole(side) and 0 < side <= _LARGEST_SIDE for side in size):
+        raise ValueError(f"preprocess.size {size!r:.60}")
+    if len(mean) != len(std) or not all(is_number(one) for one in (*mean, *std)):
+        raise ValueError("preprocess.mean or preprocess.std")
+    if not (seen["resize"] is None or (is_number(seen["resize"]) and 0 < seen["resize"] <= _LARGEST_SIDE)):
+        raise ValueError("preprocess.resize")
+    if not all(isinstance(one, str) for one in (told["name"], told["weights"], seen["interpolation"])):
+        raise TypeError("name, weights or preprocess.interpolation")
+    classes = told["classes"]
+    if not isinstance(told["widths"], Mapping) or not isinstance(classes, list | None):
+        raise TypeError("widths or classes")
+    return LoadedModel(
+        model=nn.Identity(),
+        name=told["name"],
+        preprocess=Preprocess(
+            size=size, mean=mean, std=std, resize=seen["resize"], interpolation=seen["interpolation"]
+        ),
+        architecture={"builder": told["builder"], "kwargs": told["kwargs"]},
+        weights=told["weights"],
+        classes=None if classes is None else tuple(str(one) for one in classes),
+    )
+
+
+def _filled(files: manifest.Checked, architecture: Mapping[str, Any], widths: Any, allow: str | bool) -> nn.Module:
+    """The network that a description stands for, with its saved widths and weights."""
     from modhifi_cli.graph.surgery import restore_widths_
     from modhifi_cli.models import build_architecture
 
-    folder = Path(directory)
-    if (folder / "model").is_dir():
-        folder = folder / "model"
-    described = read_json(folder / "architecture.json", "a saved model")
-    if described.get("reads") == "text":
-        return _load_text(folder, described)
+    state = files.tensors(_WEIGHTS)
+    # A dense network is some times as wide as what was saved of it, not a thousand times.
+    widest = max((max(tensor.shape, default=1) for tensor in state.values()), default=1)
+    model = build_architecture(architecture, allow=allow, largest=max(8192, 8 * widest))
     try:
-        architecture = {"builder": described["builder"], "kwargs": described["kwargs"]}
-        preprocess = Preprocess(
-            size=tuple(described["preprocess"]["size"]),
-            mean=tuple(described["preprocess"]["mean"]),
-            std=tuple(described["preprocess"]["std"]),
-            resize=described["preprocess"]["resize"],
-            interpolation=described["preprocess"]["interpolation"],
-        )
-        widths, name, weights = described["widths"], described["name"], described["weights"]
-        classes = None if described["classes"] is None else tuple(described["classes"])
-    except (KeyError, TypeError) as error:
+        restore_widths_(model, widths)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise DataError(
-            f"{folder / 'architecture.json'}: damaged, {error} is missing or of the wrong type; restore the run folder."
+            f"{files.folder / _ARCHITECTURE}: damaged, its widths do not fit ({type(error).__name__}: {error}); restore "
+            "the run folder."
         ) from error
-    state = read_tensors(folder / "weights.safetensors")
-    model = build_architecture(architecture)
-    restore_widths_(model, widths)
     floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     model.to(floating[0] if floating else torch.float32)  # load_state_dict would round to the built dtype
     # Some classes ask for the versions that a state_dict of their own carries (torchvision's MNASNet).
@@ -102,20 +167,13 @@ def load_saved(directory: str | os.PathLike[str]) -> LoadedModel:
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
         raise DataError(
-            f"{folder}: weights.safetensors does not fit architecture.json ({detail}); the run folder is damaged."
+            f"{files.folder}: weights.safetensors does not fit architecture.json ({detail}); the run folder is damaged."
         ) from error
-    return LoadedModel(
-        model=model.eval(),
-        name=name,
-        preprocess=preprocess,
-        architecture=architecture,
-        weights=weights,
-        classes=classes,
-    )
+    return model.eval()
 
 
 def save_model(directory: Path, loaded: LoadedModel, model: nn.Module) -> None:
-    """Write an edited network: ``weights.safetensors`` and ``architecture.json``.
+    """Write an edited network: ``weights.safetensors`` and ``architecture.json``, and their checksums.
 
     Args:
         directory: Folder to write into; made if absent.
@@ -140,26 +198,36 @@ def save_model(directory: Path, loaded: LoadedModel, model: nn.Module) -> None:
 
         with disk(directory):
             native, shapes = hf.save(model, directory, loaded.preprocess)
-        write_json(directory / "architecture.json", described | {"reads": "text", "native": native} | shapes)
+        write_json(directory / _ARCHITECTURE, described | {"reads": "text", "native": native} | shapes)
+        manifest.write(directory)
         return
     described |= {
         "widths": describe_widths(model),
         "preprocess": dataclasses.asdict(loaded.preprocess),
         "classes": None if loaded.classes is None else list(loaded.classes),
     }
-    write_bytes(directory / "weights.safetensors", to_bytes(model.state_dict()))
-    write_json(directory / "architecture.json", described)
+    write_bytes(directory / _WEIGHTS, to_bytes(model.state_dict()))
+    write_json(directory / _ARCHITECTURE, described)
+    manifest.write(directory)
 
 
-def _load_text(folder: Path, described: Mapping[str, Any]) -> LoadedModel:
+def _load_text(files: manifest.Checked, described: Mapping[str, Any]) -> LoadedModel:
+    from modhifi_cli.files.language_folder import refuse_reaching
     from modhifi_cli.models import hf
 
+    folder = files.folder
+    files.check()
+    refuse_reaching(files)
     try:
         architecture = {"builder": described["builder"], "kwargs": described["kwargs"]}
         name, weights = described["name"], described["weights"]
-    except KeyError as error:
+        if architecture["builder"] != hf.BUILDER or not isinstance(architecture["kwargs"].get("config"), Mapping):
+            raise TypeError("builder or kwargs")
+        if not isinstance(name, str) or not isinstance(weights, str):
+            raise TypeError("name or weights")
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{folder / 'architecture.json'}: damaged, {error} is missing; restore the run folder."
+            f"{folder / _ARCHITECTURE}: damaged, {error} is missing or of the wrong type; restore the run folder."
         ) from error
     model = hf.restore(folder, architecture, described)
     return LoadedModel(
@@ -173,7 +241,7 @@ def _load_text(folder: Path, described: Mapping[str, Any]) -> LoadedModel:
 
 def opens_natively(run: Path) -> bool:
     """Whether plain transformers opens the saved network's folder (of a language model)."""
-    return bool(read_json(run / "model" / "architecture.json", "a saved model").get("native", False))
+    return bool(read_object(run / "model" / _ARCHITECTURE, "a saved model").get("native", False))
 
 
 def save_verification(path: Path, inputs: Tensor, answers: Mapping[str, Tensor]) -> None:
@@ -200,29 +268,42 @@ def answers_of(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     return answers
 
 
-def load_verification(run: Path) -> tuple[Tensor, Tensor]:
-    """The inputs and logits that `save_verification` wrote into a run folder."""
-    stored = read_tensors(Path(run) / "verification.safetensors")
-    try:
-        return stored["inputs"], stored["logits"]
-    except KeyError as error:
-        raise DataError(
-            f"{run}/verification.safetensors: damaged, {error} is missing; restore the run folder."
-        ) from error
+def load_verification(run: Path, *, unverified: bool = False) -> tuple[Tensor, Tensor]:
+    """The inputs and logits of `stored_answers`."""
+    stored = stored_answers(run, unverified=unverified)
+    return stored["inputs"], stored["logits"]
 
 
-def answer(run: str, path: str) -> None:
+def stored_answers(run: Path, *, unverified: bool = False) -> dict[str, Tensor]:
+    """The ``inputs`` that `save_verification` wrote into a run folder and what the network made of them.
+
+    Args:
+        run: The folder.
+        unverified: Whether a folder without checksums may be read.
+
+    Raises:
+        DataError: If they are missing or damaged.
+    """
+    stored = manifest.checked(Path(run), unverified=unverified).tensors(_VERIFICATION)
+    missing = next((key for key in ("inputs", "logits") if key not in stored), None)
+    if missing is not None:
+        raise DataError(f"{run}/{_VERIFICATION}: damaged, {missing} is missing; restore the run folder.")
+    return stored
+
+
+def answer(run: str, path: str, *, allow: bool = False, unverified: bool = False) -> None:
     """Reload a saved run, run its stored inputs and write the logits to `path`; `verify` calls it in a new process."""
-    inputs, _ = load_verification(Path(run))
-    write_bytes(Path(path), to_bytes(answers_of(load_model(run), inputs)))
+    inputs = stored_answers(Path(run), unverified=unverified)["inputs"]
+    model = load_model(run, allow=allow, unverified=unverified)
+    write_bytes(Path(path), to_bytes(answers_of(model, inputs)))
 
 
-def answer_process(run: str, path: str) -> int:
-    """`answer` as a process: 0, or 1 with one sentence on standard error."""
+def answer_process(run: str, path: str, *words: str) -> int:
+    """`answer` as a process, told ``allow`` and ``unverified``: 0, or 1 with one sentence on standard error."""
     import sys
 
     try:
-        answer(run, path)
+        answer(run, path, allow="allow" in words, unverified="unverified" in words)
     except ModHiFiError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1
@@ -231,4 +312,4 @@ def answer_process(run: str, path: str) -> int:
 
 def read_answer(path: Path) -> dict[str, Tensor]:
     """What `answer` wrote."""
-    return read_tensors(path)
+    return as_tensors(read_bytes(path), path)

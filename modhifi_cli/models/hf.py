@@ -27,6 +27,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 _MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+BUILDER = "modhifi_cli.models.hf.build"
 NATIVE, DENSE = "config.json", "dense_config.json"  # of an even and of an uneven pruned network
 
 
@@ -101,7 +102,7 @@ def load(
         name=name or place.stem,
         preprocess=_text_input(model.config, words),
         architecture={
-            "builder": "modhifi_cli.models.hf.build",
+            "builder": BUILDER,
             "kwargs": {"config": _described(model.config), "dtype": str(model.dtype).removeprefix("torch.")},
         },
         weights=account,
@@ -252,13 +253,18 @@ def restore(directory: Path, architecture: Mapping[str, Any], described: Mapping
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from modhifi_cli.models import build_architecture
+
     if described.get("native"):
         with _quiet(), _explained(str(directory)):
             from transformers import AutoModelForCausalLM
 
             dtype = DTYPES[architecture["kwargs"]["dtype"]]
-            return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval().requires_grad_(False)
-    model = build(**architecture["kwargs"])
+            # The folder may come from a stranger: nothing is fetched, unpickled or imported because of it.
+            options = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+            found = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
+            return found.eval().requires_grad_(False)
+    model = build_architecture(architecture)
     try:
         restore_widths_(model, described["widths"])
         for name, values in described["attributes"].items():
@@ -297,7 +303,8 @@ def restore(directory: Path, architecture: Mapping[str, Any], described: Mapping
 def text_input_of(directory: Path, model: nn.Module) -> TextInput:
     """The saved network's tokenizer and limits; the tokenizer is None where none was saved."""
     present = any((directory / name).is_file() for name in _TOKENIZERS)
-    return _text_input(model.config, _tokenizer(str(directory), {}) if present else None)
+    options = {"trust_remote_code": False, "local_files_only": True}
+    return _text_input(model.config, _tokenizer(str(directory), options) if present else None)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading

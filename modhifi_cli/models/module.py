@@ -29,7 +29,12 @@ BUILDER = "modhifi_cli.models.module.build"
 
 
 def build(
-    *, factory: str, kwargs: Mapping[str, Any] | None = None, file: str | None = None, sha256: str | None = None
+    *,
+    factory: str,
+    kwargs: Mapping[str, Any] | None = None,
+    file: str | None = None,
+    sha256: str | None = None,
+    allow: str | bool = False,
 ) -> nn.Module:
     """The network that a saved run's factory makes, in evaluation mode, with whatever weights it gives it.
 
@@ -38,12 +43,20 @@ def build(
         kwargs: Its arguments.
         file: Where its code lay when the run was made, for messages.
         sha256: Of that file; `changed_code` compares it.
+        allow: The name of the factory once more, from the one who calls and not from the folder, or True for whatever
+            the folder names: importing it runs its code.
 
     Raises:
-        DataError: If the code cannot be imported, or no longer makes a network.
+        DataError: If its code was not allowed, cannot be imported, or no longer makes a network.
     """
+    if allow is not True and allow != factory:
+        other = f", not {allow}" if allow else ""
+        raise DataError(
+            f"the saved network is made by code named {factory}{other}, which would run here: if you know that code, "
+            f'say so with load_model(folder, allow="{factory}") or model.trust=true.'
+        )
     try:
-        return _made(factory, kwargs or {})
+        return _made(factory, kwargs or {}, exactly(factory))
     except ConfigError as error:
         raise DataError(
             f"the saved network is made by {factory}{f' (it lay in {file})' if file else ''}, and that does not work "
@@ -81,13 +94,14 @@ def load(
         UnsupportedModelError: If the network does not take an image batch or cannot be traced.
     """
     wanted = _preprocess(preprocess)
-    _found(factory)  # before the seed: what the import itself draws, it draws at the first load only
+    make = _found(factory)  # before the seed: what the import itself draws, it draws at the first load only
     with seeded_initialisation(seed):
-        model = _made(factory, kwargs or {})
+        model = _made(factory, kwargs or {}, make)
         if weights == "random":
             for module in model.modules():
                 if callable(getattr(module, "reset_parameters", None)):
                     module.reset_parameters()
+    factory = _defined_as(factory, make)
     code, digest = _code_of(factory)
     account = {None: "weights of the factory", "random": f"random (seed {seed})"}.get(weights)
     account = load_weights_(model, weights) if account is None else account
@@ -129,6 +143,25 @@ def changed_code(architecture: Mapping[str, Any]) -> str | None:
     )
 
 
+def exactly(name: str) -> Callable[..., Any]:
+    """The function or class ``package.module:name`` that this very module defines.
+
+    Nothing is reached through attributes of other modules: ``some.module:os.system`` names no code of some.module.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    found = _found(name)
+    module, _, path = name.partition(":")
+    if getattr(found, "__module__", None) != module or getattr(found, "__qualname__", None) != path:
+        where = getattr(found, "__module__", None)
+        raise ConfigError(
+            f"{name} is not defined in {module}{f' but in {where}' if where else ''}; name code by the module that "
+            "defines it."
+        )
+    return found
+
+
 def _preprocess(given: Mapping[str, Any] | None) -> Preprocess:
     missing = [key for key in _NEEDED if key not in (given or {})]
     if missing:
@@ -145,8 +178,7 @@ def _preprocess(given: Mapping[str, Any] | None) -> Preprocess:
     return adjusted(Preprocess((1, 1), (0.0,) * channels, (1.0,) * channels), given)
 
 
-def _made(factory: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    make = _found(factory)
+def _made(factory: str, kwargs: Mapping[str, Any], make: Callable[..., Any]) -> nn.Module:
     try:
         inspect.signature(make).bind(**kwargs)
     except TypeError as error:
@@ -188,6 +220,15 @@ def _found(factory: str) -> Callable[..., Any]:
             f"{type(found).__name__}."
         )
     return found
+
+
+def _defined_as(factory: str, make: Callable[..., Any]) -> str:
+    """The factory by the module that defines it, where that leads to the same code: so a saved network names it."""
+    own = f"{getattr(make, '__module__', '')}:{getattr(make, '__qualname__', '')}"
+    try:
+        return own if exactly(own) is make else factory
+    except ConfigError:
+        return factory
 
 
 def _imported(factory: str) -> tuple[Any, str]:

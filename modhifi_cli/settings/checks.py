@@ -15,10 +15,10 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: v is SEARCHED or (_is_number(v) and 0 <= v < 1),
     ),
     "round_to": ("a whole number from 1, or auto", lambda v: v == "auto" or (is_whole(v) and v >= 1)),
-    "tolerance": ("a number above 0", lambda v: _is_number(v) and v > 0),
+    "tolerance": ("a number above 0 and at most 0.1", lambda v: _is_number(v) and 0 < v <= 0.1),
     "components": (
         "mlp, attention or both, such as [mlp,attention]",
-        lambda v: isinstance(v, list) and len(v) > 0 and set(v) <= {"mlp", "attention"},
+        lambda v: isinstance(v, list) and len(v) > 0 and all(one in ("mlp", "attention") for one in v),
     ),
     "batchnorm": ("reestimate or stored", lambda v: v in ("reestimate", "stored")),
     "classifier": ("keep, refit or auto", lambda v: v in ("keep", "refit", "auto")),
@@ -30,7 +30,7 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         "float32, float64, bfloat16 or float16", lambda v: v in ("float32", "float64", "bfloat16", "float16"),
     ),
     "runtime.matmul": ("highest or high", lambda v: v in ("highest", "high")),
-    "runtime.threads": ("a whole number from 1, or null", lambda v: v is None or (is_whole(v) and v >= 1)),
+    "runtime.threads": ("a whole number from 1 to 4096, or null", lambda v: v is None or (is_whole(v) and 1 <= v <= 4096)),
     "runtime.batch_size": ("a whole number from 1", lambda v: is_whole(v) and v >= 1),
     "runtime.seed": ("a whole number from 0", lambda v: is_whole(v) and v >= 0),
     "console.style": ("rich, plain or json", lambda v: v in ("rich", "plain", "json")),
@@ -73,6 +73,8 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "jobs": ("a whole number from 1, or auto", lambda v: v == "auto" or (is_whole(v) and v >= 1)),
     "memory": ("gigabytes, above 0", lambda v: _is_number(v) and v > 0),
     "timeout": ("seconds, above 0", lambda v: _is_number(v) and v > 0),
+    "unverified": ("true or false", lambda v: isinstance(v, bool)),
+    "measure_dense": ("true or false", lambda v: isinstance(v, bool)),
     "run": ("a run folder, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
     "runs": ("a list of run folders, such as [DIR1,DIR2]", lambda v: _is_names(v)),
     "resume": ("the folder of an interrupted run, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
@@ -110,7 +112,7 @@ def check_numbers(plain: Mapping[str, Any]) -> None:
     for key, (expected, fits) in _NUMBERS.items():
         value = select(plain, key)
         if value is not ABSENT and not fits(value):
-            raise ConfigError(f"{key} must be {expected}; got {value!r}.")
+            raise ConfigError(f"{key} must be {expected}; got {value!r:.100}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from modhifi_cli.errors import ConfigError, nearest
 from modhifi_cli.settings.checks import check_numbers, check_serving
 from modhifi_cli.settings.explain import explain, is_hydra_error
+from modhifi_cli.settings.heard import check_heard, check_numbers_fit, check_words, refuse_unsaid_code
 from modhifi_cli.settings.resolve import (
     resolve_auto_data,
     resolve_compared_sources,
@@ -20,7 +21,7 @@ from modhifi_cli.settings.resolve import (
     resolve_target,
 )
 from modhifi_cli.settings.targets import check_targets
-from modhifi_cli.settings.words import example, first_line, select, spelled
+from modhifi_cli.settings.words import as_plain_words, example, first_line, select, spelled
 from modhifi_cli.settings.yamls import (
     config_directory,
     read_verb,
@@ -87,6 +88,7 @@ def compose(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
+    check_words(verb, overrides)
     overrides = for_network(verb, overrides)
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_directory()), version_base="1.3", job_name="modhifi"):
@@ -214,20 +216,24 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigError(f"modhifi {verb}: {first_line(error)}") from error
     assert isinstance(plain, dict)
+    words = _said()
+    trust = _taken_trust_(plain)
     known = top_level_keys(verb)
     for key in list(plain):
         if key not in known and _of_an_experiment(key):
             del plain[key]  # what an experiment says to another verb, as methods= to compare
         elif key not in known:
             raise ConfigError(f"modhifi {verb} has no key '{key}': {nearest(key, known)}")
+    for key in ("preset", "experiment"):
+        if plain.pop(key, None):
+            raise ConfigError(f"{key}: keys cannot be put into a {key}; give them to the verb itself.")
+    check_heard(verb, plain, words)
     for key, (default, _) in read_verb(config_directory() / f"{verb}.yaml")[0].items():
         if default == "???" and select(plain, key) is None:
             raise ConfigError(f"modhifi {verb}: {key} must be given, e.g. {example(key)}.")
     for absent in ("evaluation", "export"):
         if absent in known:
             plain[absent] = plain.get(absent) or {}
-    for key in ("preset", "experiment"):
-        plain.pop(key, None)
     if "evaluation_data" in known:
         plain.setdefault("evaluation_data", None)  # evaluation_data=none leaves nothing behind
     if "audit" in known:
@@ -241,9 +247,43 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
         resolve_target(plain)
         resolve_sparsity(plain)
     check_numbers(plain)
-    check_targets(plain)
+    check_numbers_fit(plain)
+    refuse_unsaid_code(plain, words, foreign=_foreign(), trust=trust)
+    check_targets(plain, allow={word for word in as_plain_words(words) if ":" in word})
     check_serving(plain)
+    if "unverified" in known:
+        plain["trust"] = trust
     return plain
+
+
+def _taken_trust_(plain: dict[str, Any]) -> bool:
+    """What ``model.trust`` says; it is a word about a run folder and no setting of a network."""
+    model = plain.get("model")
+    if not isinstance(model, dict) or "trust" not in model:
+        return False
+    trust = model.pop("trust")
+    if not isinstance(trust, bool):
+        raise ConfigError(f"model.trust must be true or false; got {trust!r:.60}.")
+    if not model:
+        del plain["model"]
+    return trust
+
+
+def _said() -> list[str]:
+    """The overrides of this job."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _foreign() -> bool:
+    """Whether YAMLs of another folder than the project's take part (``--config-dir``, ``hydra.searchpath``)."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return False
+    sources = HydraConfig.get().runtime.config_sources
+    return any(one.schema == "file" and Path(one.path) != config_directory() for one in sources)
 
 
 def _of_an_experiment(key: str) -> bool:

@@ -9,6 +9,8 @@ from modhifi_cli.settings.compose import (
     steps,
 )
 from modhifi_cli.settings.explain import explain
+from modhifi_cli.settings.foreign import refuse_reaching
+from modhifi_cli.settings.heard import check_foreign_folder, check_words
 from modhifi_cli.settings.help import main_help, verb_help
 from modhifi_cli.settings.targets import PACKAGE, build
 from modhifi_cli.settings.words import (
@@ -28,7 +30,7 @@ from modhifi_cli.settings.yamls import (
 )
 
 __all__ = [
-    "PACKAGE", "build", "compose", "config_directory", "differences", "explain", "for_network", "from_yaml", "groups",
-    "header", "job_facts", "main_help", "run_hydra", "settings", "slug", "spell", "spelled", "steps", "to_yaml",
+    "PACKAGE", "build", "check_foreign_folder", "check_words", "compose", "config_directory", "differences", "explain", "for_network", "from_yaml", "groups",
+    "header", "job_facts", "main_help", "refuse_reaching", "run_hydra", "settings", "slug", "spell", "spelled", "steps", "to_yaml",
     "top_level_keys", "verb_help", "verbs",
 ]  # fmt: skip

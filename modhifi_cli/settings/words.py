@@ -37,6 +37,12 @@ def spell(key: str, value: Any) -> str:
     return f"{key}={told(value)}"
 
 
+def as_plain_words(overrides: Iterable[str]) -> set[str]:
+    """The values of overrides without quotes, each by itself where several are given: what was said, to compare with."""
+    values = (word.partition("=")[2] for word in overrides)
+    return {one.strip().strip("'\"") for value in values for one in (value, *re.split(r"[,\[\]{}]|: ", value))}
+
+
 def slug(overrides: Iterable[str], *, leading: Collection[str] = (), limit: int = 80) -> str:
     """A folder name from overrides, always the same for the same overrides: ``model-resnet50_sparsity-0.4``.
 
@@ -101,6 +107,9 @@ def from_yaml(text: str) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
+    from modhifi_cli.settings.heard import refuse_aliases
+
+    refuse_aliases(text, "settings")
     try:
         plain = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:

@@ -19,21 +19,22 @@ from modhifi_cli.pages.terms import class_name
 from modhifi_cli.records import ImageSource, LoadedModel, Measurement
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
+from modhifi_cli.verbs.opened import OpenedRun, open_run
 
 
 def audit(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
     asked, settings = settings, dict(settings)
     if settings["audit"] is None:
         raise ConfigError("audit=none leaves nothing to do; give audit=standard, or leave the key out.")
-    saved = artifacts.run_folder(settings["run"])
-    pieces.warn_of_changed_code(saved, console)
+    opened = open_run(settings, console)
+    saved = opened.folder
     forget = _forgotten(saved)
     device = pieces.device_of(settings)
-    before = pieces.settings_of(saved)
+    before = opened.settings("model", *(key for key in ("data", "evaluation_data") if key not in settings))
     for key in ("data", "evaluation_data"):
         settings.setdefault(key, before.get(key))
-    loaded, dtype = _dense(saved, before), pieces.dtype_of(settings)
-    dense, edited = loaded.model.to(dtype), artifacts.load_model(saved).to(dtype)
+    loaded, dtype = _dense(opened, before), pieces.dtype_of(settings)
+    dense, edited = loaded.model.to(dtype), opened.network().model.to(dtype)
     calibration, labels = _labelled(settings, loaded, dense, device, console)
     evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True, console=console)
     report = make_audit(
@@ -198,14 +199,14 @@ def _forgotten(saved: Path) -> tuple[int, ...]:
     return tuple(forget)
 
 
-def _dense(saved: Path, before: Mapping[str, Any]) -> LoadedModel:
+def _dense(opened: OpenedRun, before: Mapping[str, Any]) -> LoadedModel:
     from modhifi_cli.graph.surgery import weights_hash
 
-    loaded = config.build(before["model"])
-    _, made_on = artifacts.load_edits(saved)
+    loaded = opened.build(before["model"])
+    _, made_on = opened.edits()
     if made_on is not None and made_on != weights_hash(loaded.model):
         raise DataError(
-            f"run={saved}: the dense weights have changed since (they were {loaded.weights}); put the weights back "
+            f"run={opened.folder}: the dense weights have changed since (they were {loaded.weights}); put the weights back "
             "that the run was made with."
         )
     return loaded

@@ -12,6 +12,7 @@ from modhifi_cli.files import artifacts
 from modhifi_cli.records import Results
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
+from modhifi_cli.verbs.opened import OpenedRun, open_run
 
 _MADE = tuple(f"modhifi_cli.data.{name}." for name in ("synthetic", "inversion", "class_inversion", "generated", "mixed"))
 
@@ -21,21 +22,24 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
     of = settings  # whose ``model`` the networks are
     device = pieces.device_of(settings)
     models: dict[str, nn.Module] = {}
+    opened: OpenedRun | None = None
     if settings["run"] is None:
         loaded = dense = config.build(settings["model"])
         models["dense"] = loaded.model
     else:
-        saved = artifacts.run_folder(settings["run"])
-        pieces.warn_of_changed_code(saved, console)
-        of = before = pieces.settings_of(saved)
+        opened = open_run(settings, console)
+        saved = opened.folder
+        used = [key for key in ("data", "evaluation_data") if key not in settings]
+        before = opened.settings(*used)
+        of = pieces.settings_of(saved)
         for key in ("data", "evaluation_data"):
             settings.setdefault(key, before.get(key))
-        loaded = artifacts.load_saved(saved)
+        loaded = opened.network()
         dense = loaded
         # Data that were made came from the dense network, and are made from it again.
         made = str((settings["data"] or {}).get("_target_")).startswith(_MADE)
         if settings["measure_dense"] or made and settings["evaluation_data"] is None:
-            dense = config.build(before["model"])
+            dense = opened.build(opened.settings("model")["model"])
         if settings["measure_dense"]:
             models["dense"] = dense.model
         results = artifacts.read_results(saved)
@@ -53,7 +57,7 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
     command = pieces.command_line("evaluate", facts["overrides"])
     artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(asked)))
     artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
-    results = Results.written(
+    results = ({} if opened is None else opened.record()) | Results.written(
         verb="evaluate", model=loaded.name, weights=loaded.weights, measurements=measurements,
         memory=peaks(device),
     )

@@ -57,13 +57,6 @@ def sources(
     return loaded, calibration, image_source(settings, "evaluation_data", loaded, labelled=True, console=console)
 
 
-def warn_of_changed_code(run: Path, console: Console) -> None:
-    """Tell if the user's own code that makes a saved network is not what it was when the run was made."""
-    changed = artifacts.code_changed(run)
-    if changed is not None:
-        console.warning(changed)
-
-
 def require_data(settings: Mapping[str, Any]) -> None:
     """Refuse a run without calibration data before the network is loaded."""
     if settings.get("data") is None:
@@ -110,7 +103,22 @@ def image_source(
         console.note(f"{key}: {source.protocol['labels']}")
     if console is not None and source.protocol.get("turned"):
         console.note(f"{key}: {source.protocol['turned']} images are turned as their cameras noted (EXIF)")
+    if not reads_text:
+        _check_labels(source, key, loaded)
     return source if reads_text or settings["runtime"]["dtype"] == "float32" else _Cast(source, dtype_of(settings))
+
+
+def _check_labels(source: ImageSource, key: str, loaded: LoadedModel) -> None:
+    """Refuse labels that the network has no logit for now, and not when the work is done."""
+    labels = getattr(source, "labels", None)
+    if labels is None or not len(labels):
+        return
+    lowest, highest, count = int(min(labels)), int(max(labels)), _logits_of(loaded)
+    if count is not None and not 0 <= lowest <= highest < count:
+        raise DataError(
+            f"{key}: expected labels 0 to {count - 1} for the {count} logits of '{loaded.name}', got "
+            f"{lowest if lowest < 0 else highest}; use data labelled for this network, or a network with as many classes."
+        )
 
 
 def _logits_of(loaded: LoadedModel) -> int | None:
@@ -259,7 +267,8 @@ def show_end(console: Console, final: Path, warnings: int) -> None:
 def save_network(place: artifacts.RunDirectory, loaded: LoadedModel, model: nn.Module) -> None:
     """Write the network, and a few inputs with its logits on the CPU for `verify`."""
     artifacts.save_model(place.path / "model", loaded, model)
-    saved = artifacts.load_model(place.path / "model")
+    # Code that makes the network was named by the command that runs, or by the user's word about the folder it is from.
+    saved = artifacts.load_model(place.path / "model", allow=True)
     inputs = example_inputs(loaded.preprocess, _VERIFICATION_IMAGES)
     on_cpu = all(tensor.device.type == "cpu" for tensor in model.parameters())
     answers = artifacts.answers_of((model if on_cpu else copy.deepcopy(model).cpu()).eval(), inputs)
@@ -402,10 +411,20 @@ def write_pages(folder: Path) -> None:
             material["settings"] = config.from_yaml(material["settings"])
         except ConfigError as error:
             raise DataError(f"{folder / 'config.yaml'}: damaged, {error}; restore the run folder.") from error
-    drawn = run_pages.figures(material)
+    try:
+        drawn = run_pages.figures(material)
+        page = run_pages.page(material, drawn)
+        texts = {"report.md": pages.markdown(page), "report.html": pages.to_html(page)}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+        raise DataError(
+            f"{folder / 'results.json'}: damaged, no page can be made of it ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); restore the run folder."
+        ) from error
     for stem, kinds in drawn.items():
         write_figure(folder, stem, kinds)
-    write_page(folder, "report", run_pages.page(material, drawn))
+    for name, text in texts.items():
+        artifacts.write_text(folder / name, text)
+    artifacts.renew(folder, [*texts, *(f"{stem}.{kind}" for stem, kinds in drawn.items() for kind in kinds)])
 
 
 def write_card(
@@ -429,6 +448,7 @@ def write_card(
         trained=trained,
     )
     artifacts.write_text(place.path / "model" / "README.md", card)
+    artifacts.renew(place.path / "model", ["README.md"])
 
 
 def sample_shown(
@@ -497,18 +517,22 @@ def placed(model: nn.Module, settings: Mapping[str, Any], device: torch.device) 
     return model if is_decoder(settings) else model.to(device=device, dtype=dtype_of(settings))
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
-    """Settings that a run was made with.
+def settings_of(folder: Path, *, unverified: bool = True) -> dict[str, Any]:
+    """Settings that a run was made with, to compare with; whoever builds from them asks `opened.OpenedRun.settings`.
+
+    Args:
+        folder: Of the run, finished or not.
+        unverified: Whether it may be without checksums.
 
     Raises:
         DataError: If its ``config.yaml`` is unreadable or says nothing of a model.
     """
     try:
-        before = config.from_yaml(artifacts.read_text(folder / "config.yaml"))
+        before = config.from_yaml(artifacts.text_of(folder, "config.yaml", unverified=unverified))
     except ConfigError as error:
         raise DataError(f"{folder / 'config.yaml'}: damaged, {error}; restore the run folder.") from error
     model = before.get("model")
-    if not isinstance(model, dict) or "_target_" not in model:
+    if not isinstance(model, dict) or not isinstance(model.get("_target_"), str):
         raise DataError(f"{folder / 'config.yaml'}: damaged, it names no model; restore the run folder.")
     return before
 
@@ -540,7 +564,7 @@ def edits_so_far(place: artifacts.RunDirectory, dense_hash: str, calibration: Im
             f"resume={place.path}: the dense weights have changed since (sha256 {dense_hash[:12]}, was "
             f"{str(made_on)[:12]}); give the weights that the run began with, or start a new run."
         )
-    before = json.loads(artifacts.read_text(place.path / "calibration.json"))
+    before = artifacts.read_object(place.path / "calibration.json", "an interrupted run")
     now = json.loads(json.dumps(dict(calibration.protocol), default=str))
     if before.get("sha256") != now.get("sha256"):
         raise DataError(

@@ -148,7 +148,7 @@ def _follow(settings: Mapping[str, Any]) -> None:
     loaded, calibration, _ = pieces.sources(settings)
     done: Sequence[Edit] = ()
     if settings["resume"]:
-        place = artifacts.RunDirectory.reopen(settings["resume"])
+        place = artifacts.RunDirectory.reopen(settings["resume"], alone=False)
         done = pieces.edits_so_far(place, weights_hash(loaded.model), calibration)
     for _ in _events(loaded.model, settings, calibration, device, done, config.build(settings["target"])):
         pass

@@ -10,19 +10,23 @@ from modhifi_cli.files import artifacts
 from modhifi_cli.records import Progress
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
+from modhifi_cli.verbs.opened import open_run
 
 
 def replay(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
     from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 
     # The saved network may be lost: edits and dense weights are enough to make it again.
-    source = artifacts.run_folder(settings["run"], needs=("config.yaml", "edits.json", "edits.safetensors"))
-    edits, made_on = artifacts.load_edits(source)
-    pieces.warn_of_changed_code(source, console)
-    before = pieces.settings_of(source)
+    opened = open_run(settings, console, needs=("config.yaml", "edits.json", "edits.safetensors"))
+    source = opened.folder
+    edits, made_on = opened.edits()
+    before = pieces.settings_of(source, unverified=opened.unverified)
+    if settings["model"]["weights"] is not None:
+        before["model"]["weights"] = None
+    opened.refuse_reaching(before, "model")
     if settings["model"]["weights"] is not None:
         before["model"]["weights"] = settings["model"]["weights"]
-    loaded = config.build(before["model"])
+    loaded = opened.build(before["model"])
     found = weights_hash(loaded.model)
     if edits and found != made_on:
         raise DataError(
@@ -32,18 +36,24 @@ def replay(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
     model = loaded.model
     for number, edit in enumerate(edits):
         console.progress(Progress("replay", edit.name, number + 1, len(edits)))
-        apply_edit_(model, edit)
+        try:
+            apply_edit_(model, edit)
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise DataError(
+                f"run={source}: edit {edit.name} does not fit the network ({type(error).__name__}: {error}); restore the "
+                "run folder."
+            ) from error
     model.eval()
     place = artifacts.RunDirectory.create(folder or pieces.new_folder("replay", loaded.name, settings, facts))
     command = pieces.command_line("replay", facts["overrides"])
     for edit in edits:
         place.save_edit(edit, found)
-    artifacts.write_text(place.path / "config.yaml", config.to_yaml(before))
+    artifacts.write_text(place.path / "config.yaml", config.to_yaml(opened.without_reaching(before)))
     artifacts.write_json(place.path / "environment.json", artifacts.environment(command, "cpu"))
     pieces.save_network(place, loaded, model)
     same = None
     try:
-        same = weights_hash(artifacts.load_model(source)) == weights_hash(model)
+        same = weights_hash(opened.network().model) == weights_hash(model)
     except DataError as error:
         console.warning(f"the run's own saved network cannot be compared with: {error}")
     results = {
@@ -52,6 +62,7 @@ def replay(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
         "model": loaded.name,
         "weights": loaded.weights,
         "replayed": str(source),
+        **opened.record(),
         "edits": len(edits),
         "equals_saved_model": same,
         "measurements": [],

@@ -10,7 +10,7 @@ from typing import Any
 from modhifi_cli.console import Console
 from modhifi_cli.errors import DataError, NumericsError
 from modhifi_cli.files import artifacts
-from modhifi_cli.verbs import pieces
+from modhifi_cli.verbs.opened import open_run
 
 _OURS = "import sys; from modhifi_cli.files.artifacts import answer_process; sys.exit(answer_process(*sys.argv[1:]))"
 # Nothing of this package: what a stranger would type.
@@ -18,7 +18,7 @@ _PLAIN = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model").eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model", trust_remote_code=False).eval()
 inputs = load_file(sys.argv[1] + "/verification.safetensors")["inputs"]
 with torch.inference_mode():
     logits = model(input_ids=inputs, use_cache=False).logits
@@ -30,16 +30,23 @@ save_file({"logits": logits.contiguous(), "continuation": longer[:, inputs.shape
 
 
 def verify(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> None:
-    saved = artifacts.run_folder(settings["run"])
-    pieces.warn_of_changed_code(saved, console)
-    inputs, logits = artifacts.load_verification(saved)
-    stored = artifacts.read_answer(saved / "verification.safetensors")
-    readers = {"modhifi": (_OURS, ())}
+    opened = open_run(settings, console)
+    saved = opened.folder
+    files = artifacts.checked(saved, unverified=opened.unverified)
+    files.check()
+    strangers = files.strangers()
+    if strangers:
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        console.note(f"{strangers[0]}{more}: not written with the run, and not looked at")
+    stored = artifacts.stored_answers(saved, unverified=opened.unverified)
+    inputs, logits = stored["inputs"], stored["logits"]
+    said = tuple(word for word, given in (("allow", opened.trust), ("unverified", opened.unverified)) if given)
+    readers: dict[str, tuple[str, tuple[str, ...]]] = {"modhifi": (_OURS, said)}
     if "continuation" in stored and artifacts.opens_natively(saved):
         readers["transformers alone"] = (_PLAIN, (str(stored["continuation"].shape[1]),))
-    told: dict[str, Any] = {"run": str(saved)}
-    for reader, (script, more) in readers.items():
-        again = _answers(saved, script, more)
+    told: dict[str, Any] = {"run": str(saved), "files": len(files.digests or ()), "not_listed": strangers}
+    for reader, (script, more_words) in readers.items():
+        again = _answers(saved, script, more_words)
         found = again["logits"]
         if found.shape != logits.shape:
             raise DataError(
@@ -62,6 +69,8 @@ def verify(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
             f"{saved}: reloaded in a fresh process{' with ' + reader if len(readers) > 1 else ''}; logits of "
             f"{inputs.shape[0]} inputs agree (largest difference {difference:.3g}, largest logit {scale:.3g}){text}"
         )
+    if files.digests is not None:
+        console.note(f"{len(files.digests)} files have the checksums that were written with the run")
     told["readers"] = list(readers)
     console.result(told)
 

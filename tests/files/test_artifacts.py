@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from modhifi_cli.errors import DataError
-from modhifi_cli.files import artifacts
+from modhifi_cli.files import artifacts, manifest
 from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 from modhifi_cli.models import embedded
 from modhifi_cli.records import Edit, ModuleEdit
@@ -82,6 +84,7 @@ def test_a_run_does_not_overwrite_another(run):
 
 
 def test_reopening_takes_either_name_and_refuses_a_finished_run(run):
+    artifacts.write_text(run.path / "config.yaml", "model: null\n")
     assert artifacts.RunDirectory.reopen(run.final).path == run.path
     assert artifacts.RunDirectory.reopen(run.path).path == run.path
     run.finish()
@@ -137,6 +140,7 @@ def test_weights_of_another_network_are_named(saved):
     described = json.loads((folder / "architecture.json").read_text())
     described["widths"]["layer1.0.conv1"]["out_channels"] = 10
     (folder / "architecture.json").write_text(json.dumps(described))
+    manifest.write(folder)
     with pytest.raises(DataError, match="does not fit architecture.json"):
         artifacts.load_model(folder)
 
@@ -145,6 +149,7 @@ def test_a_newer_format_is_refused(saved):
     folder, _ = saved
     described = json.loads((folder / "architecture.json").read_text())
     (folder / "architecture.json").write_text(json.dumps(described | {"format_version": 99}))
+    manifest.write(folder)
     with pytest.raises(DataError, match="written in format 99"):
         artifacts.load_model(folder)
 
@@ -160,9 +165,140 @@ def test_damaged_edits_are_named(run, name, how):
 
 def test_a_damaged_edit_of_an_interrupted_run_is_named(run):
     run.save_edit(some_edit(), "abc")
-    damage(run.path / "edits" / "0000.safetensors", "cut short")
-    with pytest.raises(DataError, match=r"0000\.safetensors: damaged"):
+    damage(next((run.path / "edits").glob("0000.*.safetensors")), "cut short")
+    with pytest.raises(DataError, match=r"0000\.[0-9a-f]{64}\.safetensors: damaged"):
         run.load_edits()
+
+
+def test_a_run_that_saved_nothing_is_said_to_be_started_again(run):
+    with pytest.raises(DataError, match="ended before anything was saved; remove .* and start again"):
+        artifacts.RunDirectory.reopen(run.path)
+    with pytest.raises(DataError, match="ended before anything was saved; start it again"):
+        artifacts.run_folder(run.final)
+
+
+def test_a_finished_run_outlives_a_folder_that_appears_under_its_name(run):
+    run.save_edit(some_edit(), "abc")
+    run.final.mkdir()
+    (run.final / "other").write_text("somebody else's")
+    final = run.finish()
+    assert final.name == "one_2" and len(artifacts.load_edits(final)[0]) == 1
+    assert (run.final.with_name("one") / "other").read_text() == "somebody else's"
+
+
+def test_a_run_with_results_is_never_discarded_as_empty(run):
+    artifacts.write_json(run.path / "results.json", {})
+    run.discard_if_empty()
+    assert run.path.is_dir()
+
+
+def test_a_second_process_does_not_work_in_the_same_folder(run):
+    artifacts.write_text(run.path / "config.yaml", "model: null\n")
+    code = (
+        "import sys; from modhifi_cli.files import artifacts\n"
+        "try: artifacts.RunDirectory.reopen(sys.argv[1])\n"
+        "except Exception as error: print(error)\n"
+        "else: print('opened')"
+    )
+
+    def other() -> str:
+        return subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True).stdout
+
+    assert "another process is working in this folder" in other()
+    run.finish()
+    (run.path / "results.json").unlink(missing_ok=True)
+    os.rename(run.path, run.path.with_name("one.incomplete"))
+    assert "opened" in other()
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "architecture.json"])
+def test_a_changed_byte_of_a_saved_model_is_found(saved, name):
+    folder, _ = saved
+    content = bytearray((folder / name).read_bytes())
+    content[-5] ^= 1
+    (folder / name).write_bytes(bytes(content))
+    with pytest.raises(DataError, match=f"{name}: damaged or changed, its sha256 is"):
+        artifacts.load_model(folder)
+
+
+def test_a_folder_without_checksums_is_read_only_when_asked(saved):
+    folder, model = saved
+    (folder / artifacts.CHECKSUMS).unlink()
+    with pytest.raises(DataError, match=r"has no checksums\.json, .* say unverified=true"):
+        artifacts.load_model(folder)
+    assert weights_hash(artifacts.load_model(folder, unverified=True)) == weights_hash(model)
+
+
+def test_a_file_that_was_not_written_with_the_model_is_not_read(saved):
+    folder, _ = saved
+    told = json.loads((folder / artifacts.CHECKSUMS).read_text())
+    del told["files"]["weights.safetensors"]
+    (folder / artifacts.CHECKSUMS).write_text(json.dumps(told))
+    with pytest.raises(DataError, match=r"weights\.safetensors: not in checksums\.json"):
+        artifacts.load_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["link", "linked folder", "pipe"])
+def test_no_link_and_no_pipe_is_opened(saved, tmp_path, kind):
+    folder, _ = saved
+    if kind == "link":
+        (folder / "weights.safetensors").rename(tmp_path / "elsewhere")
+        (folder / "weights.safetensors").symlink_to(tmp_path / "elsewhere")
+    elif kind == "linked folder":
+        (folder / "more").symlink_to("/etc")
+    else:
+        (folder / "architecture.json").unlink()
+        os.mkfifo(folder / "architecture.json")
+    with pytest.raises(DataError, match="no link .*is followed|no ordinary file"):
+        artifacts.load_model(folder)
+
+
+def test_a_model_folder_that_is_a_link_is_not_followed(saved, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(saved[0])
+    with pytest.raises(DataError, match="model: a link, and no link in a run folder is followed"):
+        artifacts.load_model(tmp_path / "run")
+
+
+def test_writing_replaces_a_link_and_does_not_follow_it(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    for name in ("report.md", "report.md.writing"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    artifacts.write_text(tmp_path / "report.md", "a page")
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "report.md").read_text() == "a page" and not (tmp_path / "report.md").is_symlink()
+
+
+@pytest.mark.parametrize("text", ['{"a": ' * 9000, "[1]", '{"format_version": "x"}', "1" * 5000, '{"format_version": 1e400}'])
+def test_wrong_json_is_one_sentence(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(DataError, match="damaged"):
+        artifacts.read_results(tmp_path)
+
+
+def test_a_missing_edit_of_an_interrupted_run_is_noticed(run):
+    for _ in range(3):
+        run.save_edit(some_edit(), "abc")
+    next((run.path / "edits").glob("0001.*")).unlink()
+    with pytest.raises(DataError, match="the edits before it are missing"):
+        run.load_edits()
+
+
+def test_edits_of_an_older_version_without_checksums_are_not_gone_on_from(run):
+    run.save_edit(some_edit(), "abc")
+    edit = next((run.path / "edits").glob("0000.*"))
+    edit.rename(edit.with_name("0000.safetensors"))
+    with pytest.raises(DataError, match="written by an older version without a checksum"):
+        run.load_edits()
+
+
+def test_only_who_has_the_secret_can_mark_a_folder_as_made_here(saved, monkeypatch, tmp_path):
+    folder, _ = saved
+    assert manifest.made_here(folder)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of somebody else"))
+    assert not manifest.made_here(folder)
+    manifest.renew(folder, ["architecture.json"])
+    assert not manifest.made_here(folder), "a page made again made a stranger's folder ours"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -175,6 +311,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 
 def test_an_interrupted_run_is_no_finished_one(run):
+    artifacts.write_text(run.path / "config.yaml", "model: null\n")
     with pytest.raises(DataError, match="interrupted; finish it with the same command and resume="):
         artifacts.run_folder(run.final)
 

@@ -40,7 +40,7 @@ def load(factory, **settings):
 def test_the_description_builds_the_same_network():
     loaded = load("densenet", kwargs=TINY, classes=["a", "b", "c"])
     description = json.loads(json.dumps(loaded.architecture))
-    rebuilt = build_architecture(description)
+    rebuilt = build_architecture(description, allow="mynets:densenet")
     rebuilt.load_state_dict(loaded.model.state_dict())
     inputs = torch.randn(2, 3, 8, 8)
     with torch.inference_mode():
@@ -138,13 +138,13 @@ def saved(folder):
 
 def test_a_saved_network_warns_when_its_code_has_changed(tmp_path, recwarn):
     loaded = saved(tmp_path / "model")
-    again = artifacts.load_model(tmp_path / "model")
+    again = artifacts.load_model(tmp_path / "model", allow="mynets:Small")
     assert not recwarn.list
     assert torch.equal(again.first.weight, loaded.model.first.weight)
     with (tmp_path / "mynets.py").open("a") as file:
         file.write("# a remark\n")
     with pytest.warns(UserWarning, match=r"code of mynets:Small .* has changed since the network was saved"):
-        artifacts.load_model(tmp_path / "model")
+        artifacts.load_model(tmp_path / "model", allow="mynets:Small")
 
 
 def test_a_saved_network_without_its_code_says_what_is_missing(tmp_path, monkeypatch):
@@ -155,7 +155,22 @@ def test_a_saved_network_without_its_code_says_what_is_missing(tmp_path, monkeyp
     sys.path.remove(str(tmp_path))
     words = r"made by mynets:Small \(it lay in .*mynets.py\).* no module 'mynets'.*PYTHONPATH"
     with pytest.raises(DataError, match=words):
-        artifacts.load_model(tmp_path / "model")
+        artifacts.load_model(tmp_path / "model", allow="mynets:Small")
+
+
+def test_a_saved_network_runs_no_code_that_the_caller_did_not_name(tmp_path):
+    saved(tmp_path / "model")
+    sys.modules.pop("mynets")
+    for allow in (False, "mynets:densenet", "mynets"):
+        with pytest.raises(DataError, match=r'code named mynets:Small.*allow="mynets:Small"\) or model.trust=true'):
+            artifacts.load_model(tmp_path / "model", allow=allow)
+    assert "mynets" not in sys.modules, "refused code was imported"
+
+
+@pytest.mark.parametrize("named", ["torch.serialization:os.system", "torch:load", "numpy.lib._utils_impl:os.system"])
+def test_code_is_not_reached_through_what_another_module_imported(named):
+    with pytest.raises(ConfigError, match="is not defined in"):
+        module.exactly(named)
 
 
 def test_tensors_shared_between_modules_are_left_alone():
@@ -197,11 +212,15 @@ def test_a_run_is_verified_and_replayed_through_the_same_factory(tmp_path, capsy
     (run,) = (tmp_path / "outputs/prune/densenet").iterdir()
     kept = json.loads((run / "model/architecture.json").read_text())["kwargs"]
     assert kept["factory"] == "mynets:densenet" and len(kept["sha256"]) == 64
-    assert main(["replay", f"run={run}", "console=json"]) == 0
+    assert main(["replay", f"run={run}", "console=json"]) == 2
+    assert "names code of your own" in capsys.readouterr().err
+    assert main(["replay", f"run={run}", "model.trust=true", "console=json"]) == 0
     assert '"equals_saved_model": true' in capsys.readouterr().out
     with (tmp_path / "mynets.py").open("a") as file:
         file.write("# a remark\n")
-    assert main(["verify", f"run={run}", "console=json"]) == 0, "in a fresh process that finds the file here"
+    assert main(["verify", f"run={run}", "console=json"]) == 2
+    assert "made by code named mynets:densenet" in capsys.readouterr().err
+    assert main(["verify", f"run={run}", "model.trust=true", "console=json"]) == 0, "in a fresh process that finds the file here"
     assert "code of mynets:densenet" in capsys.readouterr().out
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modhifi_cli.cli import main
-from modhifi_cli.files import artifacts
+from modhifi_cli.files import artifacts, manifest
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.records import Edit, ModuleEdit
 from modhifi_cli.settings import config
@@ -60,6 +60,7 @@ def refused(capsys, *words: str) -> str:
 def change(path, **facts) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | facts))
+    manifest.write(path.parent)
 
 
 def test_an_audit_writes_figures_a_page_and_a_verdict(made, here, capsys):
@@ -115,6 +116,7 @@ def test_a_class_that_does_not_exist_is_refused(copied, capsys):
 def test_dense_weights_that_have_changed_are_refused(copied, capsys):
     edits = json.loads((copied / "edits.json").read_text())
     (copied / "edits.json").write_text(json.dumps(edits | {"dense_sha256": "0" * 64}))
+    manifest.write(copied)
     assert "the dense weights have changed since" in refused(capsys, f"run={copied}")
 
 

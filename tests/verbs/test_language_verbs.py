@@ -8,12 +8,12 @@ import torch
 
 from modhifi_cli import load_model
 from modhifi_cli.cli import main
-from modhifi_cli.files import artifacts
+from modhifi_cli.files import artifacts, manifest
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.settings import config
-from tests.machines import Machine
 from tests.decoders import saved
 from tests.evaluation.test_language import TEXT
+from tests.machines import Machine
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,11 @@ def test_verify_takes_both_readers_and_finds_damage(finished, here, capsys):
     name = next(name for name in tensors if "down_proj" in name)
     save_file(tensors | {name: tensors[name] + 1}, file, {"format": "pt"})
     assert main(["verify", f"run={copied}", "console=plain"]) == 2
-    assert "differs from the saved logits" in capsys.readouterr().err
+    assert "damaged or changed, its sha256 is" in capsys.readouterr().err
+    manifest.write(copied / "model")
+    manifest.write(copied)
+    assert main(["verify", f"run={copied}", "console=plain"]) == 2
+    assert "differs from the saved logits" in capsys.readouterr().err, "checksums of other weights are no proof"
 
 
 def test_replay_needs_no_text(finished, capsys):

@@ -10,7 +10,7 @@ import torch
 from modhifi_cli import load_model
 from modhifi_cli.cli import main
 from modhifi_cli.errors import ConfigError, DataError
-from modhifi_cli.files import artifacts
+from modhifi_cli.files import artifacts, manifest
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
@@ -51,7 +51,7 @@ def test_a_finished_run_holds_what_the_design_lists(finished):
     names = {path.name for path in finished.iterdir()}
     assert names >= {
         "config.yaml", "environment.json", "run.log", "edits.safetensors", "edits.json", "results.json", "report.md",
-        "report.html", "calibration.png", "model", "verification.safetensors",
+        "report.html", "calibration.png", "model", "verification.safetensors", "checksums.json",
     }  # fmt: skip
     assert "edits" not in names
     results = artifacts.read_results(finished)
@@ -137,7 +137,7 @@ def test_resuming_on_other_weights_is_refused(here, monkeypatch, capsys):
         prune("sparsity=0.4")
     folder = only_run(here)
     edit = artifacts.load_edits(folder)[0][0]
-    (folder / "edits" / "0000.safetensors").unlink()
+    next((folder / "edits").glob("0000.*")).unlink()
     artifacts.RunDirectory.reopen(folder).save_edit(edit, "0" * 64)
     capsys.readouterr()
     assert prune("sparsity=0.4", f"resume={folder}") == 2
@@ -210,13 +210,37 @@ def test_verify_reloads_in_a_fresh_process(finished, capsys):
     assert "reloaded in a fresh process" in capsys.readouterr().out
 
 
+def test_a_run_of_an_older_version_is_read_when_asked_and_under_its_targets_old_names(copied, here, capsys):
+    for place in (copied, copied / "model"):
+        (place / "checksums.json").unlink()
+    text = (copied / "config.yaml").read_text()
+    assert "modhifi_cli.engine.gathering." in text
+    (copied / "config.yaml").write_text(text.replace("modhifi_cli.engine.gathering.", "modhifi_cli.tasks.gathering."))
+    for words in (["verify"], ["replay"], ["evaluate", "evaluation=[size]"]):
+        assert main([*words, f"run={copied}", "console=plain"]) == 2
+        assert "has no checksums.json" in capsys.readouterr().err
+        assert main([*words, f"run={copied}", "unverified=true", "console=plain"]) == 0
+        assert "whether its files are what was written, nobody can tell" in capsys.readouterr().out
+
+
+def test_a_strangers_run_names_no_file_on_this_machine(copied, monkeypatch, capsys):
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(text.replace("weights: default", "weights: /etc/passwd"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(copied.parent / "of the stranger"))
+    manifest.write(copied)
+    monkeypatch.undo()
+    monkeypatch.chdir(copied.parent)
+    assert main(["replay", f"run={copied}", "console=plain"]) == 2
+    assert "model.weights: the folder was not made by you on this machine" in capsys.readouterr().err
+
+
 def test_verify_finds_changed_weights(copied, capsys):
     path = copied / "model" / "weights.safetensors"
     content = bytearray(path.read_bytes())
     content[-4000:] = bytes(4000)
     path.write_bytes(bytes(content))
     assert main(["verify", f"run={copied}"]) == 2
-    assert "differs from the saved logits" in capsys.readouterr().err
+    assert "damaged or changed, its sha256 is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["verification.safetensors", "edits.json", "results.json"])

@@ -1,0 +1,78 @@
+"""What the files of a language model's folder may not say, since transformers would act on it.
+
+A configuration can name code (``auto_map``), another repository, a kernel to fetch, an adapter, or files elsewhere; the
+library follows all of these. A folder that was written here never says them.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from modhifi_cli.errors import DataError
+from modhifi_cli.files.manifest import NAME, Checked
+
+_STRANGE = ("adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "quantize_config.json")
+_KEYS = re.compile(
+    r"auto_map|remote_code|quantization_config|base_model_name_or_path|kernel|custom_generate|custom_pipelines"
+    r"|attn_implementation|experts_implementation|adapter"
+)
+_FILE_KEYS = re.compile(r"_file$|_path$|_dir$|^file|^path")
+_ORDINARY = (None, False, "eager", "sdpa", [], {})
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+_DEEPEST = 64
+
+
+def refuse_reaching(files: Checked) -> None:
+    """Refuse a folder whose files would make transformers import, fetch or open something else.
+
+    Args:
+        files: Of the ``model`` folder.
+
+    Raises:
+        DataError: Naming file and key.
+    """
+    present = {entry.name for entry in os.scandir(files.folder)}
+    strange = next((name for name in sorted(present) if name in _STRANGE or name.endswith((".py", ".bin", ".pt"))), None)
+    if strange is not None:
+        raise DataError(f"{files.folder / strange}: a saved network has no such file; remove it if you know it.")
+    stray = next((name for name in files.strangers() if name.endswith((".json", ".safetensors", ".model", ".jinja"))), None)
+    if stray is not None:
+        raise DataError(f"{files.folder / stray}: was not written with the network; remove it.")
+    for name in sorted(present):
+        if name.endswith(".json") and name != NAME:
+            told = files.object(name)
+            if name.endswith(".index.json"):
+                _check_index(told, f"{files.folder / name}", present)
+            elif name != "tokenizer.json":  # plain data; its vocabulary holds any word
+                _check(told, f"{files.folder / name}", 0)
+
+
+def _check(told: Any, where: str, depth: int) -> None:
+    if depth > _DEEPEST:
+        raise DataError(f"{where}: nested too deep; restore the run folder.")
+    if isinstance(told, list):
+        for one in told:
+            _check(one, where, depth + 1)
+    if not isinstance(told, Mapping):
+        return
+    for key, value in told.items():
+        if _KEYS.search(key) and value not in _ORDINARY:
+            raise DataError(
+                f"{where}: '{key}' would make transformers import or fetch something, which a folder may not ask for; "
+                "remove it if you know it."
+            )
+        if _FILE_KEYS.search(key) and isinstance(value, str) and _leads_out(value):
+            raise DataError(f"{where}: '{key}' names {value[:80]!r}, outside the folder; remove it.")
+        _check(value, where, depth + 1)
+
+
+def _leads_out(value: str) -> bool:
+    return re.search(r"[/\\~:]|\.\.", value) is not None
+
+
+def _check_index(told: Mapping[str, Any], where: str, present: set[str]) -> None:
+    named = told.get("weight_map")
+    names = set(named.values()) if isinstance(named, Mapping) and all(isinstance(v, str) for v in named.values()) else None
+    if names is None or not all(_PLAIN_NAME.fullmatch(name) and name in present for name in names):
+        raise DataError(f"{where}: damaged, it names files that are not in the folder; restore the run folder.")

@@ -1,0 +1,89 @@
+"""Part of the attacks, for every change; `scripts/attack.py` runs as many as are wanted and prints its figures."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.attack import damage, fuzz, hostile, kills, places, runs
+from tests.attack.forked import run as forked
+
+pytestmark = pytest.mark.attack
+PACKAGE = Path(__file__).resolve().parent.parent.parent
+SHARE = 5  # every so many of the hostile things
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return runs.make(tmp_path_factory.mktemp("attacked"))
+
+
+@pytest.fixture(scope="module")
+def weights(finished):
+    return runs.weights(finished)
+
+
+def test_a_strangers_folder_reaches_nothing_outside_it(finished, tmp_path):
+    things = list(hostile.every())
+    assert len(things) >= 200
+    found = [hostile.attack(one, finished, tmp_path / str(n)) for n, one in enumerate(things) if n % SHARE == 0]
+    assert not [one for one in found if one]
+
+
+def test_damage_is_never_read_as_other_weights(finished, weights, tmp_path):
+    found = [damage.attack_finished(finished, weights, tmp_path / str(seed), seed) for seed in range(30)]
+    assert not [one for one in found if one]
+
+
+def test_damaged_edits_are_never_gone_on_from(weights, tmp_path):
+    begun = places.interrupted(tmp_path, kills.PRUNE)
+    found = []
+    for seed in range(12):
+        room = tmp_path / str(seed)
+        room.mkdir()
+        found.append(damage.attack_interrupted(begun, kills.PRUNE, weights, room, seed))
+    assert not [one for one in found if one]
+
+
+def test_what_a_kill_leaves_ends_with_the_same_weights(finished, weights, tmp_path):
+    import time
+
+    found = []
+    for seed, (verb, words) in enumerate(kills.commands(finished).items()):
+        room = tmp_path / verb
+        room.mkdir()
+        began = time.monotonic()
+        assert forked(words, room).code == 0, verb
+        seconds = time.monotonic() - began
+        wanted = runs.weights(runs.only(room / "outputs", f"{verb}/embedded/*")) if verb in ("prune", "unlearn") else None
+        wanted = weights if verb == "replay" else wanted
+        for again in range(2):
+            (tmp_path / f"{verb} {again}").mkdir()
+            found.append(kills.attack(verb, words, wanted, seconds, tmp_path / f"{verb} {again}", 10 * seed + again)[0])
+    assert not [one for one in found if one]
+
+
+def test_no_command_line_ends_in_a_traceback_or_never(finished, tmp_path):
+    fuzz.litter(tmp_path)
+    draw = random.Random(0)
+    lines = [fuzz.words_of(draw, finished) for _ in range(150)]
+    found = [(words, fuzz.attack(words, tmp_path, whole=n % 15 == 0)[0]) for n, words in enumerate(lines)]
+    assert not [one for one in found if one[1]]
+
+
+@pytest.mark.parametrize("size", [0, 2_000, 300_000])
+def test_a_limit_on_file_sizes_loses_nothing(tmp_path, size):
+    assert places.limited(tmp_path, size) is None
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path):
+    assert places.read_only(tmp_path) is None
+
+
+def test_two_processes_do_not_share_a_run(tmp_path, weights):
+    assert places.two(tmp_path, weights) is None
+
+
+def test_a_closed_pipe_and_a_gone_terminal_are_no_errors_of_ours(tmp_path):
+    assert places.closed_pipe(tmp_path, PACKAGE) is None
+    assert places.gone_terminal(tmp_path) is None
