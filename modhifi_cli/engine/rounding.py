@@ -27,7 +27,7 @@ def check_rounding(round_to: int | str) -> None:
 
 
 def channel_steps(
-    groups: Sequence[ComponentGroup], round_to: int | str, device: torch.device | str = "cpu"
+    groups: Sequence[ComponentGroup], round_to: int | str, device: torch.device | str = "cpu", block: int = 1
 ) -> list[int]:
     """Components by which each group's width changes.
 
@@ -36,6 +36,8 @@ def channel_steps(
         round_to: One number for all, or ``"auto"``: of a component that has several channels (a head, a convolution
             group) so many that whole blocks of channels go.
         device: What will run the network.
+        block: Channels that its runtime computes together: no step is smaller in a group that holds two of them, even
+            where that is more than an eighth.
     """
     if round_to != AUTO:
         return [int(round_to)] * len(groups)
@@ -45,6 +47,9 @@ def channel_steps(
         # Of the layers that share a group some may have several channels a component: the widest decides.
         channels = max((slot.entries for slot in group.producers), default=1)
         wanted = _largest(blocks, group.components * channels)
+        if group.components * channels >= 2 * block and wanted < block:
+            steps.append(-(-block // channels))
+            continue
         steps.append(_largest(_halves(-(-wanted // channels)), group.components))
     return steps
 

@@ -58,11 +58,13 @@ class Budget:
         sparsity: Share to be removed, in [0, 1).
         target: What the share counts, from `modhifi_cli.engine.prices`, or the name of what is counted.
         round_to: Widths are multiples of it; ``"auto"``: of what suits each part where it runs (`rounding`).
+        block: Channels that the runtime which will serve the network computes together.
     """
 
     sparsity: float
     target: Price | str = Params()
     round_to: int | str = 1
+    block: int = 1
 
     @property
     def price(self) -> Price:

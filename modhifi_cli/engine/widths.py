@@ -44,7 +44,7 @@ class GroupWidths:
         self._allocation, self._budget = allocation, budget
         self._costs = CostModel(model, example, groups)
         self._sizes = [group.components for group in groups]
-        self._steps = channel_steps(groups, budget.round_to, example.device)
+        self._steps = channel_steps(groups, budget.round_to, example.device, budget.block)
         names = [group.name for group in groups]
         self.warnings = refuse_narrow(self._sizes, names, budget.round_to) if budget.sparsity > 0 else ()
         self._pricing = self._price.on(Subject(model, example, groups, self._costs, self._steps))

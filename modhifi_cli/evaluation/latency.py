@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from math import comb
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +129,12 @@ def median_interval(values: Tensor) -> tuple[float, float]:
     return float(ordered[rank]), float(ordered[count - 1 - rank])
 
 
+def busy(protocol: Mapping[str, Any]) -> bool:
+    """Whether the machine had so much other work that the wall's clock says little; by ``clock``, ``load_average``, ``cores``."""
+    load = protocol["load_average"]
+    return protocol["clock"] == "wall" and load is not None and load > _BUSY * (protocol["cores"] or 1)
+
+
 def told_speedup(ratio: float, low: float, high: float, *, rounds: int, batch: int, busy: bool) -> str:
     """The sentence for a speedup: the number with its interval, or that the clock cannot tell.
 
@@ -173,12 +180,10 @@ def _summary(names: tuple[str, ...], times: Timings, protocol: dict, *, suffix: 
         low, middle, high = torch.quantile(own, levels).tolist()
         spread = {"p10_ms": low, "p90_ms": high, "minimum_ms": float(own.min()), "mean_ms": float(own.mean())}
         found.append(Measurement(name, f"latency_ms{suffix}", middle, "ms", {**protocol, **spread}))
-    load, cores = protocol["load_average"], protocol["cores"]
-    busy = times.clock == "wall" and load is not None and load > _BUSY * (cores or 1)
     for name, own in zip(names[1:], rounds[1:], strict=True):
         ratios = rounds[0] / own
         ratio, (low, high) = float(torch.quantile(ratios, 0.5)), median_interval(ratios)
-        told = told_speedup(ratio, low, high, rounds=len(ratios), batch=protocol["batch"], busy=busy)
+        told = told_speedup(ratio, low, high, rounds=len(ratios), batch=protocol["batch"], busy=busy(protocol))
         own_facts = {"reference": names[0], "low": low, "high": high, "told": told}
         found.append(Measurement(name, f"speedup{suffix}", ratio, "×", {**protocol, **own_facts}))
     return found

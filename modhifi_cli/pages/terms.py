@@ -22,6 +22,8 @@ _TERMS = {
     "token_kl": ("mean KL from dense, nats a token", False),
     "prefill_tokens_per_second": ("prefill, tokens/s", True),
     "decode_tokens_per_second": ("decode, tokens/s", True),
+    "prefill_speedup": ("prefill speedup", True),
+    "decode_speedup": ("decode speedup", True),
     "first_token_ms": ("time to the first token", False),
     "agreement": ("agreement with dense", True),
     "kl": ("mean KL from dense", False),
@@ -31,6 +33,13 @@ _TERMS = {
     "latency_ms": ("latency", False),
     "speedup": ("speedup", True),
 }
+
+
+# Terms that are measured in several runtimes or with several batches: all but the first have a name with an ending.
+_REPEATED = (
+    "latency_ms", "speedup", "first_token_ms", "prefill_tokens_per_second", "decode_tokens_per_second",
+    "prefill_speedup", "decode_speedup",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,16 +97,19 @@ def table(measurements: Iterable[Measurement], *, reference: str = "dense") -> t
 
 
 def _timed(name: str) -> bool:
-    return name.startswith("latency_ms")
+    return name.startswith(("latency_ms", "first_token_ms")) or "_tokens_per_second" in name
 
 
 def _term(name: str, measured: Measurement) -> tuple[str, bool | None]:
     """What a reader calls a measurement and whether more is better; times are told with their runtime and batch."""
-    known = next((term for term in ("latency_ms", "speedup") if name == term or name.startswith(f"{term}_")), name)
+    known = name if name in _TERMS else next((term for term in _REPEATED if name.startswith(f"{term}_")), name)
     label, better = _TERMS.get(known, (name.replace("_", " "), None))
+    prompts = measured.protocol.get("sequences")
+    if known in _REPEATED and prompts is not None:
+        label += f", {prompts} prompt{'s' if prompts > 1 else ''}"
     batch, runtime = measured.protocol.get("batch"), measured.protocol.get("runtime")
     if known in ("latency_ms", "speedup") and runtime is not None:
-        label += f", {runtime}" + (f", batch {batch}" if _timed(name) else "")
+        label += f", {runtime}" + (f", batch {batch}" if known == "latency_ms" else "")
     return label, better
 
 

@@ -12,6 +12,7 @@ from modhifi_cli.settings.yamls import config_directory, groups
 
 _OF_A_ROW = ("name", "title")  # keys of a compared source that are no setting of it
 _SPARSITY = 0.4  # where nothing is said and a share is wanted
+_SPARSITY_OF_EMBEDDED = 0.6  # the network inside the package keeps its accuracy, and a first run shows what that buys
 
 
 def resolve_auto_data(plain: dict[str, Any], *, makes_data: bool) -> None:
@@ -118,7 +119,9 @@ def resolve_target(plain: dict[str, Any]) -> None:
 
 
 def resolve_sparsity(plain: dict[str, Any]) -> None:
-    """`sparsity: auto` is 0.4, or nothing where the share is what the run shall find; then it may not be given.
+    """`sparsity: auto` is 0.4 (0.6 of the network inside the package), or nothing where the run shall find the share.
+
+    Then it may not be given.
 
     Afterwards a share that has to be found is None.
     """
@@ -126,7 +129,8 @@ def resolve_sparsity(plain: dict[str, Any]) -> None:
     price = build(plain["target"])
     if not price.searched:
         if plain.get("sparsity") == "auto":
-            plain["sparsity"] = _SPARSITY
+            embedded = str(select(plain, "model._target_")).startswith("modhifi_cli.models.embedded.")
+            plain["sparsity"] = _SPARSITY_OF_EMBEDDED if embedded and not price.timed else _SPARSITY
         elif "sparsity" in plain and plain["sparsity"] is None:
             raise ConfigError(
                 f"sparsity must be given with target={price.name}: the share that is removed, 0 <= sparsity < 1; only "

@@ -234,6 +234,7 @@ def _events(
     """The run of our method, or of an outside one where the settings name it; both tell the same kinds of records."""
     from modhifi_cli.engine.prune import prune_
     from modhifi_cli.engine.walk import Budget, Recipe
+    from modhifi_cli.evaluation.runtimes import runtime
 
     if settings.get("outside"):
         if pieces.is_decoder(settings):
@@ -255,7 +256,8 @@ def _events(
     recipe = Recipe(
         **steps, classifier="keep" if keep else settings["classifier"], seed=settings["runtime"]["seed"]
     )
-    budget = Budget(float(settings["sparsity"]), price, settings["round_to"])
+    block = runtime(settings["runtime"]["serve"]).BLOCK
+    budget = Budget(float(settings["sparsity"]), price, settings["round_to"], block)
     return prune_(_walk(model, settings, calibration, device), recipe, budget, done=done)
 
 

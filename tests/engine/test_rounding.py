@@ -24,6 +24,10 @@ def test_a_card_wants_multiples_of_8_to_64():
     assert channel_steps([group(width) for width in (32, 64, 256, 960)], "auto", "cuda") == [1, 8, 32, 64]
 
 
+def test_a_runtime_with_a_blocked_layout_gets_whole_blocks_also_of_narrow_groups():
+    assert channel_steps([group(width) for width in (8, 16, 24, 64, 128)], "auto", block=8) == [1, 8, 8, 8, 16]
+
+
 def test_components_of_many_channels_go_in_blocks_of_channels():
     assert channel_steps([group(32, 4), group(12, 64)], "auto") == [4, 1]
 

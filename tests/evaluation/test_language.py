@@ -61,9 +61,19 @@ def test_perplexity_is_that_of_every_token_scored_once(words, tmp_path, stride):
 
 
 def test_generation_times_prefill_and_steps(words):
-    found = generation.measure(prompt_tokens=8, new_tokens=2, rounds=1, **given(words))
-    assert {m.name for m in found} == {"first_token_ms", "prefill_tokens_per_second", "decode_tokens_per_second"}
+    models = {"dense": tiny("llama"), "pruned": tiny("llama")}
+    found = generation.measure(
+        prompt_tokens=8, new_tokens=2, rounds=1, sequences=[1, 2], **given(words, models=models)
+    )
+    speeds = {"first_token_ms", "prefill_tokens_per_second", "decode_tokens_per_second"}
+    ratios = {"prefill_speedup", "decode_speedup"}
+    names = {m.name for m in found if m.model == "pruned"}
+    assert names == {f"{name}{batch}" for name in speeds | ratios for batch in ("", "_2")}
+    assert {m.name for m in found if m.model == "dense"}.isdisjoint(ratios)
     assert all(m.value > 0 and m.protocol["prompt_tokens"] == 8 for m in found)
+    assert {m.protocol["sequences"] for m in found if m.name.endswith("_2")} == {2}
+    (told,) = [m.protocol["told"] for m in found if m.name == "decode_speedup"]
+    assert told.startswith("too noisy to tell"), "one round says nothing"
     with pytest.raises(ConfigError, match="new_tokens must be at least 1, got 0"):
         generation.measure(new_tokens=0, **given(words))
 

@@ -6,14 +6,13 @@ knows no runtime by name. `program` does both at once, for a network that stays 
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, cast
 
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, nearest
+from modhifi_cli.errors import ConfigError, nearest, need_packages
 
 _NOT_RUNTIMES = ("__init__", "clocks", "process")
 
@@ -26,16 +25,16 @@ class Runtime(Protocol):
     """What a file of this room offers.
 
     Attributes:
-        NEEDS: Package that must be installed, or None.
-        EXTRA: What ``pip install modhifi[EXTRA]`` brings it, or None.
+        PACKAGES: Import names of packages that must be installed, of `errors.EXTRAS`.
         ON_A_CARD: Whether it can run on an accelerator.
         QUICK: Whether a program is made in well under a second, so that layers can be timed one by one.
+        BLOCK: Channels that it computes together; layers of other multiples leave its fast path. 1 where none do.
     """
 
-    NEEDS: str | None
-    EXTRA: str | None
+    PACKAGES: tuple[str, ...]
     ON_A_CARD: bool
     QUICK: bool
+    BLOCK: int
 
     def pack(self, model: nn.Module, inputs: Tensor) -> bytes:
         """What `load` needs of a network.
@@ -84,9 +83,7 @@ def runtime(name: str, *, place: str = "runtime.serve", device_type: str = "cpu"
     if name not in names():
         raise ConfigError(f"{place}: there is no runtime {name!r}; {nearest(str(name), names())}")
     found = cast(Runtime, importlib.import_module(f"{__name__}.{name}"))
-    if found.NEEDS is not None and importlib.util.find_spec(found.NEEDS) is None:
-        extra = f"modhifi[{found.EXTRA}]" if found.EXTRA else found.NEEDS
-        raise ConfigError(f"{place}={name}: {found.NEEDS} is not installed; pip install '{extra}', or choose eager.")
+    need_packages(f"{place}={name}", *found.PACKAGES)
     if device_type != "cpu" and not found.ON_A_CARD:
         raise ConfigError(f"{place}={name} is measured on a CPU only; set runtime.device=cpu, or choose eager or compile.")
     return found

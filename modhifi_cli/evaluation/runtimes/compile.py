@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from modhifi_cli.errors import UnsupportedModelError
 from modhifi_cli.evaluation.runtimes.eager import pack, unpacked
 
-__all__ = ["EXTRA", "NEEDS", "ON_A_CARD", "QUICK", "load", "pack", "program"]
+__all__ = ["BLOCK", "ON_A_CARD", "PACKAGES", "QUICK", "load", "pack", "program"]
 
-NEEDS: str | None = None
-EXTRA: str | None = None
+PACKAGES: tuple[str, ...] = ()
 ON_A_CARD = True
 QUICK = False
+BLOCK = 1
 
 
 def load(packed: bytes, inputs: Tensor, threads: int) -> Callable[[], object]:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from modhifi_cli.evaluation.runtimes import NotPortable
 
-NEEDS: str | None = None
-EXTRA: str | None = None
+PACKAGES: tuple[str, ...] = ()
 ON_A_CARD = True
 QUICK = True
+BLOCK = 1
 
 
 def pack(model: nn.Module, inputs: Tensor) -> bytes:

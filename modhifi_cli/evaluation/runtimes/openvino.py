@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from modhifi_cli.errors import UnsupportedModelError
 from modhifi_cli.evaluation.runtimes.onnxruntime import pack
 
-__all__ = ["EXTRA", "NEEDS", "ON_A_CARD", "QUICK", "load", "pack", "program"]
+__all__ = ["BLOCK", "ON_A_CARD", "PACKAGES", "QUICK", "load", "pack", "program"]
 
-NEEDS: str | None = "openvino"
-EXTRA: str | None = "openvino"
+PACKAGES: tuple[str, ...] = ("onnx", "openvino")
 ON_A_CARD = False
 QUICK = True
+BLOCK = 1
 
 
 def program(model: nn.Module, inputs: Tensor, threads: int) -> Callable[[], object]:
