@@ -17,6 +17,7 @@ from modhifi_cli.data.tensors import TensorImages, from_batches
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation import agreement, size, top1
 from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot
+from modhifi_cli.graph.folded import copied, fold_
 from modhifi_cli.graph.inputs import FORWARD_ERRORS, check_images
 from modhifi_cli.models.called import INSIDE, Called, Form, labels_of, named_inputs, parted
 from modhifi_cli.records import Edit, Progress
@@ -149,7 +150,7 @@ def prune(
     example = next(iter(calibration.batches(1)))[0].to(place)
     before = count(edited, example)
     listen = progress or _nobody
-    warnings: list[str] = []
+    warnings = list(inside.folded)
     dense = None
     if chosen.get("healing"):
         check_samples(len(calibration))
@@ -303,7 +304,7 @@ def unlearn(
         strength={summary.strength_name: summary.strength},
         trials=tuple(trials_as_rows(summary.trials, summary.strength_name)),
         edits=tuple(inside.edit(edit) for edit in edits),
-        warnings=summary.warnings,
+        warnings=(*inside.folded, *summary.warnings),
     )
 
 
@@ -428,7 +429,7 @@ def evaluate(
         UnsupportedModelError: If the network gives no logits ``[batch, classes]``.
     """
     model, images, place, inside = _ready(model, batches, device, forward=forward, inputs=inputs)
-    dense = None if dense is None else inside.wrap(copy.deepcopy(dense).to(place).eval())
+    dense = None if dense is None else inside.wrap(copied(dense).to(place).eval())
     example, labels = next(iter(images.batches(1)))
     given: dict[str, Any] = {
         "evaluation_data": images, "calibration_data": None, "example": example, "device": place,
@@ -466,6 +467,7 @@ class _Inside:
 
     form: Form | None = None
     forward: Forward | None = None
+    folded: tuple[str, ...] = ()
 
     @property
     def wrapped(self) -> bool:
@@ -518,7 +520,8 @@ def _ready(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: expected a torch.nn.Module, got a {type(model).__name__}.")
     place = torch.device(device) if device is not None else _home(model)
-    ready = (model if in_place else copy.deepcopy(model)).to(place).eval()
+    ready = (model if in_place else copied(model)).to(place).eval()
+    folded = fold_(ready)
     rest = iter([batches] if isinstance(batches, Tensor) else batches)
     first = next(rest, None)
     if first is None:
@@ -538,8 +541,8 @@ def _ready(
     example = example if len(example) > 1 else torch.cat([example, example.flip(-1)])
     if form is None and _gives_logits(ready, example):
         check_images(ready, example)
-        return ready, images, place, _Inside()
-    inside = _Inside(form or Form(example), forward)
+        return ready, images, place, _Inside(folded=folded)
+    inside = _Inside(form or Form(example), forward, folded)
     ready = inside.wrap(ready)
     check_images(ready, example)
     return ready, images, place, inside

@@ -33,6 +33,10 @@ class EndedElsewhere(ModHiFiError):
     """Another process of the same run has met an error and said so; this one ends with it, and says nothing."""
 
 
+class IllPosedError(NumericsError):
+    """The calibration data say nothing of one layer, so that its components cannot be told apart; others may be fine."""
+
+
 # Import name of a package that is not installed with the core → the extra of pyproject.toml that brings it.
 EXTRAS: Mapping[str, str] = {
     "accelerate": "language",

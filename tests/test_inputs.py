@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import modhifi_cli
-from modhifi_cli.errors import DataError, UnsupportedModelError
+from modhifi_cli.errors import DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.models.called import Called, Form, side_by_side
 
@@ -167,3 +167,32 @@ def test_what_is_packed_comes_out_as_it_went_in():
     with pytest.raises(DataError, match=r"expected a tensor \[batch, 2, 5\] as in the first batch, got \[3, 2, 6\]"):
         form.pack(batch | {"a": torch.zeros(3, 2, 6)})
     assert Called(nn.Identity(), Form(torch.zeros(2, 3)))(torch.ones(2, 3)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_a_layer_of_which_the_data_say_nothing_is_left_alone_and_the_run_goes_on(preset):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    ).eval()  # fmt: skip
+    net[2].bias.data.fill_(-100.0)  # dead on every image: the layer behind reads nothing but zeros
+    _, result = modhifi_cli.prune(net, torch.randn(64, 3, 12, 12), sparsity=0.3, preset=preset, check_data=False)
+    assert len(result.kept["0"]) < 12 and len(result.kept["2"]) == 8
+    said = any("left alone after all: 4: at least one output must have energy" in text for text in result.warnings)
+    assert said == (preset == "fast")  # error curves know before the first cut
+
+
+def test_a_network_whose_only_layer_is_dead_is_an_error():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+    net[0].bias.data.fill_(-100.0)
+    with pytest.raises(NumericsError, match="3: at least one output must have energy on the calibration data"):
+        modhifi_cli.prune(net, torch.randn(64, 3, 8, 8), sparsity=0.3, preset="fast", check_data=False)
+
+
+def test_a_mask_of_ones_does_not_travel_and_must_stay_one():
+    form = Form({"ids": torch.tensor([[1, 2], [3, 4]]), "mask": torch.ones(2, 2, dtype=torch.int64)})
+    packed = form.pack({"ids": torch.tensor([[1, 2], [3, 4]]), "mask": torch.ones(2, 2, dtype=torch.int64)})
+    assert packed.shape == (2, 2) and bool((form.unpack(packed * 0)["mask"] == 1).all())
+    with pytest.raises(DataError, match="holds nothing but 1 in the first batch and other values later"):
+        form.pack({"ids": torch.zeros(2, 2, dtype=torch.int64), "mask": torch.zeros(2, 2, dtype=torch.int64)})

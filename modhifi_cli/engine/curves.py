@@ -14,12 +14,14 @@ from torch import Tensor
 from modhifi_cli.engine.impact import TRIAL_DEPTHS, scaled_curve
 from modhifi_cli.engine.site import consumers_of, features_kept, with_others, write_weight_
 from modhifi_cli.engine.walk import Recipe, Surveyed, Walk
+from modhifi_cli.errors import IllPosedError
 from modhifi_cli.graph.components import ComponentGroup, has_weight
 from modhifi_cli.numerics.compensation import Joint, restored_constant
 from modhifi_cli.numerics.elimination import DEFAULT_RIDGE, elimination
 from modhifi_cli.records import Consumer, Progress
 
 Curves = list[list[float]]
+_ANYTHING = 1e9  # of the answers: more than any part costs
 
 
 def error_curves(walk: Walk, recipe: Recipe) -> Generator[Progress, None, tuple[Curves, Curves]]:
@@ -36,7 +38,10 @@ def error_curves(walk: Walk, recipe: Recipe) -> Generator[Progress, None, tuple[
             yield event
             continue
         yield Progress("error curves", event.part.name, len(curves), len(walk.parts))
-        moved, errors = _tried(walk, event, getattr(recipe.selection, "ridge", DEFAULT_RIDGE))
+        try:
+            moved, errors = _tried(walk, event, getattr(recipe.selection, "ridge", DEFAULT_RIDGE))
+        except IllPosedError:  # the data say nothing of it: whatever is removed may cost anything
+            moved, errors = {}, [0.0] + [_ANYTHING] * (walk.layout.alive(event.part).numel() - 1)
         shapes.append(errors)
         curves.append(scaled_curve(errors, moved))
     yield Progress("error curves", "done", len(walk.parts), len(walk.parts))

@@ -17,7 +17,7 @@ from modhifi_cli.engine.edit import edit_part_, tensor_edits
 from modhifi_cli.engine.plan import Plan, Summary, at_widths, planned
 from modhifi_cli.engine.rounding import check_rounding
 from modhifi_cli.engine.walk import Budget, Recipe, Stop, Walk
-from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.errors import ConfigError, DataError, IllPosedError
 from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.components import ComponentGroup
 from modhifi_cli.graph.surgery import apply_edit_
@@ -75,13 +75,19 @@ def prune_(walk: Walk, recipe: Recipe, budget: Budget, *, done: Sequence[Edit] =
     for warning in widths.warnings:
         yield Note(warning)
     waiting, present = list(done), curves
+    lost: list[str] = []
     for iteration, share in enumerate(shares):
         if iteration and curves:
             yield from walk.begin()
             present, _ = yield from _curves(walk, recipe)
         alive = [walk.layout.alive(part).numel() for part in walk.parts]
         keep = dict(zip((part.name for part in walk.parts), widths.at(share, alive, present), strict=True))
-        yield from _pass_(walk, recipe, (iteration, len(shares)), keep, waiting, aims)
+        for event in _pass_(walk, recipe, (iteration, len(shares)), keep, waiting, aims):
+            if isinstance(event, Edit) and "left_alone" in event.facts:
+                lost.append(event.facts["left_alone"].rstrip("."))
+            yield event
+    if lost and not _cut_parts(walk):
+        raise IllPosedError(lost[0] + ".")
     yield from _finish_(walk, len(shares) - 1, waiting, aims, any_edit=_cut_parts(walk) != [])
     if waiting:
         raise DataError(f"the saved run holds {len(waiting)} edits more than these settings make; it is another run's.")
@@ -89,6 +95,8 @@ def prune_(walk: Walk, recipe: Recipe, budget: Budget, *, done: Sequence[Edit] =
     yield Progress(walk.what, "done", total, total)
     yield from walk.notes()
     summary = widths.summary(walk.layout)
+    if lost:
+        summary = replace(summary, warnings=(*summary.warnings, f"left alone after all: {'; '.join(lost)}"))
     if recipe.allocation.needs_curves and not curves:
         summary = replace(summary, warnings=(*summary.warnings, _TOO_FEW))
     yield replace(summary, predicted_impact=sum(plan.predicted_impact.values()) if curves else None)
@@ -120,8 +128,12 @@ def _pass_(
                     continue
                 if waiting:
                     _apply_done_(walk, stop, part, iteration, keep[part.name], waiting.pop(0))
-                else:
-                    yield (yield from edit_part_(walk, recipe, part, iteration, keep[part.name]))
+                    continue
+                try:
+                    edit = yield from edit_part_(walk, recipe, part, iteration, keep[part.name])
+                except IllPosedError as error:  # nothing is cut yet; other parts may be fine
+                    edit = _left_alone(walk, part, iteration, str(error))
+                yield edit
             layers = [name for name in walk.solvable(stop, _cut_parts(walk)) if aims is None or name != aims.layer]
             yield from rebuild_(walk, recipe, layers, iteration, waiting)
             yield from walk.leave(stop)
@@ -148,8 +160,15 @@ def _cut_parts(walk: Walk) -> list[ComponentGroup]:
     return [part for part in walk.parts if walk.layout.alive(part).numel() < part.components]
 
 
+def _left_alone(walk: Walk, part: ComponentGroup, iteration: int, reason: str) -> Edit:
+    """The edit of a part of which the calibration data say nothing: none, but a run that goes on must know."""
+    alive = torch.arange(walk.layout.alive(part).numel())
+    return Edit(part.name, iteration, (), alive, alive[:0], facts={"left_alone": reason}, state=walk.state)
+
+
 def _apply_done_(walk: Walk, stop: Stop, part: ComponentGroup, iteration: int, keep: int, edit: Edit) -> None:
-    if (edit.name, edit.iteration, edit.kept.numel()) != (part.name, iteration, keep):
+    alive = walk.layout.alive(part).numel()
+    if (edit.name, edit.iteration) != (part.name, iteration) or edit.kept.numel() not in (keep, alive):
         raise DataError(
             f"the saved run's edit of '{edit.name}' (pass {edit.iteration}, {edit.kept.numel()} kept) does not fit "
             f"these settings, which edit '{part.name}' (pass {iteration}, {keep} kept); it is another run's."

@@ -96,8 +96,29 @@ def is_transposed(module: object) -> bool:
 
 
 def is_linear(module: object) -> bool:
-    """Whether a module is an ordinary linear layer, of either orientation (no subclass: those may be quantised)."""
-    return type(module) is nn.Linear or is_transposed(module)
+    """Whether a module computes its weight times its input plus its bias, and nothing else, in either orientation.
+
+    A subclass of `nn.Linear` counts if it keeps its forward, or if its own gives the same on two rows (Falcon's); one
+    that quantises or adds something does not.
+    """
+    if type(module) is nn.Linear or is_transposed(module):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return module.weight.is_floating_point()
+    weight = module.weight
+    if not weight.is_floating_point() or weight.is_meta or module.training:
+        return False
+    rows = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(weight)
+    try:
+        with torch.inference_mode():
+            found = module(rows)
+            expected = torch.nn.functional.linear(rows, weight, module.bias)
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return False
+    close = 1e-5 if weight.dtype in (torch.float32, torch.float64) else 1e-2
+    return isinstance(found, Tensor) and torch.allclose(found, expected, rtol=close, atol=close * float(expected.abs().max()))
 
 
 def output_size(module: nn.Module | Part) -> int:

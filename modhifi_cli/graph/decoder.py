@@ -35,6 +35,7 @@ _MLP_ROLES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("c_fc",), "c_proj"),
     (("up_proj",), "down_proj"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
+    (("intermediate.dense",), "output.dense"),
 )
 _ATTENTION_ROLES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("q_proj", "k_proj", "v_proj"), "o_proj"),
@@ -44,7 +45,9 @@ _ATTENTION_ROLES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("query_key_value",), "dense"),
     (("c_attn",), "c_proj"),
     (("Wqkv",), "out_proj"),
+    (("self.query", "self.key", "self.value"), "output.dense"),
 )
+_HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")
 
 
 @dataclass(frozen=True)
@@ -260,8 +263,9 @@ def find_parts(
     refused: list[Refusal] = []
     verdicts: dict[Any, int | str] = {}
     for number, name in enumerate(layers):
-        for kind in (kind for kind in KINDS if kind in components):
-            found = _candidates(model, name, number, kind, unit)
+        ran = _ran(model.get_submodule(name), name, calls[number], model)
+        every = [each for kind in KINDS if kind in components for each in _played(model, name, number, kind, unit, ran)]
+        for found in every:
             if isinstance(found, Refusal):
                 refused.append(found)
                 continue
@@ -274,7 +278,8 @@ def find_parts(
                 continue
             layer = model.get_submodule(name)
             shapes = tuple((key, tuple(tensor.shape)) for key, tensor in layer.named_parameters())
-            signature = (type(layer).__name__, kind, shapes, _plain(calls[number]))
+            inside = found[0].name.removeprefix(name)
+            signature = (type(layer).__name__, inside, shapes, _plain(calls[number]))
             if signature not in verdicts:
                 verdicts[signature] = _lawful(layer, name, found, calls[number])
             verdict = verdicts[signature]
@@ -314,6 +319,9 @@ def attributes_at(model: nn.Module, part: Part, keep: int) -> dict[str, int]:
         "num_kv_heads": kv_heads,
         "num_key_value_groups": heads // kv_heads,
         "split_size": heads * dim,
+        "all_head_size": heads * dim,
+        "num_q_heads": heads,
+        "n_heads": heads,
     }
     found = {name: value for name, value in values.items() if isinstance(getattr(module, name, None), int)}
     source = _source(type(module))
@@ -379,29 +387,103 @@ def attention_attributes(model: nn.Module) -> dict[str, dict[str, int]]:
 # ------------------------------------------------------------------------------------------------------------- roles
 
 
-def _candidates(model: nn.Module, layer: str, number: int, kind: str, unit: str) -> list[Part] | Refusal:
-    """The part of a kind in one layer, once for each possible layout of fused projections; or why there is none."""
+def _played(
+    model: nn.Module, layer: str, number: int, kind: str, unit: str, ran: frozenset[str] | None = None
+) -> list[list[Part] | Refusal]:
+    """Everything that plays the role of a kind in one layer: for each the part once for each possible layout of fused
+    projections, or why there is none. A layer may have several (an MLP beside the experts, attention to another text).
+
+    Args:
+        model: The network.
+        layer: Name of the layer.
+        number: Of the layer.
+        kind: ``"mlp"`` or ``"attention"``.
+        unit: As of `find_parts`.
+        ran: Modules that ran when the layer was called; others are left out. None takes all.
+    """
     roles = _MLP_ROLES if kind == "mlp" else _ATTENTION_ROLES
     root = model.get_submodule(layer)
-    found: list[tuple[str, list[str], str]] = []
+    found: list[list[Part] | Refusal] = []
     for path, module in root.named_modules():
         parent = f"{layer}.{path}" if path else layer
         for writers, reader in roles:
-            wanted = [*writers, reader]
-            if all(is_linear(getattr(module, name, None)) for name in wanted):
-                found.append((parent, [f"{parent}.{name}" for name in writers], f"{parent}.{reader}"))
+            if all(is_linear(_inside(module, name)) for name in (*writers, reader)):
+                names, last = [f"{parent}.{name}" for name in writers], f"{parent}.{reader}"
+                if ran is not None and last not in ran:
+                    break
+                holder = names[0].rpartition(".")[0]
+                if kind == "mlp":
+                    found.append(_mlp_candidates(model, holder, names, last, number))
+                else:
+                    found.append(_attention_candidates(model, holder, names, last, number, unit))
                 break
-    if len(found) != 1:
-        if found:
-            return Refusal(found[0][0], f"{layer} has {len(found)} modules that play the role of {kind}, expected one")
-        strangers = [name for name, module in root.named_modules() if is_linear(module)]
-        first = next((name for name in strangers if ("attn" in name or "attention" in name) == (kind != "mlp")), None)
-        stranger = f"{layer}.{first}" if first else layer
-        return Refusal(stranger, f"no modules with the roles of {'an' if kind[0] == 'a' else 'a'} {kind} were found")
-    parent, writers, reader = found[0]
-    if kind == "mlp":
-        return _mlp_candidates(model, parent, writers, reader, number)
-    return _attention_candidates(model, parent, writers, reader, number, unit)
+    if kind == "mlp" and (experts := _experts(root)):
+        path, weight = experts
+        told = f"{weight} [{', '.join(map(str, root.get_parameter(f'{path}.{weight}').shape))}]"
+        said = f"its experts hold the weights of all in one tensor ({told}), which is left alone"
+        found.append(Refusal(f"{layer}.{path}", said))
+    return found or [_stranger(root, layer, kind)]
+
+
+def _candidates(model: nn.Module, layer: str, number: int, kind: str, unit: str) -> list[Part] | Refusal:
+    """The first that plays the role of a kind in one layer (`_played`)."""
+    return next(iter(_played(model, layer, number, kind, unit)))
+
+
+def _inside(module: nn.Module, path: str) -> object:
+    """A module's module by its path, or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _experts(root: nn.Module) -> tuple[str, str] | None:
+    """Name of a module that holds several experts' weights in one tensor ``[experts, …, …]``, and of the first such."""
+    for path, module in root.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and "expert" in f"{path} {type(module).__name__}".lower():
+                return path, leaf
+    return None
+
+
+def _stranger(root: nn.Module, layer: str, kind: str) -> Refusal:
+    strangers = [name for name, module in root.named_modules() if isinstance(module, nn.Linear) or is_linear(module)]
+    first = next((name for name in strangers if ("attn" in name or "attention" in name) == (kind != "mlp")), None)
+    stranger = f"{layer}.{first}" if first else layer
+    if first is not None and "kv_a" in " ".join(strangers):
+        said = "its attention reads keys and values from a common latent vector, which is left alone"
+        if kind == "attention":
+            return Refusal(stranger, said)
+    if first is not None and not is_linear(root.get_submodule(first)):
+        kind_of = type(root.get_submodule(first)).__name__
+        return Refusal(stranger, f"it is a {kind_of}, which computes something else than its weight times its input")
+    if kind == "attention" and first is None:
+        return Refusal(layer, "it has no attention: what mixes its tokens (a state space, a recurrence) is left alone")
+    return Refusal(stranger, f"no modules with the roles of {'an' if kind[0] == 'a' else 'a'} {kind} were found")
+
+
+@torch.no_grad()
+def _ran(layer: nn.Module, name: str, call: Call, model: nn.Module) -> frozenset[str] | None:
+    """Names of the linear layers that run when the network calls the layer; None where that cannot be tried here."""
+    parameter = next((each for each in layer.parameters() if each.dim() > 1), None)
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    if parameter is None or not isinstance(width, int) or parameter.is_meta:
+        return None
+    seen: set[str] = set()
+
+    def note(path: str) -> Callable[..., None]:
+        return lambda *_: seen.add(f"{name}.{path}")
+
+    handles = [each.register_forward_pre_hook(note(path)) for path, each in layer.named_modules() if path]
+    try:
+        hidden = torch.ones(1, 8, width, device=parameter.device, dtype=parameter.dtype)
+        run_layer(layer, hidden, call.to(parameter.device, parameter.dtype))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError, KeyError):
+        return None  # the law will say
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(seen)
 
 
 def _mlp_candidates(
@@ -433,7 +515,7 @@ def _attention_candidates(
     model: nn.Module, parent: str, writers: Sequence[str], reader: str, number: int, unit: str
 ) -> list[Part] | Refusal:
     module = model.get_submodule(parent)
-    dim = next((d for d in (getattr(module, n, None) for n in ("head_dim", "head_size")) if isinstance(d, int)), None)
+    dim = next((d for d in (getattr(module, n, None) for n in _HEAD_SIZES) if isinstance(d, int)), None)
     width = input_size(model.get_submodule(reader))
     if dim is None or width % dim:
         return Refusal(parent, f"its head dimension is unknown, or does not divide the {width} features it reads")
@@ -509,6 +591,9 @@ def check_part(layer: nn.Module, prefix: str, part: Part, call: Call, *, seed: i
     generator = torch.Generator().manual_seed(seed + 1)
     cpu = torch.device("cpu")
     dense = copy.deepcopy(layer).to(device=cpu, dtype=torch.float64).eval()
+    for module in dense.modules():  # the fused products of experts are not written for float64
+        if getattr(getattr(module, "config", None), "_experts_implementation", None) is not None:
+            module.config._experts_implementation = "eager"
     randomise_(dense, seed=seed)
     home = _Rooted(prefix, dense)
     removed = _drawn(part, generator)
@@ -531,7 +616,8 @@ def check_part(layer: nn.Module, prefix: str, part: Part, call: Call, *, seed: i
             slice_part_(narrow, Layout(narrow, [part.group]), part, kept.nonzero().flatten())
             sliced = run_layer(narrow.get_submodule(prefix), hidden, call)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
-        return Verdict(float("inf"), 0.0, str(error).splitlines()[0] if str(error) else type(error).__name__)
+        told = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        return Verdict(float("inf"), 0.0, f"its code does not run with fewer ({told})")
     if sliced.shape != zeroed.shape:
         return Verdict(float("inf"), 0.0, "the hidden states changed shape")
     scale = float(before.abs().max().clamp(min=1e-300))

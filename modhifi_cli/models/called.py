@@ -26,11 +26,19 @@ _LABELS = ("labels", "label", "targets", "target", "y", "class")
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of a batch: its shape without the batch, its type, and for whole numbers one above the largest seen."""
+    """One tensor of a batch.
+
+    Attributes:
+        shape: Without the batch.
+        dtype: Its type.
+        limit: For whole numbers, one above the largest seen.
+        constant: The one value that all whole numbers have (a mask of ones): it is no input, and does not travel.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     limit: int = 0
+    constant: int | None = None
 
 
 class Form:
@@ -74,8 +82,14 @@ class Form:
                     f"batches: expected a tensor [batch, {', '.join(map(str, leaf.shape))}] as in the first batch, got "
                     f"{told}; give all batches one shape."
                 )
+            if leaf.constant is not None and bool((tensor != leaf.constant).any()):
+                raise DataError(
+                    f"batches: a tensor [batch, {', '.join(map(str, leaf.shape))}] holds nothing but {leaf.constant} in the "
+                    "first batch and other values later; put batches with different values (padding) first."
+                )
         wide = torch.float64 if any(leaf.dtype == torch.float64 for leaf, _ in parts) else torch.float32
-        return torch.cat([tensor.reshape(len(tensor), -1).to(wide) for _, tensor in parts], 1)
+        moving = [tensor for leaf, tensor in parts if leaf.constant is None]
+        return torch.cat([tensor.reshape(len(tensor), -1).to(wide) for tensor in moving], 1)
 
     def unpack(self, packed: Tensor) -> Any:
         """The batch again; floating tensors in the packed one's type, whole numbers within what was seen."""
@@ -85,6 +99,8 @@ class Form:
 
         def read(leaf: Leaf) -> Tensor:
             nonlocal place
+            if leaf.constant is not None:
+                return torch.full((len(packed), *leaf.shape), leaf.constant, dtype=leaf.dtype, device=packed.device)
             count = math.prod(leaf.shape)
             part = packed[:, place : place + count].reshape(-1, *leaf.shape)
             place += count
@@ -212,7 +228,8 @@ def _shaped(batch: Any) -> Any:
         limit = int(batch.max()) + 1 if whole and batch.numel() else 0
         if whole and batch.numel() and int(batch.min()) < 0:
             raise DataError("batches: whole numbers must not be negative; give a function of model and batch (forward=).")
-        return Leaf(tuple(batch.shape[1:]), batch.dtype, limit)
+        fixed = not batch.is_floating_point() and batch.numel() > 1 and bool((batch == batch.flatten()[0]).all())
+        return Leaf(tuple(batch.shape[1:]), batch.dtype, limit, int(batch.flatten()[0]) if fixed else None)
     if isinstance(batch, Mapping):
         return {key: _shaped(value) for key, value in batch.items() if any(True for _ in tensors_of(value))}
     if isinstance(batch, list | tuple):

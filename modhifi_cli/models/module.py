@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from modhifi_cli.errors import ConfigError, DataError, nearest
+from modhifi_cli.graph.folded import copied, fold_
 from modhifi_cli.graph.inputs import check_images
 from modhifi_cli.models.preprocessing import adjusted, named_classes
 from modhifi_cli.models.weights import load_weights_, seeded_initialisation
@@ -56,7 +57,9 @@ def build(
             f'say so with load_model(folder, allow="{factory}") or model.trust=true.'
         )
     try:
-        return _made(factory, kwargs or {}, exactly(factory))
+        model = _made(factory, kwargs or {}, exactly(factory))
+        fold_(model)
+        return model
     except ConfigError as error:
         raise DataError(
             f"the saved network is made by {factory}{f' (it lay in {file})' if file else ''}, and that does not work "
@@ -105,6 +108,7 @@ def load(
     code, digest = _code_of(factory)
     account = {None: "weights of the factory", "random": f"random (seed {seed})"}.get(weights)
     account = load_weights_(model, weights) if account is None else account
+    account = "; ".join([account, *fold_(model)])
     size = wanted.size
     example = torch.randn((2, len(wanted.mean), *size), generator=torch.Generator().manual_seed(0))
     parameter = next(model.parameters(), None)
@@ -202,7 +206,7 @@ def _made(factory: str, kwargs: Mapping[str, Any], make: Callable[..., Any]) -> 
             "returns the network."
         )
     # A copy: a factory may hand out one and the same module at every call.
-    return copy.deepcopy(model).cpu().eval()
+    return copied(model).cpu().eval()
 
 
 def _found(factory: str) -> Callable[..., Any]:

@@ -6,7 +6,9 @@ Checkpoints in the wild nest the tensors (``{"state_dict": ..., "epoch": ...}``)
 
 import contextlib
 import hashlib
+import json
 import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,11 @@ from torch.overrides import TorchFunctionMode
 from modhifi_cli.errors import DataError
 
 # Where training scripts put the tensors, most specific first; averaged weights only if there is nothing else.
-_NESTS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "state_dict_ema", "ema")
-_PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.", "backbone.")
+_NESTS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "state_dict_ema", "model_ema",
+          "ema_state_dict", "ema")  # fmt: skip
+_PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.", "backbone.", "ema_model.", "ema.")
+# What training keeps beside the network: counters of averaging (`AveragedModel`), losses and metrics of Lightning.
+_OF_TRAINING = ("n_averaged", "criterion.", "loss.", "loss_fn.", "train_", "val_", "valid_", "test_", "metric", "ema_")
 # Saved by newer versions than many checkpoints: the batch counter is not used in evaluation, and an option-A
 # shortcut's channel map is fixed by the architecture.
 _MAY_BE_MISSING = (".num_batches_tracked", ".shortcut.source")
@@ -62,12 +67,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Checkpoints are read with ``weights_only=True``: nothing in the file is executed.
 
     Args:
-        path: File; ``~`` is expanded. Safetensors is recognised by its suffix, everything else is a checkpoint.
+        path: File; ``~`` is expanded. Safetensors is recognised by its suffix, everything else is a checkpoint. A folder
+            stands for the files that its ``*.index.json`` names, or for the one file of weights that it holds.
 
     Raises:
         DataError: If the file is missing, unreadable, holds other objects than tensors, or holds no tensors.
     """
     file = Path(path).expanduser()
+    if file.is_dir():
+        parts = weights_files(file)
+        return {name: tensor for part in parts for name, tensor in read_weights(part).items()}
     form = "safetensors" if file.suffix == ".safetensors" else "a torch checkpoint"
     if not file.is_file():
         raise DataError(
@@ -79,8 +88,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             import safetensors.torch
 
             content: Any = safetensors.torch.load_file(file)
+        elif _is_scripted(file):
+            raise DataError(
+                f"model.weights: {file} is a TorchScript archive, which holds code; save its tensors alone with "
+                "torch.save(torch.jit.load(FILE).state_dict(), OTHER) and give that file."
+            )
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
     except pickle.UnpicklingError as error:
         raise DataError(
             f"model.weights: {file} is damaged or holds Python objects, and only tensors are read from it; "
@@ -99,6 +115,42 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{', '.join(_NESTS[:4])}); save model.state_dict() and give that file."
         )
     return tensors
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The files of weights of a folder: those of its index, or the only one, safetensors first.
+
+    Raises:
+        DataError: If there is none, several without an index, or the index names a file that is missing or elsewhere.
+    """
+    for suffix in (".safetensors", ".bin", ".pt", ".pth"):
+        index = next(iter(sorted(folder.glob(f"*{suffix}.index.json"))), None)
+        if index is not None:
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(f"model.weights: {index} cannot be read as an index of weights; copy it again.") from error
+            for name in names:
+                if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+                    raise DataError(f"model.weights: {index} names {name}, which is not in the folder; copy all files.")
+            return [folder / name for name in names]
+        found = sorted(folder.glob(f"*{suffix}"))
+        if len(found) == 1:
+            return found
+        if found:
+            raise DataError(
+                f"model.weights: {folder} holds {len(found)} files of weights and no index ({found[0].name}, "
+                f"{found[1].name} …); give one of them."
+            )
+    raise DataError(f"model.weights: {folder} holds no file of weights (.safetensors, .bin, .pt, .pth); give a file.")
+
+
+def _is_scripted(file: Path) -> bool:
+    """Whether a file is an archive of TorchScript: it holds code beside its tensors."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
 
 
 def load_weights_(
@@ -120,8 +172,12 @@ def load_weights_(
     file = Path(path).expanduser()
     tensors = read_weights(file)
     fit_weights_(model, tensors if rename is None else rename(tensors), source=str(file))
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    hashed = hashlib.sha256()
+    for part in weights_files(file) if file.is_dir() else [file]:
+        with part.open("rb") as stream:
+            while piece := stream.read(2**24):
+                hashed.update(piece)
+    digest = hashed.hexdigest()
     return f"{file} (sha256 {digest[:12]})"
 
 
@@ -140,8 +196,10 @@ def fit_weights_(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     """
     wanted = model.state_dict()
     tensors = _without_prefixes(tensors, wanted)
-    may_be_left_over = tuple(ignored)
+    # A tensor that bears no name of the network is left over only where all of the network's own are there.
+    tensors = {name: _alike(tensor, wanted.get(name)) for name, tensor in tensors.items()}
     missing = [name for name in wanted if name not in tensors and not f".{name}".endswith(_MAY_BE_MISSING)]
+    may_be_left_over = tuple(ignored) + (() if missing else _OF_TRAINING)
     unexpected = [
         name
         for name in tensors
@@ -210,6 +268,14 @@ def _without_prefixes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor
             break
         best, fitting = candidate, now
     return best if fitting else dict(tensors)
+
+
+def _alike(tensor: Tensor, wanted: Tensor | None) -> Tensor:
+    """Counters that were cast to half precision with the weights, as the whole numbers that they are."""
+    if wanted is None or wanted.is_floating_point() or not tensor.is_floating_point():
+        return tensor
+    whole = tensor.float().round()
+    return whole.to(wanted.dtype) if torch.equal(whole, tensor.float()) else tensor
 
 
 def _describe(tensor: Tensor) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modhifi_cli.errors import NumericsError
+from modhifi_cli.errors import IllPosedError, NumericsError
 from modhifi_cli.numerics.linalg import feature_index
 from modhifi_cli.numerics.moments import reorder, second_moment
 from modhifi_cli.records import Consumer, Statistics
@@ -49,7 +49,7 @@ class ContributionMoments:
         """
         alive = self.e > DEAD_SHARE * self.e.max()
         if not alive.any():
-            raise NumericsError(
+            raise IllPosedError(
                 f"{self.name}: at least one output must have energy on the calibration data, got {len(self.e)} dead "
                 f"outputs; check the weights and the calibration images, or leave the layer alone with "
                 f"exclude=[{self.name}]."
@@ -121,7 +121,7 @@ def output_energy(consumer: Consumer) -> float:
     weight = finite_weight(consumer)
     energy = float((output_moment(consumer, weight) * weight).sum())
     if not energy > 0:
-        raise NumericsError(
+        raise IllPosedError(
             f"{consumer.name}: at least one output must have energy on the calibration data, got {len(weight)} dead "
             f"outputs; check the weights and the calibration images, or leave the layer alone with "
             f"exclude=[{consumer.name}]."
@@ -140,7 +140,7 @@ def output_moment(consumer: Consumer, weight: Tensor) -> Tensor:
         ``[outputs, features]`` float64.
     """
     if consumer.centred and consumer.statistics.rows == 1:
-        raise NumericsError(
+        raise IllPosedError(
             f"{consumer.name}: one calibration row has no spread that tells components apart, so one image is too few; "
             "raise data.num_samples."
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modhifi_cli.errors import NumericsError
+from modhifi_cli.errors import IllPosedError
 from modhifi_cli.numerics.contributions import finite_weight, output_energy
 from modhifi_cli.numerics.linalg import feature_index
 from modhifi_cli.numerics.moments import second_moment
@@ -163,7 +163,7 @@ class _State:
     def _factor(self, matrix: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if failed:
-            raise NumericsError(
+            raise IllPosedError(
                 f"{self._name}: backward elimination needs moments that are positive definite with their ridge, got a "
                 f"singular matrix; raise selection.ridge."
             )

@@ -1,5 +1,6 @@
 """Reading weights: nests and prefixes are undone, and what does not fit is told by name."""
 
+import json
 import re
 
 import pytest
@@ -36,8 +37,17 @@ def filled(value: float = 0.5) -> dict[str, torch.Tensor]:
         lambda tensors: {"model": {"state_dict": tensors}, "best_acc": 0.9},
         lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
         lambda tensors: {"model_state_dict": {f"_orig_mod.module.{name}": t for name, t in tensors.items()}},
+        lambda tensors: {"n_averaged": torch.tensor(7), **{f"module.{name}": t for name, t in tensors.items()}},
+        lambda tensors: {"state_dict_ema": {f"module.{name}": t for name, t in tensors.items()}, "epoch": 3},
+        lambda tensors: {
+            "state_dict": {f"model.{name}": t for name, t in tensors.items()}
+            | {"criterion.weight": torch.ones(2), "val_acc.total": torch.tensor(3), "metric.confusion": torch.ones(2, 2)},
+            "pytorch-lightning_version": "2.5",
+        },
+        lambda tensors: {name: tensor.half() for name, tensor in tensors.items()},
     ],
-    ids=["plain", "state_dict", "model_state_dict", "module_prefix", "two_prefixes_in_a_nest"],
+    ids=["plain", "state_dict", "model_state_dict", "module_prefix", "two_prefixes_in_a_nest", "averaged", "timm's average",
+         "lightning", "half with its counters"],  # fmt: skip
 )
 def test_nests_and_prefixes_are_undone(tmp_path, wrap):
     torch.save(wrap(filled()), tmp_path / "weights.pt")
@@ -164,3 +174,45 @@ def test_class_names_are_one_for_each_logit_and_differ():
                            ("ab", "expected a list of names in the order of the logits, got 'ab'")):  # fmt: skip
         with pytest.raises(ConfigError, match=f"model.classes: {message}"):
             named_classes(names, 2)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_folder_of_shards_is_read_by_its_index(tmp_path, suffix):
+    tensors = {name: tensor.clone() for name, tensor in filled().items()}
+    names = list(tensors)
+    shards = {f"part-1{suffix}": names[:3], f"part-2{suffix}": names[3:]}
+    for file, mine in shards.items():
+        write = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
+        write({name: tensors[name] for name in mine}, tmp_path / file)
+    with pytest.raises(DataError, match="holds 2 files of weights and no index .part-1"):
+        load_weights_(network(), tmp_path)
+    index = tmp_path / f"model{suffix}.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, mine in shards.items() for name in mine}}))
+    model = network()
+    assert "sha256" in load_weights_(model, tmp_path) and all((p == 0.5).all() for p in model.parameters())
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.bin"}}))
+    with pytest.raises(DataError, match="names ../elsewhere.bin, which is not in the folder; copy all files"):
+        load_weights_(network(), tmp_path)
+    index.write_text("[]")
+    with pytest.raises(DataError, match="cannot be read as an index of weights; copy it again"):
+        load_weights_(network(), tmp_path)
+
+
+def test_a_folder_with_one_file_is_that_file_and_one_with_none_is_told(tmp_path):
+    with pytest.raises(DataError, match="holds no file of weights"):
+        load_weights_(network(), tmp_path)
+    torch.save(filled(), tmp_path / "pytorch_model.bin")
+    load_weights_(network(), tmp_path)
+
+
+def test_what_training_keeps_is_told_where_the_network_is_not_all_there():
+    tensors = filled()
+    del tensors["3.bias"]
+    with pytest.raises(DataError, match="missing 3.bias; unexpected criterion.weight"):
+        fit_weights_(network(), tensors | {"criterion.weight": torch.ones(2)}, source="here")
+
+
+def test_a_torchscript_archive_says_how_to_get_its_tensors(tmp_path):
+    torch.jit.trace(network().eval(), torch.zeros(1, 3, 3, 3)).save(tmp_path / "net.pt")
+    with pytest.raises(DataError, match="is a TorchScript archive, which holds code; save its tensors alone with"):
+        read_weights(tmp_path / "net.pt")
