@@ -1,6 +1,6 @@
 """Turn the summary of an ablation sweep into a Markdown table: mean and standard deviation of top-1 over the seeds.
 
-    python scripts/ablation_table.py outputs/sweeps/prune_experiment-cifar_ablation_resnet20/summary.csv
+python scripts/ablation_table.py outputs/sweeps/prune_experiment-cifar_ablation_resnet20/summary.csv
 """
 
 import argparse

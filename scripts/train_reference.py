@@ -1,4 +1,4 @@
-"""Trains a CIFAR ResNet from scratch, with or without some classes: the retrained reference of an audit.
+r"""Trains a CIFAR ResNet from scratch, with or without some classes: the retrained reference of an audit.
 
     python scripts/train_reference.py train.npz with_all.safetensors --test test.npz
     python scripts/train_reference.py train.npz without_3.safetensors --without 3 --test test.npz

@@ -1,4 +1,4 @@
-"""Trains a small vision transformer on handwritten digits, with or without some classes, and writes their sets, too.
+r"""Trains a small vision transformer on handwritten digits, with or without some classes, and writes their sets, too.
 
     python scripts/train_transformer.py FOLDER                       # FOLDER/vit_digits.safetensors and three sets
     python scripts/train_transformer.py FOLDER --without 3           # FOLDER/vit_digits_without_3.safetensors

@@ -53,3 +53,39 @@ def test_an_installed_wheel_finds_its_configs_from_any_folder(wheel, tmp_path):
         check=True,
     )
     assert Path(found.stdout.strip()) == installed / "modhifi_cli" / "configs"
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_a_built_distribution_installs_and_runs_in_a_fresh_environment(kind, wheel, tmp_path):
+    archive = wheel
+    if kind == "sdist":
+        script = f"import os; os.chdir({str(ROOT)!r}); import hatchling.build as b; b.build_sdist({str(tmp_path)!r})"
+        subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+        (archive,) = tmp_path.glob("*.tar.gz")
+    # The environment is new; the libraries are those at hand, since downloading PyTorch would take minutes.
+    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", tmp_path / "venv"], check=True)
+    (found,) = {path.parent for path in (tmp_path / "venv").rglob("site-packages/pip")}
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    (found / "libraries.pth").write_text("\n".join(libraries), encoding="utf-8")
+    pip = [tmp_path / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--no-index", "--ignore-installed", archive], capture_output=True, check=True)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ran = subprocess.run(
+        [tmp_path / "venv" / "bin" / "modhifi", "list", "group=preset"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0 and "best" in ran.stdout, ran.stderr
+    code = "import modhifi_cli; print(modhifi_cli.__file__)"
+    where = subprocess.run(
+        [tmp_path / "venv" / "bin" / "python", "-c", code],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert Path(where.stdout.strip()).is_relative_to(tmp_path / "venv")
+
+
+def test_the_distributions_say_licence_and_authors(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
+        names = archive.namelist()
+    assert "License-Expression: Apache-2.0" in metadata and "Author: modhifi authors" in metadata
+    assert [name for name in names if name.endswith("licenses/LICENSE")]

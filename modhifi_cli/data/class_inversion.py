@@ -44,7 +44,7 @@ _TOGETHER = (64, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class ClassInversion(Moving):
-    """Settings of one part of a set, each image of which is moved by itself: those of `Moving`, and
+    """Settings of one part of a set, each image of which is moved by itself; beside those of `Moving`.
 
     Attributes:
         nats: Cross-entropy below which an image is not pulled further: 1 nat is a probability of 37 %.

@@ -55,7 +55,8 @@ def load(
         preprocess: What the model wants.
         labelled: Whether to read labels. Without it the labels file is not opened.
         labels: For calibration images: ``"auto"``, ``"given"`` or ``"model"`` (`labels_to_read`); None for others.
-        num_samples: How many to draw; None takes all, ``"auto"`` 2,000 or all where there are fewer. Images that are skipped are replaced by the next of the draw.
+        num_samples: How many to draw; None takes all, ``"auto"`` 2,000 or all where there are fewer. Images
+            that are skipped are replaced by the next of the draw.
         seed: Of the draw.
         skip_corrupt: Whether images that cannot be decoded are left out and counted in the protocol; otherwise the
             first one is an error.

@@ -54,7 +54,7 @@ _MOST_PARTS = 4  # times the parts that would do if every image passed the filte
 
 @dataclass(frozen=True, kw_only=True)
 class Inversion(Moving):
-    """Settings of one part of a set, whose joint statistics are matched: those of `Moving`, and
+    """Settings of one part of a set, whose joint statistics are matched; beside those of `Moving`.
 
     Attributes:
         class_weight: Of the pull towards the wanted class, in nats against the distance of the statistics.

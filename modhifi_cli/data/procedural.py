@@ -200,7 +200,7 @@ def _leaves(rng: np.random.Generator, height: int, width: int, *, textured: bool
 
 
 def _outlines(rng: np.random.Generator, centres: np.ndarray, radii: np.ndarray) -> list[list[float]]:
-    """A stretched polygon of three to six corners around every centre, each as x, y, x, y …"""
+    """A stretched polygon of three to six corners around every centre, each as x, y, x, y and so on."""
     corners = rng.integers(3, 7, len(radii))[:, None]
     steps = np.minimum(np.arange(6), corners - 1)  # the last corner again where there are fewer than six
     angles = (steps + rng.uniform(0, 0.7, (len(radii), 1))) * 2 * np.pi / corners

@@ -142,6 +142,7 @@ def pack_edit(edit: Edit) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack_edit(tensors: Mapping[str, Tensor], described: Mapping[str, Any], path: Path) -> Edit:
+    """One edit from its tensors and description."""
     try:
         modules = []
         for index, plain in enumerate(described["modules"]):

@@ -25,7 +25,14 @@ FORWARD_ERRORS = (
 )  # fmt: skip
 # What torch says where maps have become smaller than a kernel, a window or one pixel.
 _TOO_SMALL = ("kernel size can't be greater", "output size is too small", "calculated padded input size")
-_MISFIT = ("doesn't match model", "to have", "shapes cannot be multiplied", "size mismatch", "must match", "is invalid for input of size")
+_MISFIT = (
+    "doesn't match model",
+    "to have",
+    "shapes cannot be multiplied",
+    "size mismatch",
+    "must match",
+    "is invalid for input of size",
+)
 
 
 def check_images(model: nn.Module, example: Tensor) -> Tensor:

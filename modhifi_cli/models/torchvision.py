@@ -1,7 +1,8 @@
 """Classification, segmentation and detection networks of torchvision, with the library's weights and preprocessing.
 
-Networks that do not answer an image batch with one tensor stand in an adapter (`image_batch.py`). Weights are asked for by the library's own names (``IMAGENET1K_V1``), ``default`` being its recommendation; each set of
-weights brings the preprocessing it was trained for.
+Networks that do not answer an image batch with one tensor stand in an adapter (`image_batch.py`). Weights are asked for
+by the library's own names (``IMAGENET1K_V1``), ``default`` being its recommendation; each set of weights brings the
+preprocessing it was trained for.
 """
 
 from collections.abc import Mapping, Sequence

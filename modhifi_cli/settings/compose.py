@@ -159,9 +159,11 @@ def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], None]) -
 
 
 def job_facts() -> dict[str, Any]:
-    """Where a job stands, from Hydra: ``verb``, ``overrides`` (its own), ``sweep`` (the sweep's folder or None),
-    ``swept`` (those of its overrides in which it differs from other jobs), ``number`` in the sweep, ``parallel``
-    (whether jobs run side by side)."""
+    """Where a job stands, from Hydra.
+
+    ``verb``, ``overrides`` (its own), ``sweep`` (the sweep's folder or None), ``swept`` (those of its overrides in which
+    it differs from other jobs), ``number`` in the sweep, ``parallel`` (whether jobs run side by side).
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -212,7 +214,7 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"modhifi {verb}: {', '.join(missing)} must be given, e.g. {example(missing[0])}.")
     try:
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"modhifi {verb}: {first_line(error)}") from error
     assert isinstance(plain, dict)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from modhifi_cli.errors import ConfigError, nearest, package_missing
 from modhifi_cli.settings.words import first_line, flatten, spelled
@@ -54,7 +55,7 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
             return ConfigError(
                 f"{key}: choose the kind of source too, e.g. {group}=folder {key}=FOLDER, or {group}=arrays."
             )
-        known = _known_keys(verb, overrides)
+        keys = _known_keys(verb, overrides)
         choice = leaf.partition(".")[0]
         if group in ("evaluation", "export") and choice in groups().get(group, ()):
             return ConfigError(
@@ -67,7 +68,7 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
             near = nearest(key, top_level_keys(verb))
             near = f": {near}" if near.startswith("did you mean") else ""
             return ConfigError(f"modhifi {verb} has no key '{key}', which is for {whose}{near} (modhifi {verb} --help)")
-        near = nearest(key, known)
+        near = nearest(key, keys)
         return ConfigError(f"modhifi {verb} has no key '{key}': {near} (modhifi {verb} --help)")
     if isinstance(error, HydraException) and "Ambiguous value" in text:
         return ConfigError(f"{first_line(error)}: a value with commas is a sweep and needs -m, or brackets for a list.")
@@ -75,6 +76,7 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
 
 
 def is_hydra_error(error: Exception) -> bool:
+    """Whether an error comes from Hydra or OmegaConf."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -96,7 +98,7 @@ def _known_keys(verb: str, overrides: Sequence[str]) -> list[str]:
         try:
             GlobalHydra.instance().clear()
             with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-                plain = OmegaConf.to_container(hydra.compose(verb, attempt))
+                plain: Any = OmegaConf.to_container(hydra.compose(verb, attempt))
         except Exception:  # only a hint is lost
             continue
         finally:

@@ -94,9 +94,9 @@ def _listed_source(
         choices: Names that are allowed.
         beside: Keys of the entry that are not the source's.
     """
-    name = entry.get("name") if isinstance(entry, Mapping) else None
+    name = str(entry.get("name")) if isinstance(entry, Mapping) else ""
     if name not in choices:
-        raise ConfigError(f"{path}.name: there is no such choice; {nearest(str(name), choices)}")
+        raise ConfigError(f"{path}.name: there is no such choice; {nearest(name or 'None', choices)}")
     file = config_directory() / "data" / f"{name}.yaml"
     own = {key: value for key, value in entry.items() if key not in ("name", *beside)}
     whole = from_yaml(file.read_text(encoding="utf-8")) | own

@@ -120,6 +120,7 @@ def from_yaml(text: str) -> dict[str, Any]:
 
 
 def select(plain: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key, or `ABSENT`."""
     value: Any = plain
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
@@ -129,6 +130,7 @@ def select(plain: Mapping[str, Any], key: str) -> Any:
 
 
 def flatten(plain: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Dotted keys with their values."""
     for key, value in plain.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")
@@ -137,4 +139,5 @@ def flatten(plain: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, A
 
 
 def first_line(error: Exception) -> str:
+    """An error's first line, or its type where it says nothing."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

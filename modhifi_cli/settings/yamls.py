@@ -78,5 +78,6 @@ def inherited(verb: str) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
 
 @functools.cache
 def top_level_keys(verb: str) -> frozenset[str]:
+    """First words of the keys that a verb reads."""
     own, chosen = inherited(verb)
     return frozenset(key.split(".")[0] for key in [*own, *chosen])

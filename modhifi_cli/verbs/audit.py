@@ -169,7 +169,7 @@ def show_audit(console: Console, report: AuditReport) -> None:
 
 
 def audit_measurements(report: AuditReport) -> tuple[Measurement, ...]:
-    """The figures as measurements: ``audit_MIA``, ``audit_relearn_steps`` …"""
+    """The figures as measurements: ``audit_MIA``, ``audit_relearn_steps`` and others."""
     found = []
     for model, own in report.figures.items():
         for name, value in own.items():

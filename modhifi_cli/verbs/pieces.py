@@ -491,8 +491,11 @@ def sample_shown(
 
 
 def example_inputs(preprocess: Preprocess | TextInput, batch: int) -> Tensor:
-    """Random inputs, always the same: ``[batch, channels, height, width]`` of the scale of normalised images, or ids
-    ``[batch, window]`` int64 of a language model."""
+    """Random inputs, always the same.
+
+    Images are ``[batch, channels, height, width]`` of the scale of normalised ones; a
+    language model's are ids ``[batch, window]`` int64.
+    """
     generator = torch.Generator().manual_seed(0)
     if isinstance(preprocess, TextInput):
         return torch.randint(0, preprocess.vocabulary, (batch, preprocess.window), generator=generator)

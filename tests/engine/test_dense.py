@@ -90,7 +90,7 @@ def test_what_is_left_of_the_target_cannot_be_explained_by_the_layers_input():
     read, ours = seen(model, images.images, inputs=names[:1], outputs=names)
     _, theirs = seen(dense, images.images, outputs=names)
     norm = dense.get_submodule(f"{block}.bn2")
-    alive = next((e.kept for e in edits if f"{block}.conv2" in [m.module for m in e.modules if m.kept_outputs is not None]))
+    alive = next(e.kept for e in edits if f"{block}.conv2" in [m.module for m in e.modules if m.kept_outputs is not None])
     worth = ((norm.running_var + norm.eps).sqrt() / norm.weight)[alive][:, None, None]
     lacking = theirs[names[1]][:, alive] - ours[names[1]]
     target = theirs[names[0]][:, alive] + worth * lacking
@@ -110,7 +110,7 @@ def test_stored_statistics_keep_the_dense_mean_behind_the_layer():
     names = [f"{block}.bn2", f"{block}.shortcut"]
     _, ours = seen(model, images.images, outputs=names)
     _, theirs = seen(dense, images.images, outputs=names)
-    alive = next((e.kept for e in edits if last.name in [m.module for m in e.modules if m.kept_outputs is not None]))
+    alive = next(e.kept for e in edits if last.name in [m.module for m in e.modules if m.kept_outputs is not None])
     mean = (ours[names[0]] + ours[names[1]]).mean((0, 2, 3))
     wanted = (theirs[names[0]] + theirs[names[1]])[:, alive].mean((0, 2, 3))
     torch.testing.assert_close(mean, wanted, rtol=1e-3, atol=1e-3)
