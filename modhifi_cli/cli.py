@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from modhifi_cli.errors import ConfigError, EndedElsewhere, ModHiFiError, nearest
-from modhifi_cli.settings import config
+from modhifi_cli.settings import completion, config
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -133,12 +133,12 @@ def _run(words: list[str]) -> int:
         print(config.main_help())
         return 0
     if words[0] == "--version":
-        from modhifi_cli import __version__
-
-        print(__version__)
+        print(_versions())
         return 0
     verb, rest = words[0], words[1:]
-    known = [*config.verbs(), "list"]
+    if verb == "completion":
+        return _complete(rest)
+    known = [*config.verbs(), "list", "completion"]
     if verb not in known:
         raise ConfigError(f"there is no verb '{verb}'; {nearest(verb, known)} (modhifi --help)")
     if any(word in ("-h", "--help") for word in rest):
@@ -157,6 +157,31 @@ def _run(words: list[str]) -> int:
     config.run_hydra(verb, [*overrides, *flags], job)
     if _outcome:
         raise _outcome.pop()
+    return 0
+
+
+def _versions() -> str:
+    """The tool's version, those of what a result depends on most, and what it would run on."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    from modhifi_cli import __version__
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm", "transformers"))
+    card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no graphics card"
+    return f"modhifi {__version__} (Python {platform.python_version()}, {packages}; {card})"
+
+
+def _complete(words: Sequence[str]) -> int:
+    """What a shell asks for: the lines it evaluates (``bash``), or the words that may follow (``words LINE``)."""
+    if words[:1] == ["words"]:
+        print("\n".join(completion.candidates(" ".join(words[1:]))))
+    elif not words or words[0] in ("-h", "--help"):
+        print('eval "$(modhifi completion bash)" in ~/.bashrc; zsh alike; fish: modhifi completion fish | source')
+    else:
+        print(completion.script(words[0]), end="")
     return 0
 
 

@@ -4,6 +4,7 @@ A fenced block under ``<!-- run -->`` is run as it stands. Every other command n
 not have; it is composed with all its settings checked, which is what happens before a run reads its first file.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from modhifi_cli.settings import config
+from modhifi_cli.settings import completion, config
 from tests.settings.test_configs import fill
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "modhifi_cli" / "README.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 _BLOCK = re.compile(r"(?P<run><!-- run -->\n)?^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
 _MARK = re.compile(r"method\.md[ ,(]+(M\d+|D\d'?|section \d|\d)\b(?!\.)")
 
@@ -55,7 +57,9 @@ SNIPPETS = [(name(page), body) for page, kind, body, run in blocks() if run and 
 def test_a_command_of_the_documentation_composes(page, command):
     verb, *words = shlex.split(command, comments=True)[1:]
     overrides = [word for word in words if not word.startswith("-")]
-    if verb.startswith("-"):
+    if verb == "completion":
+        assert words[0] in completion.SCRIPTS
+    elif verb.startswith("-"):
         assert verb == "--help"
     elif verb == "list":
         assert all(word.partition("=")[2] in config.groups() for word in overrides)
@@ -74,6 +78,14 @@ def test_a_command_marked_to_run_runs(page, command, tmp_path):
 
 @pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=[page for page, _ in SNIPPETS])
 def test_a_snippet_marked_to_run_runs(page, code, tmp_path):
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name)
+def test_a_notebook_runs_from_top_to_bottom(notebook, tmp_path):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

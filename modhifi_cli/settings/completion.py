@@ -1,0 +1,89 @@
+"""Shell completion: what may stand at the end of a command line, and the few lines that a shell runs to ask for it.
+
+Everything is read from the YAML files as text, so that the answer comes at once. Names of files are left to the shell.
+"""
+
+from collections.abc import Iterable
+
+from modhifi_cli.errors import ConfigError
+from modhifi_cli.settings.yamls import config_directory, groups, inherited, read_verb, verbs
+
+# In bash "=" ends a word, so only what follows it is to be offered; zsh takes whole words through bash's interface.
+_BASH = """_modhifi() {
+    local line="${COMP_LINE:0:COMP_POINT}" found IFS=$'\\n'
+    local word="${line##*[[:space:]]}"
+    found=($(modhifi completion words "$line" 2>/dev/null))
+    if [ -n "${BASH_VERSION-}" ]; then
+        case "$word" in *=*) found=("${found[@]#*=}") ;; esac
+    fi
+    COMPREPLY=("${found[@]}")
+}
+complete -o nospace -o default -F _modhifi modhifi
+"""
+SCRIPTS = {
+    "bash": _BASH,
+    "zsh": "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n" + _BASH,
+    "fish": "complete -c modhifi -a '(modhifi completion words (commandline -cp))'\n",
+}
+_WITHOUT_YAML = ("list", "completion")
+_LISTS = ("evaluation", "export")  # groups that take several choices in brackets
+
+
+def script(shell: str) -> str:
+    """What ``eval "$(modhifi completion SHELL)"`` runs.
+
+    Raises:
+        ConfigError: If the shell is not known.
+    """
+    if shell not in SCRIPTS:
+        known = ", ".join(SCRIPTS)
+        raise ConfigError(f"modhifi completion takes the name of a shell, {known}; got '{shell}'.")
+    return SCRIPTS[shell]
+
+
+def candidates(line: str) -> list[str]:
+    """Whole words that may take the place of the last word of a command line, sorted.
+
+    Args:
+        line: Everything in front of the cursor, ``"modhifi prune data=fo"``; a space at its end begins a new word.
+    """
+    words = line.split()
+    last = "" if not words or line[-1].isspace() else words.pop()
+    if not words[1:]:
+        return _beginning([*verbs(), *_WITHOUT_YAML, "--help", "--version"], last)
+    verb, given = words[1], words[2:]
+    if verb == "completion":
+        return _beginning(SCRIPTS, last)
+    if verb == "list":
+        return _beginning((f"group={group}" for group in groups()), last)
+    if verb not in verbs():
+        return []
+    key, equals, _ = last.partition("=")
+    if equals:
+        return _beginning((f"{key}={value}" for value in _values(verb, key)), last)
+    return _beginning([f"{key}=" for key in _keys(verb, given)] + ["--help", "-m"], last)
+
+
+def _beginning(words: Iterable[str], start: str) -> list[str]:
+    return sorted({word for word in words if word.startswith(start)})
+
+
+def _values(verb: str, key: str) -> list[str]:
+    known = groups().get(key, ())
+    if key in _LISTS:
+        return [f"[{choice}]" for choice in known]
+    default = inherited(verb)[0].get(key, ("", ""))[0]
+    return ["true", "false"] if default in ("true", "false") else list(known)
+
+
+def _keys(verb: str, given: Iterable[str]) -> list[str]:
+    """Keys of the verb, its groups, and the keys of every group's choice, typed before or the verb's own."""
+    own, chosen = inherited(verb)
+    typed = dict(word.partition("=")[::2] for word in given)
+    found = [*own, *chosen]
+    for group, choice in chosen.items():
+        path = config_directory() / group / f"{typed.get(group, choice)}.yaml"
+        if path.is_file():
+            found += [f"{group}.{key}" for key in read_verb(path)[0] if not key.startswith("_")]
+    return found
+
