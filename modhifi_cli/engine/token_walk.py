@@ -131,7 +131,7 @@ class TokenWalk:
         self._edits = 0
 
     def prepare(self, recipe: Recipe, passes: int) -> Iterator[Progress | Note]:
-        """Say what memory will be needed and whether it is there; keep the dense network where layers are cut in several passes."""
+        """Say what memory will be needed and whether it is there; keep the dense network if layers are cut in several passes."""
         self._towards_dense = recipe.compensation.reference == "dense"
         self._twin = copy.deepcopy(self.model) if self._towards_dense and passes > 1 else None
         expected = forecast(

@@ -68,7 +68,10 @@ def prune(
     place.log(command)
     what = "sequences" if pieces.is_decoder(settings) else "images"
     price = config.build(settings["target"])
-    console.note(f"{loaded.name}: {price.goal(settings['sparsity'])}; {loaded.weights}, {len(calibration)} calibration {what}; working in {place.path}")
+    goal = price.goal(settings["sparsity"])
+    console.note(
+        f"{loaded.name}: {goal}; {loaded.weights}, {len(calibration)} calibration {what}; working in {place.path}"
+    )
     shared_text = pieces.told_overlap(settings, calibration, evaluation, console, place)
     if calibration.protocol.get("skipped"):
         console.warning(
