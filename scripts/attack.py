@@ -1,8 +1,8 @@
 """Attack the tool for as long as wanted, and print the figures of docs/results/reliability.md.
 
-    python scripts/attack.py                                    everything: hours on two cores
-    python scripts/attack.py hostile damage --minutes 10        some kinds, at most so long each
-    python scripts/attack.py fuzz --count 2000 --seed 7         another draw
+python scripts/attack.py                                    everything: hours on two cores
+python scripts/attack.py hostile damage --minutes 10        some kinds, at most so long each
+python scripts/attack.py fuzz --count 2000 --seed 7         another draw
 """
 
 import argparse

@@ -97,8 +97,9 @@ class _ContrastMoments:
         return replace(edit, facts={"moved": found.moved, "lost": found.lost, **edit.facts})
 
     def _unanswered(self, aim: Aim, retain: Statistics, forget: Statistics) -> tuple[Aim, Aim]:
-        """Aims of the classifier in which the forget classes' logits are the same for all: what retain samples have on
-        average. Kept on the retain samples as they are, these rows would have to tell forget samples apart for ever.
+        """Aims of the classifier in which the forget classes' logits are the same for all images.
+
+        They are what retain samples have on average. Kept on the retain samples as they are, these rows would have to tell forget samples apart for ever.
         """
         weight, bias = self._site.weight, self._site.bias
         present = Aim(

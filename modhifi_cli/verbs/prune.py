@@ -328,7 +328,8 @@ def _write_outcome(
         if edit.removed.numel()
     ]
     price = config.build(settings["target"])
-    labelled = {"labels": told for edit in edits[:1] if (told := edit.facts.get("labels"))}
+    told = edits[0].facts.get("labels") if edits else None
+    labelled = {"labels": told} if told else {}
     artifacts.write_json(
         place.path / "results.json",
         Results.written(

@@ -6,9 +6,9 @@ from modhifi_cli.pages.figures import draw
 from modhifi_cli.records import Chart, Series
 
 
-def chart(curves, levels={}):
+def chart(curves, levels=None):
     series = tuple(Series(name, tuple(y for _, y in points), tuple(x for x, _ in points)) for name, points in curves.items())
-    return Chart("frontier", "a title", "FLOPs removed, %", "top-1, %", series, levels=levels)
+    return Chart("frontier", "a title", "FLOPs removed, %", "top-1, %", series, levels=levels or {})
 
 
 def test_a_frontier_names_its_curves_and_axes_and_the_dense_line():
