@@ -3,7 +3,7 @@
 # script's name go to pytest. Tests marked `real` read the folder that MODHIFI_TEST_DATA names (../shared/data).
 #   bash scripts/test.sh
 #   bash scripts/test.sh -m real
-#   bash scripts/test.sh -m card tests/card
+#   bash scripts/test.sh -m card
 #   bash scripts/test.sh tests/test_cli.py -k sparsity
 set -euo pipefail
 EXTRAS="${EXTRAS:-all,test}" source "$(dirname "$0")/environment.sh"

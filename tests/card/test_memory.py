@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+import modhifi_cli
 from modhifi_cli.cli import main
 from modhifi_cli.engine.gathering import Gathering
 from modhifi_cli.engine.memory import free_memory, limit_bytes, peaks, reset_peaks
 from modhifi_cli.errors import is_out_of_memory
 from modhifi_cli.files import artifacts
 from tests.card import pretend
+from tests.card.networks import labelled_images, network
 
 RUN = ["data.num_samples=64", "evaluation_data.num_samples=60", "preset=fast", "sparsity=0.3", "console=plain"]
 RUN += ["runtime=gpu", "evaluation=[top1]"]
@@ -103,6 +105,23 @@ def test_a_measurement_that_fills_the_card_goes_on_with_half_the_batch(here, cap
         assert main(["prune", *RUN]) == 0
     assert asked == [256, 128, 64]
     assert "top1: the memory of cuda was full, so it goes on with 64 inputs a forward" in capsys.readouterr().out
+
+
+@pytest.mark.card
+def test_a_run_on_a_card_of_half_the_size_keeps_the_same_and_stays_below_it():
+    data = torch.cat([images for images, _ in labelled_images("batchnorm", 400)])
+    model = network("batchnorm")
+    with pretend.card() as roomy:
+        _, first = modhifi_cli.prune(model.cuda(), data, sparsity=0.3, preset="paper", batch_size=20)
+        model.cpu()
+    half = roomy.peak / 2
+    with pretend.card(memory=half) as tight:
+        _, second = modhifi_cli.prune(model.cuda(), data, sparsity=0.3, preset="paper", batch_size=20)
+        model.cpu()
+    assert 0 < tight.peak <= half
+    assert {name: kept.tolist() for name, kept in first.kept.items()} == {
+        name: kept.tolist() for name, kept in second.kept.items()
+    }
 
 
 def test_what_is_no_want_of_memory_stays_a_defect():
