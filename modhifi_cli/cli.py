@@ -186,12 +186,18 @@ def _complete(words: Sequence[str]) -> int:
 
 
 def _sweep(verb: str, overrides: Sequence[str], flags: Sequence[str]) -> int:
-    """A sweep in a folder that its overrides name, so that the same command finds its finished jobs again."""
+    """A sweep in a folder that its overrides name, so that the same command finds its finished jobs again.
+
+    With ``dry_run=true`` the script of its jobs is shown instead.
+    """
     from modhifi_cli.verbs import sweeps
 
     given = dict(word.partition("=")[::2] for word in overrides)
     named = [word for word in overrides if not word.startswith(("hydra", "console", "output_dir="))]
     folder = Path(given.get("output_dir", "outputs").strip("'\"")) / "sweeps" / f"{verb}_{config.slug(named)}"
+    if given.get("dry_run", "").lower() == "true":
+        print(sweeps.slurm_script(config.launcher(verb, overrides), folder))
+        return 0
     sweeps.begin_sweep(folder)
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.run_hydra(verb, [*overrides, f"hydra.sweep.dir='{quoted}'", *flags], job)

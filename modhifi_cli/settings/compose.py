@@ -124,6 +124,30 @@ def steps(verb: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = around
 
 
+def launcher(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What Hydra's launcher of a sweep is set to; its ``_target_`` says which one it is.
+
+    Args:
+        verb: Of the sweep.
+        overrides: All of its overrides; only those of the launcher are looked at.
+
+    Raises:
+        ConfigError: If the launcher is unknown or has no such key.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    own = [word for word in overrides if word.startswith(("hydra/launcher=", "hydra.launcher."))]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3", job_name="modhifi"):
+        try:
+            composed = hydra.compose(verb, own, return_hydra_config=True)
+        except Exception as error:
+            raise explain(error, verb, own) from error
+    return OmegaConf.to_container(composed.hydra.launcher, resolve=False)
+
+
 def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], None]) -> None:
     """Give the rest of the command line to Hydra, which composes the settings and calls `job` with them.
 

@@ -4,6 +4,7 @@ from modhifi_cli.settings.compose import (
     compose,
     for_network,
     job_facts,
+    launcher,
     run_hydra,
     settings,
     steps,
@@ -30,7 +31,8 @@ from modhifi_cli.settings.yamls import (
 )
 
 __all__ = [
-    "PACKAGE", "build", "check_foreign_folder", "check_words", "compose", "config_directory", "differences", "explain", "for_network", "from_yaml", "groups",
-    "header", "job_facts", "main_help", "refuse_reaching", "run_hydra", "settings", "slug", "spell", "spelled", "steps", "to_yaml",
+    "PACKAGE", "build", "check_foreign_folder", "check_words", "compose", "config_directory", "differences", "explain",
+    "for_network", "from_yaml", "groups", "header", "job_facts", "launcher", "main_help", "refuse_reaching", "run_hydra",
+    "settings", "slug", "spell", "spelled", "steps", "to_yaml",
     "top_level_keys", "verb_help", "verbs",
 ]  # fmt: skip

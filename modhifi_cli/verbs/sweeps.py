@@ -1,6 +1,9 @@
 """Sweeps: finished jobs are skipped, interrupted ones go on, failed ones are recorded; and the summary of all."""
 
+import inspect
 import json
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from modhifi_cli.console import open_console
+from modhifi_cli.errors import ConfigError
 from modhifi_cli.files import artifacts, kept
 from modhifi_cli.pages.many import csv_text
 from modhifi_cli.settings import config
@@ -62,6 +66,33 @@ def run_sweep_job(composed: Any, facts: Mapping[str, Any]) -> None:
         record = artifacts.read_object(path, "the record of a job")
         told = f"job {record['number']} {record['status']}: {record['folder']} {record['message']}"
         open_console(composed.console.style).note(told.rstrip())
+
+
+def slurm_script(launcher: Mapping[str, Any], folder: Path) -> str:
+    """What SLURM would be given for each job of a sweep.
+
+    Args:
+        launcher: As `config.launcher`.
+        folder: Of the sweep.
+
+    Raises:
+        ConfigError: If the sweep's launcher is another.
+    """
+    if not str(launcher.get("_target_")).endswith("SlurmLauncher"):
+        raise ConfigError(
+            "dry_run=true of a sweep shows the script of a SLURM job; add hydra/launcher=slurm, or leave -m out."
+        )
+    from submitit.slurm import slurm
+
+    known = set(inspect.signature(slurm._make_sbatch_string).parameters)
+    renamed = slurm.SlurmExecutor._equivalence_dict()
+    given = {renamed.get(key, key): value for key, value in launcher.items() if value is not None}
+    given |= {"job_name": "modhifi", "mem": f"{launcher['mem_gb']}GB"}
+    place = folder / ".submitit" / "%j"
+    command = shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(place)])
+    return slurm._make_sbatch_string(
+        command=command, folder=place, **{key: value for key, value in given.items() if key in known}
+    )
 
 
 def begin_sweep(folder: Path) -> None:

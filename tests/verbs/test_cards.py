@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from modhifi_cli.cli import main
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.verbs import cards
 from tests.conftest import REPOSITORY
@@ -120,3 +121,17 @@ def test_a_process_that_fails_ends_all_with_one_sentence(tmp_path):
     assert [job.returncode for job in jobs] == [2, 2], told
     errors = [line for text in told for line in text.splitlines() if "rror" in line]
     assert errors == ["error: layer 0: this process broke."], told
+
+
+def test_a_dry_run_shows_the_script_of_a_slurm_job_and_submits_nothing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    sweep = ["prune", "-m", "runtime=gpu", "sparsity=0.2,0.4", "dry_run=true"]
+    assert main([*sweep, "hydra/launcher=slurm", "hydra.launcher.partition=big", "hydra.launcher.mem_gb=64"]) == 0
+    script = capsys.readouterr().out
+    assert script.startswith("#!/bin/bash")
+    for line in ("partition=big", "mem=64GB", "gpus-per-node=1", "cpus-per-task=8", "time=240", "job-name=modhifi"):
+        assert f"#SBATCH --{line}" in script
+    assert "submitit.core._submit" in script and not list(tmp_path.iterdir())
+    assert main(sweep) == 2
+    assert "dry_run=true of a sweep shows the script of a SLURM job; add hydra/launcher=slurm" in capsys.readouterr().err
