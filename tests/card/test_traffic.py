@@ -2,6 +2,7 @@
 
 import pytest
 
+from modhifi_cli.engine.flow import Flow
 from modhifi_cli.engine.prune import prune_
 from modhifi_cli.engine.token_walk import DecoderOptions, TokenWalk
 from modhifi_cli.engine.walk import Budget, Recipe
@@ -15,11 +16,11 @@ LAYERS = 4
 STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
 
 
-def run(memory: float):
+def run():
     chosen = config.steps("prune", ["preset=best_uneven_language", "model=hf", "model.path=x"])
     model = tiny("llama", num_hidden_layers=LAYERS)
     layers = sum(tensor.nbytes for tensor in model.model.layers.parameters())
-    with pretend.card(memory) as seen:
+    with pretend.card() as seen:
         walk = TokenWalk(model, tokens(), options=DecoderOptions(components=("mlp",)), batch_size=8, device="cuda")
         recipe = Recipe(**{key: config.build(chosen[key]) for key in STEPS})
         kept = [event for event in prune_(walk, recipe, Budget(0.3)) if hasattr(event, "kept")]
@@ -31,18 +32,19 @@ def of_layers(seen, way: str) -> int:
     return sum(count for where, count in seen.bytes.items() if "engine/flow.py" in where and where.endswith(way))
 
 
-def test_trials_of_uneven_widths_fetch_no_layer_again_where_the_card_has_room():
-    roomy, layers, kept = run(memory=1e9)
+def test_trials_of_uneven_widths_fetch_no_layer_again_where_the_card_has_room(monkeypatch):
+    roomy, layers, kept = run()
     ends = 2 * 64 * 32 * 4  # embedding and head
     hidden = 20 * 24 * 32 * 4
     # One walk for the curves and one for the edits, each layer there and back; tokens and the ends once.
-    assert of_layers(roomy, "to card") <= 2 * layers + ends + 3 * hidden
-    tight, _, same = run(memory=1.2e6)
+    assert of_layers(roomy, "to card") <= 2 * layers + ends + 3 * hidden, roomy.report()
+    monkeypatch.setattr(Flow, "_has_room", lambda flow, layer: False)
+    tight, _, same = run()
     assert kept == same, "room changes traffic, not the choice"
     assert of_layers(tight, "to card") > of_layers(roomy, "to card") + 3 * layers
 
 
 def test_the_processor_waits_a_bounded_number_of_times_for_each_layer():
-    seen, _, _ = run(memory=1e9)
+    seen, _, _ = run()
     waits = sum(seen.waits.values()) / LAYERS
     assert waits < 600, seen.report()  # an elimination asks for the cheapest component at every step
