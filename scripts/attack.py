@@ -127,7 +127,7 @@ def _places(finished: Path, room: Path, count: int, asked: argparse.Namespace) -
     from tests.attack import places, runs
 
     wanted = runs.weights(finished)
-    for size in (0, 1, 1_000, 5_000, 20_000, 100_000, 300_000, 600_000):
+    for size in (5_000, 10_000, 20_000, 50_000, 100_000, 300_000, 600_000):
         (room / f"limit {size}").mkdir(parents=True)
         yield "ulimit -f", places.limited(room / f"limit {size}", size)
     for name, act in (
