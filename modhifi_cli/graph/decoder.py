@@ -390,8 +390,9 @@ def attention_attributes(model: nn.Module) -> dict[str, dict[str, int]]:
 def _played(
     model: nn.Module, layer: str, number: int, kind: str, unit: str, ran: frozenset[str] | None = None
 ) -> list[list[Part] | Refusal]:
-    """Everything that plays the role of a kind in one layer: for each the part once for each possible layout of fused
-    projections, or why there is none. A layer may have several (an MLP beside the experts, attention to another text).
+    """Everything that plays the role of a kind in one layer.
+
+    For each the part once for each possible layout of fused projections, or why there is none. A layer may have several (an MLP beside the experts, attention to another text).
 
     Args:
         model: The network.
