@@ -16,7 +16,7 @@ from modhifi_cli.graph.decoder import Decoder, Part
 # Float64 matrices of features × features that are alive at once. While tokens are seen: the sums (held-out ones apart),
 # one product and its float64 copy. When they are summed up: the sums, the moments made of them, and those of all tokens.
 _SEEING, _SUMMED_UP = 3.5, 5.0
-_SEEING_WHOLE, _SUMMED_UP_WHOLE = 2.5, 4.0  # where no sample is held out; solves then need more than the sums
+_SEEING_WHOLE, _SUMMED_UP_WHOLE = 2.0, 2.3  # where no sample is held out
 _TRIAL_DEPTHS, _TRIAL_TOKENS = 3, 1536
 _RECTANGLES = 6.0  # of outputs × features, in a solve
 _SINGLE, _DOUBLE = 4, 8.0  # bytes of an element

@@ -22,6 +22,8 @@ RUNS = [
     ("llama", {"intermediate_size": 320}, "best_language"),
     ("llama", {"intermediate_size": 256, "hidden_size": 64}, "best_language"),
     ("gpt2", {"n_inner": 288}, "best_language"),
+    ("phi3", {"intermediate_size": 256}, "best_language"),
+    ("opt", {"ffn_dim": 384}, "paper_language"),
 ]
 BASE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
