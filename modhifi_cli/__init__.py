@@ -6,11 +6,10 @@ Importing the package imports nothing heavy, so that `modhifi --help` answers at
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "groups", "load_model", "prune", "score", "unlearn"]
+__all__ = ["evaluate", "groups", "load_model", "prune", "save", "score", "unlearn"]
 
 if TYPE_CHECKING:
-    from modhifi_cli.api import evaluate, groups, prune, score, unlearn
-    from modhifi_cli.files.artifacts import load_model
+    from modhifi_cli.api import evaluate, groups, load_model, prune, save, score, unlearn
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +18,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'modhifi_cli' has no attribute '{name}'")
     import importlib
 
-    return getattr(importlib.import_module(f"modhifi_cli.{'files.artifacts' if name == 'load_model' else 'api'}"), name)
+    return getattr(importlib.import_module("modhifi_cli.api"), name)

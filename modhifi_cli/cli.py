@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from modhifi_cli.errors import ConfigError, EndedElsewhere, ModHiFiError, nearest
+from modhifi_cli.files.run_names import named_words
 from modhifi_cli.settings import completion, config
 
 USER_ERROR = 2
@@ -148,6 +149,7 @@ def _run(words: list[str]) -> int:
     config.check_words(verb, overrides)
     if verb == "list":
         return _list(overrides)
+    overrides = [word if isinstance(word, str) else config.spell(*word) for word in named_words(overrides)]
     sweeping = "-m" in flags or "--multirun" in flags
     if sweeping and verb not in ("prune", "unlearn", "evaluate"):
         raise ConfigError(f"modhifi {verb} runs once; -m is for prune, unlearn and evaluate.")

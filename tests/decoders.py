@@ -28,6 +28,7 @@ FAMILIES = {
     "gpt2": {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64}
     | {key: _COMMON[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     "phi3": _GROUPED,
+    "gemma": _GROUPED | {"head_dim": 16},
     "gemma2": _GROUPED | {"head_dim": 16, "sliding_window": 8},
 }
 

@@ -9,7 +9,9 @@ import contextlib
 import copy
 import hashlib
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, need_packages
 from modhifi_cli.graph.decoder import attention_attributes, shape_of
 from modhifi_cli.graph.surgery import describe_widths, restore_widths_, set_attribute_
+from modhifi_cli.models import uneven
 from modhifi_cli.models.vocabulary import cut_vocabulary_, read_texts
 from modhifi_cli.models.weights import seeded_initialisation
 from modhifi_cli.records import LoadedModel, TextInput
@@ -28,7 +31,7 @@ _MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 BUILDER = "modhifi_cli.models.hf.build"
-NATIVE, DENSE = "config.json", "dense_config.json"  # of an even and of an uneven pruned network
+NATIVE, DENSE = "config.json", "dense_config.json"  # of a pruned network that transformers opens, and of another
 
 
 def load(
@@ -89,8 +92,7 @@ def load(
             account = f"random (seed {seed}), configuration of {source}"
         else:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
-            commit = getattr(config, "_commit_hash", None)
-            account = f"{gguf or path}" + (f" (revision {commit})" if commit else f" ({_digest(place)})")
+            account = f"{gguf or path} ({_digest(place) if place.exists() else _revision(source, revision)})"
     if gguf is not None:
         _forget_quantisation_(model)
     words = _tokenizer(tokenizer or source, {} if tokenizer else options)
@@ -106,6 +108,20 @@ def load(
             "kwargs": {"config": _described(model.config), "dtype": str(model.dtype).removeprefix("torch.")},
         },
         weights=account,
+    )
+
+
+def described(model: nn.Module, tokenizer: Any, name: str) -> LoadedModel:
+    """A decoder at hand."""
+    return LoadedModel(
+        model=model,
+        name=name,
+        preprocess=_text_input(model.config, tokenizer),
+        architecture={
+            "builder": "modhifi_cli.models.hf.build",
+            "kwargs": {"config": _described(model.config), "dtype": str(model.dtype).removeprefix("torch.")},
+        },
+        weights=f"weights given in Python, {type(model).__name__}",
     )
 
 
@@ -198,6 +214,69 @@ def native_config(model: nn.Module) -> Any | None:
         return config if config is not None and _same_shapes(config, model) else None
 
 
+@dataclass(frozen=True)
+class Opening:
+    """What opens the folder of a pruned language model.
+
+    Attributes:
+        by: ``"transformers"``, ``"transformers with trust_remote_code"`` (our file of code lies in the folder) or
+            ``"modhifi"``.
+        why: Why not plain transformers; empty where it does.
+    """
+
+    by: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return {
+            "transformers": "plain transformers opens the new folder",
+            "modhifi": f"modhifi_cli.load_model opens the new folder, plain transformers does not: {self.why}",
+        }.get(self.by, f"transformers opens the new folder with trust_remote_code=True: {self.why}")
+
+
+def will_open(model: nn.Module, *, even: bool) -> Opening:
+    """What will open the folder of a network once it is pruned, as far as it is known before.
+
+    Args:
+        model: The dense network.
+        even: Whether all layers will keep the same widths.
+    """
+    shape = shape_of(model, 0)
+    narrow = shape | {"neurons": shape["neurons"] - 1} if shape.get("neurons", 0) > 1 else shape
+    known = model.config.model_type in uneven.FAMILIES
+    shapes = [narrow if even or number == 0 else shape for number in range(model.config.num_hidden_layers)]
+    if even:
+        with _quiet():
+            config = _with_shape(model.config, narrow)
+            if config is not None and _builds(config, narrow):
+                return Opening("transformers")
+    return _other_opening(model, shapes, known)
+
+
+def _other_opening(model: nn.Module, shapes: Sequence[Mapping[str, int]], coded: bool) -> Opening:
+    """What opens a network that plain transformers does not, and the reason."""
+    kind = model.config.model_type
+    if any(shape != shapes[0] for shape in shapes):
+        why = "its layers differ in width" + ("" if coded else f", and there is no file of code of ours for {kind}")
+    elif "neurons" not in shapes[0] or not any(hasattr(model.config, key) for key in _MLP_WIDTHS):
+        why = f"the configuration of {kind} has no key for the width of the MLPs"
+    else:
+        why = f"the configuration of {kind} cannot say these widths, head counts or biases"
+    return Opening("transformers with trust_remote_code" if coded else "modhifi", why)
+
+
+def _builds(config: Any, shape: Mapping[str, int]) -> bool:
+    """Whether a family builds layers of a shape from a configuration."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    try:
+        with torch.device("meta"):
+            return shape_of(AutoModelForCausalLM.from_config(config), 0) == shape
+    except Exception:  # families refuse in their constructors
+        return False
+
+
 def accepts_heads(model: nn.Module, heads: int, kv_heads: int) -> bool:
     """Whether the family's own configuration can hold so many heads in every layer, at the dense head dimension."""
     before = shape_of(model, 0)
@@ -207,13 +286,7 @@ def accepts_heads(model: nn.Module, heads: int, kv_heads: int) -> bool:
         if config is None:
             return False
         config.num_hidden_layers = 1
-        try:
-            with torch.device("meta"):
-                from transformers import AutoModelForCausalLM
-
-                return shape_of(AutoModelForCausalLM.from_config(config), 0) == wanted
-        except Exception:  # families refuse in their constructors
-            return False
+        return _builds(config, wanted)
 
 
 def save(model: nn.Module, directory: Path, text: TextInput) -> tuple[bool, dict[str, Any]]:
@@ -225,11 +298,15 @@ def save(model: nn.Module, directory: Path, text: TextInput) -> tuple[bool, dict
         text: Its tokenizer.
 
     Returns:
-        Whether plain transformers opens the folder, and what `restore` needs: widths and head counts.
+        Whether plain transformers opens the folder, and what else ``architecture.json`` says: widths and head counts
+        that `restore` needs, and under ``opens`` what opens the folder (`Opening`).
     """
     native = native_config(model)
     dense = model.config
-    described = {"widths": describe_widths(model), "attributes": attention_attributes(model)}
+    shapes = [shape_of(model, number) for number in range(dense.num_hidden_layers)]
+    code = uneven.code(model) if native is None else None
+    opens = Opening("transformers") if native is not None else _other_opening(model, shapes, code is not None)
+    described = {"widths": describe_widths(model), "attributes": attention_attributes(model), "opens": vars(opens)}
     with _quiet():
         try:
             model.config = dense if native is None else native
@@ -237,7 +314,12 @@ def save(model: nn.Module, directory: Path, text: TextInput) -> tuple[bool, dict
             model.save_pretrained(directory, save_original_format=native is not None)
         finally:
             model.config = dense
-        if native is None:
+        if code is not None:
+            written = uneven.config_of(model, shapes) | {"dtype": str(model.dtype).removeprefix("torch.")}
+            (directory / NATIVE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            (directory / uneven.FILE).write_text(code, encoding="utf-8")
+            described["opens"]["vllm_deci"] = uneven.deci(written)
+        elif native is None:
             (directory / NATIVE).replace(directory / DENSE)  # plain transformers would build other shapes from it
         if text.tokenizer is not None:
             text.tokenizer.save_pretrained(directory)
@@ -433,6 +515,14 @@ def _digest(place: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return f"sha256 {digest.hexdigest()[:12]}"
+
+
+def _revision(source: str, revision: str | None) -> str:
+    """The commit of what was fetched from the hub: the cache keeps it in a folder of that name."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source, "config.json", revision=revision)
+    return f"revision {Path(found).parent.name if isinstance(found, str) else revision or 'unknown'}"
 
 
 def _described(config: Any) -> dict[str, Any]:

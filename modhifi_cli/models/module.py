@@ -126,6 +126,33 @@ def load(
     )
 
 
+def described(
+    model: nn.Module,
+    factory: str,
+    kwargs: Mapping[str, Any],
+    preprocess: Mapping[str, Any] | None,
+    classes: Sequence[str] | None,
+    name: str,
+) -> LoadedModel:
+    """A network at hand that a factory makes.
+
+    Raises:
+        ConfigError: If the factory cannot be found, or the preprocessing is not said.
+    """
+    code, digest = _code_of(factory)
+    return LoadedModel(
+        model=model,
+        name=name,
+        preprocess=_preprocess(preprocess),
+        architecture={
+            "builder": BUILDER,
+            "kwargs": {"factory": factory, "kwargs": dict(kwargs), "file": code.name, "sha256": digest},
+        },
+        weights=f"weights given in Python, network made by {factory}",
+        classes=None if classes is None else tuple(str(one) for one in classes),
+    )
+
+
 def changed_code(architecture: Mapping[str, Any]) -> str | None:
     """A warning if the code that makes a saved network is no longer what it was, or None.
 

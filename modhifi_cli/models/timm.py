@@ -139,6 +139,22 @@ def _data_config(model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]
     return config
 
 
+def described(
+    model: nn.Module, preprocess: Mapping[str, Any] | None, classes: Sequence[str] | None, name: str
+) -> LoadedModel:
+    """A network of timm at hand, which says itself what it is."""
+    config = model.pretrained_cfg
+    kwargs = {"name": config["architecture"], "num_classes": getattr(model, "num_classes", None), "options": None}
+    return LoadedModel(
+        model=model,
+        name=name,
+        preprocess=adjusted(_preprocess(_data_config(model, {})), preprocess),
+        architecture={"builder": "modhifi_cli.models.timm.build", "kwargs": kwargs},
+        weights=f"weights given in Python, network timm {config['architecture']}",
+        classes=None if classes is None else tuple(classes),
+    )
+
+
 def _preprocess(config: Mapping[str, Any]) -> Preprocess:
     height, width = config["input_size"][1:]
     # "squash" resizes straight to the input; "center" and "border" crop from a larger image.

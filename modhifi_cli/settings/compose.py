@@ -48,7 +48,7 @@ def for_network(verb: str, overrides: Sequence[str]) -> list[str]:
     """
     words = list(overrides)
     named = [word.partition("=")[2] for word in words if word.startswith("model=")]
-    if verb != "prune" or not named or not all(_reads_text(name) for name in named[-1].split(",")):
+    if verb != "prune" or not named or not all(_reads_text(name, words) for name in named[-1].split(",")):
         return words
     if not any(word.startswith("preset=") for word in words):
         default = re.search(r"^  - preset: (\w+)", (config_directory() / "prune.yaml").read_text("utf-8"), re.M)
@@ -66,7 +66,11 @@ def _of_language(preset: str) -> str:
     return own if (config_directory() / "preset" / f"{own}.yaml").is_file() else preset
 
 
-def _reads_text(model: str) -> bool:
+def _reads_text(model: str, words: Sequence[str]) -> bool:
+    if model == "run":  # then the run says what its network reads
+        run = next((word.partition("=")[2].strip("'\"") for word in words if word.startswith("model.run=")), "")
+        said = next((path for path in Path(run).glob("**/architecture.json")), None) if run else None
+        return said is not None and '"reads": "text"' in said.read_text(encoding="utf-8")
     path = config_directory() / "model" / f"{model}.yaml"
     return path.is_file() and "_target_: modhifi_cli.models.hf." in path.read_text(encoding="utf-8")
 

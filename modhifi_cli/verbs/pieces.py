@@ -25,7 +25,7 @@ from modhifi_cli.files.exports.written import ExportReport, Intent
 from modhifi_cli.pages import figures, many, terms
 from modhifi_cli.pages import page as pages
 from modhifi_cli.pages import run as run_pages
-from modhifi_cli.pages.card import model_card
+from modhifi_cli.pages.card import card, loading_lines
 from modhifi_cli.pages.page import Page
 from modhifi_cli.records import Chart, Edit, ImageSource, LoadedModel, Measurement, Preprocess, Results, TextInput
 from modhifi_cli.settings import config
@@ -260,7 +260,7 @@ def show_end(console: Console, final: Path, warnings: int) -> None:
     console.note(f"{told}; the page is report.html, the network model/, both in")
     console.note(f"  {final}")
     console.note(f"proof that it answers as it did:  modhifi verify run={final}")
-    console.note(f"in Python:  import modhifi_cli; model = modhifi_cli.load_model({str(final)!r})")
+    show_loading(console, final)
     console.note(f"next, on other data or with other measurements:  modhifi evaluate run={final}")
 
 
@@ -290,10 +290,21 @@ def foresee_exports(settings: Mapping[str, Any], loaded: LoadedModel | None = No
         ConfigError: If a format is for networks that read something else, or a setting of it is wrong.
         UnsupportedModelError: If a format cannot hold the network.
     """
-    reads = "tokens" if is_decoder(settings) else "images"
-    for name, node in settings["export"].items():
-        format_ = config.build(node)
-        if format_.reads != reads:
+    refuse_exports(settings["export"], "tokens" if is_decoder(settings) else "images")
+    if loaded is not None:
+        even = not getattr(config.build(settings["allocation"]), "needs_curves", False)
+        from modhifi_cli.engine.rounding import neuron_step
+
+        neurons = getattr(getattr(loaded.model, "config", None), "intermediate_size", None)
+        step = neuron_step(neurons, settings["round_to"]) if neurons else 1
+        for node in settings["export"].values():
+            config.build(node).foresee(loaded, Intent(even=even, round_to=step))
+
+
+def refuse_exports(exports: Mapping[str, Any], reads: str) -> None:
+    """Refuse formats that are for networks that read something else than ``"images"`` or ``"tokens"``."""
+    for name, node in exports.items():
+        if config.build(node).reads != reads:
             other = "gguf or leave export empty" if reads == "tokens" else "onnx, torch_export or plain"
             what = (
                 "writes one graph for inputs of one shape, and a language model generates with a cache that grows"
@@ -301,13 +312,6 @@ def foresee_exports(settings: Mapping[str, Any], loaded: LoadedModel | None = No
                 else "is for language models, and this network reads images"
             )
             raise ConfigError(f"export=[{name}] {what}; choose {other}.")
-        if loaded is not None:
-            even = not getattr(config.build(settings["allocation"]), "needs_curves", False)
-            from modhifi_cli.engine.rounding import neuron_step
-
-            neurons = getattr(getattr(loaded.model, "config", None), "intermediate_size", None)
-            step = neuron_step(neurons, settings["round_to"]) if neurons else 1
-            format_.foresee(loaded, Intent(even=even, round_to=step))
 
 
 def told_overlap(
@@ -427,28 +431,37 @@ def write_pages(folder: Path) -> None:
     artifacts.renew(folder, [*texts, *(f"{stem}.{kind}" for stem, kinds in drawn.items() for kind in kinds)])
 
 
-def write_card(
-    place: artifacts.RunDirectory,
-    loaded: LoadedModel,
-    achieved: Mapping[str, float],
-    measurements: Sequence[Measurement],
-    calibration: ImageSource,
-    command: str,
-    trained: str = "",
-) -> None:
-    """Put a page beside a pruned language model's weights that says what it is, how it loads and how good it is."""
-    card = model_card(
-        loaded.name,
-        origin=loaded.weights,
-        native=artifacts.opens_natively(place.path),
-        achieved=achieved,
-        measurements=measurements,
-        calibration=calibration.protocol,
-        repeat=command,
-        trained=trained,
-    )
-    artifacts.write_text(place.path / "model" / "README.md", card)
-    artifacts.renew(place.path / "model", ["README.md"])
+def write_card(run: Path) -> None:
+    """Put a page beside a saved network's weights that says what it is, how it loads and how good it is.
+
+    Args:
+        run: A folder with ``results.json`` and ``model/``.
+    """
+    results = artifacts.read_results(run)
+    files = sorted(path.name for path in (run / "export").glob("*")) if (run / "export").is_dir() else []
+    made = artifacts.read_object(run / "environment.json", "a saved run") if (run / "environment.json").is_file() else {}
+    words = [word for word in shlex.split(str(made.get("command", ""))) if not word.startswith("resume=")]
+    from modhifi_cli.verbs import healing
+
+    healed = results.get("healing")
+    trained = healing.told(healed)[-1] if healed and healed["trained"] else ""
+    content = card(results, opening=opening_of(run), exports=files, repeat=shlex.join(words), trained=trained)
+    artifacts.write_text(run / "model" / "README.md", content)
+    artifacts.renew(run / "model", ["README.md"])
+
+
+def opening_of(run: Path) -> dict[str, Any] | None:
+    """What opens the network that a run saved, if it is a language model."""
+    return artifacts.opening_of(run) if artifacts.reads_text(run) else None
+
+
+def show_loading(console: Console, final: Path) -> None:
+    """Tell the lines that open the network of a finished run."""
+    opening = opening_of(final)
+    folder = final if opening is None or opening["by"] == "modhifi" else final / "model"
+    console.note("load it with:")
+    for line in loading_lines(str(folder), opening):
+        console.note(f"    {line}")
 
 
 def sample_shown(
@@ -509,7 +522,10 @@ def _example_of(settings: Mapping[str, Any], preprocess: Preprocess | TextInput,
 
 def is_decoder(settings: Mapping[str, Any]) -> bool:
     """Whether the settings name a language model."""
-    return str(settings["model"]["_target_"]).startswith("modhifi_cli.models.hf.")
+    model = settings["model"]
+    if model.get("run") is not None and "run" in model:
+        return artifacts.reads_text(artifacts.run_folder(model["run"], needs=()))
+    return str(model["_target_"]).startswith("modhifi_cli.models.hf.")
 
 
 def placed(model: nn.Module, settings: Mapping[str, Any], device: torch.device) -> nn.Module:

@@ -72,6 +72,11 @@ def prune(
     console.note(
         f"{loaded.name}: {goal}; {loaded.weights}, {len(calibration)} calibration {what}; working in {place.path}"
     )
+    if pieces.is_decoder(settings):
+        from modhifi_cli.models.hf import will_open
+
+        even = not getattr(config.build(settings["allocation"]), "needs_curves", False)
+        console.note(str(will_open(loaded.model, even=even)))
     shared_text = pieces.told_overlap(settings, calibration, evaluation, console, place)
     if calibration.protocol.get("skipped"):
         console.warning(
@@ -133,11 +138,7 @@ def prune(
             place, settings, loaded, widths, sample, model, summary, edits, predicted, measurements, exported, steps.seconds,
             calibration, trials, seen, healed,
         )  # fmt: skip
-        if pieces.is_decoder(settings):
-            again = [word for word in facts["overrides"] if not word.startswith("resume=")]
-            repeat = pieces.command_line("prune", again)
-            trained = healing.told(healed)[-1] if healed and healed["trained"] else ""
-            pieces.write_card(place, loaded, summary.achieved, measurements, calibration, repeat, trained)
+        pieces.write_card(place.path)
         final = place.finish()
     _show_outcome(console, final, summary, measurements)
     return final

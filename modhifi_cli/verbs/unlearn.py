@@ -100,6 +100,7 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
             place, settings, loaded, labels, forget, sample, summary, edits, measurements, audited, exported, steps.seconds,
             calibration, seen,
         )  # fmt: skip
+        pieces.write_card(place.path)
         final = place.finish()
     _show_outcome(console, final, settings, forget, summary, measurements, audited)
     return final

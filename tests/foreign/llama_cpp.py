@@ -95,12 +95,24 @@ class Llama:
 
     def logits(self, tokens: list[int]) -> numpy.ndarray:
         """Logits behind every token, ``[tokens, vocabulary]``."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        return self._decode(tokens, 0)
+
+    def follow(self, tokens: list[int], count: int) -> list[int]:
+        """The greedy continuation of `count` tokens, one after another with the cache."""
+        token, said = int(self.logits(tokens)[-1].argmax()), []
+        for number in range(count):
+            said.append(token)
+            if number < count - 1:
+                token = int(self._decode([token], len(tokens) + number)[0].argmax())
+        return said
+
+    def _decode(self, tokens: list[int], start: int) -> numpy.ndarray:
         lib = self._lib
-        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
         batch = lib.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for place, token in enumerate(tokens):
-            batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
+            batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, start + place, 1
             batch.seq_id[place][0], batch.logits[place] = 0, 1
         assert lib.llama_decode(self._context, batch) == 0, "llama.cpp cannot decode"
         found = numpy.ctypeslib.as_array(lib.llama_get_logits(self._context), (len(tokens), self.vocabulary)).copy()

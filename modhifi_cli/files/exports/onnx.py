@@ -41,7 +41,7 @@ class Onnx(Graph):
             raise ConfigError(f"export.onnx.runtimes: expected some of {', '.join(_RUNTIMES)}, got {list(names)}.")
         running = {name: _runtime(name) for name in names}
         (first, run), *more = running.values()
-        told = {"model": loaded.name, "weights": loaded.weights, **_preprocessing(loaded), **facts}
+        told = {"model": loaded.name, "weights": loaded.weights, **preprocessing(loaded), **facts}
         way = Way(
             "onnx",
             "model.onnx",
@@ -75,7 +75,7 @@ def _write(network: nn.Module, images: Tensor, file: Path, opset: int | None, to
     program.save(file, external_data=size > _LARGEST_SINGLE_FILE)
 
 
-def _preprocessing(loaded: LoadedModel) -> dict[str, str]:
+def preprocessing(loaded: LoadedModel) -> dict[str, str]:
     """What an image goes through before it becomes the input, and the classes, as JSON."""
     told = {}
     if isinstance(loaded.preprocess, Preprocess):
