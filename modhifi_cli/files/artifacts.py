@@ -9,6 +9,8 @@ from modhifi_cli.files.disk import (
     write_json,
     write_text,
 )
+from modhifi_cli.files.earlier_run import load as load_run
+from modhifi_cli.files.earlier_run import opening_of, reads_text
 from modhifi_cli.files.edits import load_edits
 from modhifi_cli.files.manifest import NAME as CHECKSUMS
 from modhifi_cli.files.manifest import checked, made_here, renew
@@ -28,13 +30,10 @@ from modhifi_cli.files.saved_network import (
     answers_of,
     code_changed,
     load_model,
-    load_run,
     load_saved,
     load_verification,
-    opening_of,
     opens_natively,
     read_answer,
-    reads_text,
     save_model,
     save_verification,
     stored_answers,

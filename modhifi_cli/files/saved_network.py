@@ -24,7 +24,6 @@ from modhifi_cli.files.disk import (
     write_bytes,
     write_json,
 )
-from modhifi_cli.files.run_folder import run_folder
 from modhifi_cli.records import LoadedModel, Preprocess, TextInput
 
 _ARCHITECTURE, _WEIGHTS, _VERIFICATION = "architecture.json", "weights.safetensors", "verification.safetensors"
@@ -173,40 +172,6 @@ def _filled(files: manifest.Checked, architecture: Mapping[str, Any], widths: An
     return model.eval()
 
 
-def load_run(run: str, weights: str | None = None, name: str | None = None) -> LoadedModel:
-    """The network of a run as a starting point for another.
-
-    Args:
-        run: A finished run's folder, or its ``model`` folder.
-        weights: A file with other weights of the same shapes; None takes those that were saved.
-        name: For tables and folders; None takes the run's.
-
-    Raises:
-        DataError: If it is no finished run, is damaged, or the weights do not fit.
-    """
-    from modhifi_cli.models.weights import load_weights_
-
-    folder = Path(run)
-    if not (folder / "architecture.json").is_file():
-        run_folder(folder, needs=("model",))
-    loaded = load_saved(folder)
-    account = f"network of run {folder.name}, from {loaded.weights}"
-    if weights is not None:
-        account = f"{load_weights_(loaded.model, weights)}, for the {account}"
-        tie = getattr(loaded.model, "tie_weights", None)
-        if callable(tie):
-            tie()
-    model = loaded.model.requires_grad_(False)
-    return dataclasses.replace(loaded, model=model, name=name or loaded.name, weights=account)
-
-
-def reads_text(run: str | os.PathLike[str]) -> bool:
-    """Whether the network that a run saved is a language model."""
-    folder = Path(run)
-    inside = folder / "model" if (folder / "model").is_dir() else folder
-    return read_json(inside / "architecture.json", "a saved model").get("reads") == "text"
-
-
 def save_model(directory: Path, loaded: LoadedModel, model: nn.Module) -> None:
     """Write an edited network: ``weights.safetensors`` and ``architecture.json``, and their checksums.
 
@@ -272,13 +237,6 @@ def _load_text(files: manifest.Checked, described: Mapping[str, Any]) -> LoadedM
         architecture=architecture,
         weights=weights,
     )
-
-
-def opening_of(run: Path) -> dict[str, Any]:
-    """What opens the saved network of a language model besides this package: ``by``, ``why``, perhaps ``vllm_deci``."""
-    described = read_json(run / "model" / "architecture.json", "a saved model")
-    by = "transformers" if described.get("native") else "modhifi"
-    return described.get("opens") or {"by": by, "why": "its layers differ in width"}
 
 
 def opens_natively(run: Path) -> bool:

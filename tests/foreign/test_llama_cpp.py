@@ -115,3 +115,17 @@ def test_an_even_folder_converts_with_the_stock_converter(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-800:]
     assert agree(model, out) > 0.95
+
+
+@pytest.mark.real
+def test_a_trained_llama_with_sentencepiece_words_reads_and_answers_alike(tmp_path, test_data):
+    required()
+    loaded = hf.load(path=str(test_data / "weights" / "stories260k"))
+    file = Gguf(type="f32")(loaded, example=torch.zeros(1, 4), path=tmp_path, facts={}).path
+    text = (test_data / "text" / "tinystories_sample.txt").read_text(encoding="utf-8")[:600].strip()
+    ids = loaded.preprocess.tokenizer(text)["input_ids"]
+    with contextlib.closing(Llama(file, length=512)) as llama:
+        assert llama.tokens(text) == ids
+        theirs = llama.logits(ids)
+    ours = loaded.model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    assert (theirs.argmax(1) == ours.argmax(1)).mean() >= 0.99
