@@ -463,11 +463,16 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def load_model(place: str | os.PathLike[str]) -> nn.Module:
+def load_model(
+    place: str | os.PathLike[str], *, allow: str | bool = False, unverified: bool = False
+) -> nn.Module:
     """The network that a run or `save` wrote, or one on the Hugging Face hub, on the CPU in evaluation mode.
 
     Args:
         place: A folder, which wins, or ``"USER/NAME"`` on the hub.
+        allow: ``"package.module:function"``, the user's own code that makes this network, as the folder names it; True
+            for whatever it names. A folder runs no code otherwise.
+        unverified: Whether a folder without checksums, as older versions wrote them, may be read.
 
     Raises:
         DataError: If there is no such folder and no such name on the hub, or what is there is no saved network.
@@ -477,7 +482,7 @@ def load_model(place: str | os.PathLike[str]) -> nn.Module:
     folder = Path(place)
     if not folder.is_dir() and hub.is_name(str(place)):
         folder = hub.fetched(str(place))
-    return artifacts.load_model(folder)
+    return artifacts.load_model(folder, allow=allow, unverified=unverified)
 
 
 def save(
@@ -515,7 +520,7 @@ def save(
         model, factory=factory, kwargs=kwargs, preprocess=preprocess, classes=classes, tokenizer=tokenizer, name=name
     )
     artifacts.save_model(Path(folder), loaded, model)
-    artifacts.load_model(folder)
+    artifacts.load_model(folder, allow=factory or False)
 
 
 @dataclass(frozen=True)

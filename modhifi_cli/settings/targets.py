@@ -98,7 +98,7 @@ class Role:
 
 _SOURCE = Role("a source of data", ("data",), name="load")
 _ROLES: Mapping[str, Role] = {
-    "model": Role("a loader of networks", ("models",), name="load"),
+    "model": Role("a loader of networks", ("models", "files.earlier_run"), name="load"),
     "data": _SOURCE,
     "evaluation_data": _SOURCE,
     "sources": _SOURCE,

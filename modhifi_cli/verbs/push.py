@@ -6,13 +6,11 @@ from typing import Any
 
 from modhifi_cli.console import Console
 from modhifi_cli.files import artifacts, hub
-from modhifi_cli.verbs import pieces
 
 
 def push(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
     """Upload the saved network's folder, or say what would be uploaded."""
     run = artifacts.run_folder(settings["run"], needs=("model", "results.json"))
-    pieces.write_card(run)
     planned = hub.plan(run / "model", settings["repo"])
     for name, size in planned.files.items():
         console.note(f"{name}: {size:,} bytes")

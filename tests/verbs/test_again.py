@@ -148,7 +148,7 @@ def test_saved_networks_are_loaded_again(tmp_path):
     small, _ = modhifi_cli.prune(network, loader, sparsity=0.3, preset="fast", check_data=False)
     given = {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
     modhifi_cli.save(small, tmp_path / "a", factory="torchvision.models:resnet18", preprocess=given)
-    again = modhifi_cli.load_model(tmp_path / "a")
+    again = modhifi_cli.load_model(tmp_path / "a", allow="torchvision.models:resnet18")
     assert torch.equal(again(loader), small(loader))
     from modhifi_cli.errors import ConfigError
 
