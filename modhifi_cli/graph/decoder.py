@@ -392,7 +392,8 @@ def _played(
 ) -> list[list[Part] | Refusal]:
     """Everything that plays the role of a kind in one layer.
 
-    For each the part once for each possible layout of fused projections, or why there is none. A layer may have several (an MLP beside the experts, attention to another text).
+    For each the part once for each possible layout of fused projections, or why there is none. A layer may have several
+    (an MLP beside the experts, attention to another text).
 
     Args:
         model: The network.
