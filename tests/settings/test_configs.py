@@ -59,7 +59,8 @@ def test_every_choice_composes_and_binds(group, choice):
 
 @pytest.mark.parametrize("verb", config.verbs())
 def test_every_verb_composes(verb):
-    needs = {"unlearn": ["forget_class=3"]} | dict.fromkeys(("verify", "replay", "audit"), ["run=given"])
+    needs = {"unlearn": ["forget_class=3"]} | dict.fromkeys(("verify", "replay", "audit", "export"), ["run=given"])
+    needs["push"] = ["run=given", "repo=given"]
     assert config.compose(verb, needs.get(verb, []))["output_dir"] == "outputs"
 
 
