@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from modhifi_cli.data import class_inversion, inversion, synthetic
+from modhifi_cli.data import class_inversion, pixels, synthetic
 from modhifi_cli.data.making import Making
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.files import cache
@@ -68,10 +68,10 @@ def test_unlearning_without_data_and_without_batchnorm_gets_samples_of_every_cla
 
 
 def test_a_part_too_small_for_all_classes_draws_among_them():
-    few = inversion.wanted_classes(None, 1000, together=16, seed=0)
+    few = pixels.wanted_classes(None, 1000, together=16, seed=0)
     assert sorted(few) == list(range(1000)) and max(few[:16]) > 500
-    assert few != inversion.wanted_classes(None, 1000, together=16, seed=1)
-    assert inversion.wanted_classes(None, 10, together=16, seed=0) == list(range(10))
+    assert few != pixels.wanted_classes(None, 1000, together=16, seed=1)
+    assert pixels.wanted_classes(None, 10, together=16, seed=0) == list(range(10))
 
 
 @pytest.mark.parametrize(
