@@ -210,7 +210,7 @@ def audit(
         relearn=again,
         membership=members,
         verdict=verdict,
-        definitions=DEFINITIONS,
+        definitions=DEFINITIONS if settings.further is None else {**DEFINITIONS, **more.definitions(settings.further)},
         protocol={
             "calibration": dict(calibration.protocol),
             "calibration labels": labels_account,

@@ -38,7 +38,6 @@ DEFINITIONS: Mapping[str, str] = {
     "neighbour": "balanced accuracy of a linear probe that tells, from a network's answers without those of the forgotten "
     "classes, held-out images of these from real images of the class that they are given most; 50 % is chance and the aim; "
     "mean over draws",
-    "int8 FA": "forget accuracy after the weights went through 8 bits and back, per output channel; int4 FA likewise",
     "TV": "lower bound, 0 to 1, on the total variation between the features of the forgotten classes and those of the "
     "others, from mean and variance of held-out images along the direction that separates calibration images best: "
     "some test errs in at most (1 − TV) / 2 of the cases; a large value proves that the classes can still be told "

@@ -128,6 +128,12 @@ def figures_of(name: str, found: Mapping[str, Any]) -> dict[str, float | None]:
     return figures | {f"{bits} FA": one["forget"] for bits, one in found["rounding"].get(name, {}).items()}
 
 
+def definitions(settings: Further) -> dict[str, str]:
+    """What the figures mean that a setting names: forget accuracy with rounded weights, one for every number of bits."""
+    meaning = "forget accuracy on at most {} images after the weights went through {} bits and back, per output channel"
+    return {f"int{bits} FA": meaning.format(settings.samples, bits) for bits in settings.bits}
+
+
 def _neighbour(seen: Seen, name: str, draws: Sequence[int], samples: int) -> tuple[int | None, list[float]]:
     """The class that a network gives forget images most, and how well a probe tells them from it, % for each draw."""
     fitted, asked = ("calibration", "evaluation") if "evaluation" in seen.labels else ("calibration", "calibration")

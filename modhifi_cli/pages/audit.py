@@ -1,5 +1,6 @@
 """The page of an audit: its verdict on top, every figure under its name, and how it was measured."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ _NAMES = {
     "FA": "forget accuracy (FA)", "UA": "unlearning accuracy (UA)", "RA": "remaining accuracy (RA)",
     "TA": "test accuracy (TA)", "MIA": "membership attack (MIA)", "MIA check": "check of that attack (MIA check)",
     "loss forget": "membership by loss, forget", "loss retain": "membership by loss, retain",
+    "neighbour": "told from the nearest class (neighbour)",
 }  # fmt: skip
 _AT_THE_TOP = ("FA", "TA", "RA", "probe, penultimate", "class mean, penultimate", "relearn steps", "MIA")
 _MOST_CLASSES = 30  # rows of a table of classes; the JSON file has them all
@@ -86,13 +88,19 @@ def _heads(report: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _name(figure: str) -> str:
     unit = "" if figure.startswith("TV") or figure == "relearn steps" else ", %"
-    return _NAMES.get(figure, figure) + unit
+    return _called(figure) + unit
+
+
+def _called(figure: str) -> str:
+    """What a reader calls a figure; those with rounded weights are as many as the settings have bits."""
+    rounded = re.fullmatch(r"int(\d+) FA", figure)
+    return f"forget accuracy, weights in {rounded[1]} bits ({figure})" if rounded else _NAMES.get(figure, figure)
 
 
 def _fact(name: str, found: Mapping[str, Mapping[str, float | None]]) -> Fact:
     before = found["dense"].get(name)
     shown = _text(name, found["edited"][name]) + (" steps" if name == "relearn steps" else " %")
-    return Fact(_NAMES.get(name, name), shown, "" if before is None else f"dense {_text(name, before)}")
+    return Fact(_called(name), shown, "" if before is None else f"dense {_text(name, before)}")
 
 
 def _text(name: str, value: float | None, *, sign: bool = False) -> str:
@@ -114,7 +122,7 @@ def _figures(report: Mapping[str, Any]) -> tuple[Block, ...]:
             "Shares in %, relearn steps in steps (– where the attack did not succeed, or was not made), TV in 0 … 1. "
             "Names behind a comma are places in the network, in execution order."
         ),
-        Listing(tuple(f"{_NAMES.get(name, name)}: {meaning}." for name, meaning in report["definitions"].items())),
+        Listing(tuple(f"{_called(name)}: {meaning}." for name, meaning in report["definitions"].items())),
     )
 
 
@@ -196,7 +204,7 @@ def _further(found: Mapping[str, Any]) -> Section:
             if one.get("mean") is None:
                 continue
             ends = "–" if one["low"] is None else f"{one['low']:.1f} … {one['high']:.1f}"
-            lines.append((figure, _NETWORKS[name], f"{one['mean']:.1f}", ends, str(one["draws"])))
+            lines.append((_called(figure), _NETWORKS[name], f"{one['mean']:.1f}", ends, str(one["draws"])))
     blocks: list[Block] = [Table(("figure", "network", "mean", "95 % interval of the mean", "draws"), tuple(lines))]
     rounded = tuple(
         (_NETWORKS[name], bits, f"{one['forget']:.1f}", f"{one['retain']:.1f}")

@@ -8,6 +8,8 @@ import torch
 
 from modhifi_cli.audit.further import Further, interval
 from modhifi_cli.errors import ConfigError
+from modhifi_cli.pages import audit as audit_pages
+from modhifi_cli.verbs.audit import audit_measurements
 from tests.audit.test_audit import QUICK, blind, network, patterns, row_removed, run  # noqa: F401
 
 FURTHER = dataclasses.replace(QUICK, further=Further(seeds=3, samples=60, bits=(8, 2)))
@@ -55,6 +57,19 @@ def test_attacks_that_draw_have_intervals(network, row_removed):  # noqa: F811
     assert found.further["intervals"]["MIA"]["edited"]["draws"] == 3
     assert found.further["intervals"]["relearn steps"]["edited"]["draws"] == 2
     assert found.further["intervals"]["MIA check"]["dense"]["low"] is not None
+
+
+def test_every_figure_has_a_meaning_and_a_name_on_the_page_whatever_the_bits(network, row_removed):  # noqa: F811
+    found = run(network, row_removed, settings=FURTHER)
+    assert {"neighbour", "int8 FA", "int2 FA"} <= set(found.figures["edited"])
+    for name in {name for figures in found.figures.values() for name in figures}:
+        assert found.definitions[name.partition(",")[0]]
+    assert "at most 60 images" in found.definitions["int2 FA"] and "through 2 bits" in found.definitions["int2 FA"]
+    told = {measured.name: measured.protocol["definition"] for measured in audit_measurements(found)}
+    assert told["audit_int2_FA"] == found.definitions["int2 FA"]
+    names = {row["figure"] for row in audit_pages.rows(found.plain())}
+    assert {"forget accuracy, weights in 2 bits (int2 FA), %", "told from the nearest class (neighbour), %"} <= names
+    assert "int2 FA" not in run(network, row_removed).definitions, "what was not measured is not explained"
 
 
 def test_without_evaluation_images_half_of_the_others_are_asked(network, row_removed):  # noqa: F811
