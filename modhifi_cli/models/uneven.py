@@ -17,6 +17,7 @@ from torch import nn
 from modhifi_cli.graph.decoder import decoder_layers
 
 FILE = "modeling_modhifi.py"
+PREFIX = "modhifi_uneven_"  # of the model_type that the file gives its configuration
 FAMILIES: Mapping[str, str] = {  # model_type → prefix of transformers' class names
     "llama": "Llama",
     "mistral": "Mistral",
@@ -112,8 +113,18 @@ class Uneven${family}ForCausalLM(${family}ForCausalLM):
 
 def code(model: nn.Module) -> str | None:
     """The file for a network's family, or None for families that it does not know."""
-    kind = model.config.model_type
+    return code_of(model.config.model_type)
+
+
+def code_of(kind: str) -> str | None:
+    """As `code`, by the family's ``model_type``."""
     return _CODE.substitute(module=kind, family=FAMILIES[kind]) if kind in FAMILIES else None
+
+
+def auto_map(kind: str) -> dict[str, str]:
+    """Where transformers finds the classes of a family in `FAMILIES`: in `FILE` beside the configuration."""
+    module, name = FILE.removesuffix(".py"), f"Uneven{FAMILIES[kind]}"
+    return {"AutoConfig": f"{module}.{name}Config", "AutoModelForCausalLM": f"{module}.{name}ForCausalLM"}
 
 
 def config_of(model: nn.Module, shapes: Sequence[Mapping[str, int]]) -> dict[str, Any]:
@@ -127,7 +138,6 @@ def config_of(model: nn.Module, shapes: Sequence[Mapping[str, int]]) -> dict[str
         JSON-able: numbers that all layers share for the whole network, the others for each layer.
     """
     kind = model.config.model_type
-    name = f"Uneven{FAMILIES[kind]}"
     plain = copy.deepcopy(model.config).to_dict()
     layers: dict[str, dict[str, int]] = {str(number): {} for number in range(len(shapes))}
     hidden = plain["hidden_size"]
@@ -140,12 +150,9 @@ def config_of(model: nn.Module, shapes: Sequence[Mapping[str, int]]) -> dict[str
             for number, value in enumerate(values):
                 layers[str(number)][theirs] = value
     return plain | {
-        "model_type": f"modhifi_uneven_{kind}",
-        "architectures": [f"{name}ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{FILE.removesuffix('.py')}.{name}Config",
-            "AutoModelForCausalLM": f"{FILE.removesuffix('.py')}.{name}ForCausalLM",
-        },
+        "model_type": f"{PREFIX}{kind}",
+        "architectures": [f"Uneven{FAMILIES[kind]}ForCausalLM"],
+        "auto_map": auto_map(kind),
         "head_dim": shapes[0]["head_dim"],
         "per_layer_config": {number: own for number, own in layers.items() if own},
         "added_biases": _added_biases(model),
@@ -154,7 +161,7 @@ def config_of(model: nn.Module, shapes: Sequence[Mapping[str, int]]) -> dict[str
 
 def deci(config: Mapping[str, Any]) -> bool:
     """Whether vLLM's ``DeciLMForCausalLM`` can run a network that `config_of` describes."""
-    kind = str(config["model_type"]).removeprefix("modhifi_uneven_")
+    kind = str(config["model_type"]).removeprefix(PREFIX)
     varied = any("num_attention_heads" in own for own in config["per_layer_config"].values())
     return kind in _DECI and not varied and not config["added_biases"] and not config.get("sliding_window")
 

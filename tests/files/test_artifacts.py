@@ -104,8 +104,11 @@ def test_a_saved_model_is_of_its_own_class_with_equal_weights_and_logits(saved):
 
 def test_the_package_offers_load_model(saved):
     import modhifi_cli
+    from modhifi_cli import api
 
-    assert modhifi_cli.load_model is artifacts.load_model
+    assert modhifi_cli.load_model is api.load_model  # folders and names on the hub
+    ours, theirs = (load(saved[0]).state_dict() for load in (modhifi_cli.load_model, artifacts.load_model))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
         modhifi_cli.load_modle  # noqa: B018
 

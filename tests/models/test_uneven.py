@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modhifi_cli.files import artifacts
+from modhifi_cli.errors import DataError
+from modhifi_cli.files import artifacts, manifest
 from modhifi_cli.models import hf, uneven
 from modhifi_cli.records import LoadedModel, TextInput
 from tests.decoders import FAMILIES, tiny, tokenizer
@@ -74,7 +75,33 @@ def test_transformers_alone_opens_unequal_layers(tmp_path, family):
 def test_our_own_reader_never_runs_the_file(tmp_path):
     folder = folder_of(made("llama"), tmp_path / "model")
     (folder / uneven.FILE).write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(DataError, match=f"{uneven.FILE}: damaged or changed"):
+        artifacts.load_saved(folder)
+    manifest.write(folder)  # listed as it is now, by the user whose folder it is
     artifacts.load_saved(folder)
+
+
+@pytest.mark.parametrize("how, said", [
+    ("other code", f"{uneven.FILE}: is not the code that this version of modhifi writes"),
+    ("another file", "evil.py: a saved network has no such file"),
+    ("another class", f"{uneven.FILE}: a saved network has no such file"),
+])  # fmt: skip
+def test_a_strangers_folder_brings_our_code_or_none(tmp_path, how, said):
+    folder = folder_of(made("llama"), tmp_path / "model")
+    if how == "other code":
+        (folder / uneven.FILE).write_text("raise SystemExit('it ran')\n")
+    elif how == "another file":
+        (folder / "evil.py").write_text("")
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"]["AutoConfig"] = "evil.Make"
+        (folder / "config.json").write_text(json.dumps(config))
+    manifest.write(folder)
+    told = json.loads((folder / manifest.NAME).read_text())
+    del told["mark"]  # only its maker's machine can make one
+    (folder / manifest.NAME).write_text(json.dumps(told))
+    with pytest.raises(DataError, match=said):
+        artifacts.load_saved(folder)
 
 
 def test_the_configuration_says_each_layers_own_numbers(tmp_path):
