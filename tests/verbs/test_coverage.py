@@ -7,6 +7,7 @@ import pytest
 
 from modhifi_cli.cli import main
 from modhifi_cli.engine import coverage as task
+from modhifi_cli.files import kept
 from modhifi_cli.models import catalogue
 from modhifi_cli.verbs import coverage as verb
 
@@ -54,13 +55,13 @@ def test_a_finished_network_is_not_examined_again(done, monkeypatch, capsys):
 
 
 def test_a_damaged_result_and_one_of_other_settings_are_made_anew(done, here):
-    kept = done / "networks" / f"{NAME}.json"
-    asked = json.loads(kept.read_text())["asked"]
-    assert verb._kept(done, NAME, asked) is not None
-    assert verb._kept(done, NAME, asked | {"share": 0.5}) is None
-    (here / "networks").mkdir()
-    (here / "networks" / f"{NAME}.json").write_text(kept.read_text()[:50])
-    assert verb._kept(here, NAME, asked) is None
+    file = verb._file(done, NAME)
+    asked = json.loads(file.read_text())["asked"]
+    assert kept.read_cell(file, verb._OF_A_NETWORK, asked=asked) is not None
+    assert kept.read_cell(file, verb._OF_A_NETWORK, asked=asked | {"share": 0.5}) is None
+    damaged = here / "damaged.json"
+    damaged.write_text(file.read_text()[:50])
+    assert kept.read_cell(damaged, verb._OF_A_NETWORK, asked=asked) is None
 
 
 def test_a_process_that_takes_too_long_is_ended_and_the_reason_kept(here):
