@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import shlex
 import sys
 from collections import Counter
@@ -82,8 +83,7 @@ def slurm_script(launcher: Mapping[str, Any], folder: Path) -> str:
         raise ConfigError(
             "dry_run=true of a sweep shows the script of a SLURM job; add hydra/launcher=slurm, or leave -m out."
         )
-    from submitit.slurm import slurm
-
+    slurm = _slurm()
     known = set(inspect.signature(slurm._make_sbatch_string).parameters)
     renamed = slurm.SlurmExecutor._equivalence_dict()
     given = {renamed.get(key, key): value for key, value in launcher.items() if value is not None}
@@ -93,6 +93,24 @@ def slurm_script(launcher: Mapping[str, Any], folder: Path) -> str:
     return slurm._make_sbatch_string(
         command=command, folder=place, **{key: value for key, value in given.items() if key in known}
     )
+
+
+def _slurm() -> Any:
+    """submitit's module of SLURM, imported without its setup of logging.
+
+    That setup shuts down the log handlers of everybody in the process, and some of them, absl's for one, then close the
+    stream they write to, be it the stderr of whoever called us.
+    """
+    before = os.environ.get("SUBMITIT_LOG_LEVEL")
+    os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"
+    try:
+        from submitit.slurm import slurm
+    finally:
+        if before is None:
+            del os.environ["SUBMITIT_LOG_LEVEL"]
+        else:
+            os.environ["SUBMITIT_LOG_LEVEL"] = before
+    return slurm
 
 
 def begin_sweep(folder: Path) -> None:

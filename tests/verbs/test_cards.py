@@ -135,3 +135,24 @@ def test_a_dry_run_shows_the_script_of_a_slurm_job_and_submits_nothing(tmp_path,
     assert "submitit.core._submit" in script and not list(tmp_path.iterdir())
     assert main(sweep) == 2
     assert "dry_run=true of a sweep shows the script of a SLURM job; add hydra/launcher=slurm" in capsys.readouterr().err
+
+
+def test_a_dry_run_leaves_the_log_handlers_of_others_alone(tmp_path):
+    pytest.importorskip("submitit")
+    program = """
+import logging, sys
+from modhifi_cli.cli import main
+
+class Closing(logging.StreamHandler):
+    def close(self):
+        self.stream.close()
+        super().close()
+
+log = open("log.txt", "w")
+logging.getLogger("other").addHandler(Closing(log))
+code = main("prune -m sparsity=0.2 dry_run=true hydra/launcher=slurm".split())
+sys.exit(f"exit code {code}, closed {log.closed}")
+"""
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stderr.strip().endswith("exit code 0, closed False"), done.stderr
