@@ -55,7 +55,7 @@ def test_a_finished_run_holds_what_the_design_lists(finished):
     }  # fmt: skip
     assert "edits" not in names
     results = artifacts.read_results(finished)
-    assert abs(results["achieved"]["params"] - 0.4) < 0.01
+    assert abs(results["achieved"]["flops"] - 0.4) < 0.01
     assert {(m["model"], m["name"]) for m in results["measurements"]} >= {("dense", "top1"), ("pruned", "top1")}
     assert results["calibration"]["sha256"]
     assert "sparsity" in (finished / "report.md").read_text()
@@ -128,7 +128,7 @@ def test_resuming_with_other_settings_says_what_differs(here, monkeypatch, capsy
     capsys.readouterr()
     assert prune("sparsity=0.5", "round_to=4", f"resume={folder}") == 2
     said = capsys.readouterr().err
-    assert "round_to (4 here, 1 there)" in said and "sparsity (0.5 here, 0.4 there)" in said
+    assert "round_to (4 here, 'auto' there)" in said and "sparsity (0.5 here, 0.4 there)" in said
 
 
 def test_resuming_on_other_weights_is_refused(here, monkeypatch, capsys):
@@ -307,7 +307,7 @@ def test_a_sweep_records_failures_and_skips_what_is_finished(here, capsys):
     rows = summary(here)
     assert [row["status"] for row in rows] == ["finished", "failed", "finished"]
     assert "0 <= sparsity < 1 (none with target=max_drop); got 1.5." in rows[1]["message"]
-    assert abs(float(rows[2]["removed_params"]) - 0.4) < 0.01
+    assert abs(float(rows[2]["removed_flops"]) - 0.4) < 0.01
     assert prune(*words) == 2
     assert [row["status"] for row in summary(here)] == ["finished before", "failed", "finished before"]
     assert "sweep of 3 jobs" in capsys.readouterr().out
