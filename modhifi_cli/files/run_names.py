@@ -49,7 +49,13 @@ def named_run(given: str, outputs: Path, *, key: str = "run") -> str:
 
 
 def named_words(words: Sequence[str]) -> list[tuple[str, str | list[str]] | str]:
-    """Words of a command line, those that name runs as (key, folder or folders), the others as they are."""
+    """Words of a command line, those that name runs as (key, folder or folders), the others as they are.
+
+    Where both ``run`` and ``runs`` are given nothing is looked up: the verb refuses the two together, whatever they name.
+    """
+    given = {key for key, _, value in (word.partition("=") for word in words) if value not in ("", "null", "[]")}
+    if {"run", "runs"} <= given:
+        return list(words)
     outputs = Path(next((word[11:].strip("'\"") for word in words if word.startswith("output_dir=")), "outputs"))
     found: list[tuple[str, str | list[str]] | str] = []
     for word in words:

@@ -176,11 +176,6 @@ def damage(name, change):
     ("break_", "told"),
     [
         (lambda f: (f / "results.json").unlink(), "not a whole run, results.json is missing"),
-        (lambda f: (f / "results.json").write_text("{"), "results.json: damaged, not JSON"),
-        (lambda f: (f / "config.yaml").write_text("a: [b"), "config.yaml: damaged, not a readable YAML mapping"),
-        (damage("results.json", lambda r: r.update(format_version=99)), "written in format 99, this version reads up"),
-        (damage("results.json", lambda r: r.pop("verb")), "does not say what was done (no 'verb')"),
-        (damage("results.json", lambda r: r.update(charts=["lost"])), "lost.json is missing"),
         (lambda f: f.rename(f.with_name("run.incomplete")), "this run was interrupted"),
     ],
 )
@@ -191,12 +186,43 @@ def test_a_folder_that_is_no_whole_run_is_told(break_, told, mine, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "break_", "told"),
+    [
+        ("results.json", lambda f: (f / "results.json").write_text("{"), "results.json: damaged, not JSON"),
+        (
+            "config.yaml", lambda f: (f / "config.yaml").write_text("a: [b"),
+            "config.yaml: damaged, not a readable YAML mapping",
+        ),
+        (
+            "results.json", damage("results.json", lambda r: r.update(format_version=99)),
+            "written in format 99, this version reads up",
+        ),
+        (
+            "results.json", damage("results.json", lambda r: r.pop("verb")),
+            "does not say what was done (no 'verb')",
+        ),
+        ("results.json", damage("results.json", lambda r: r.update(charts=["lost"])), "lost.json is missing"),
+    ],
+)  # fmt: skip
+def test_a_changed_file_is_told_by_its_checksum_and_without_checksums_by_what_is_wrong_with_it(
+    name, break_, told, mine, capsys
+):
+    break_(mine)
+    assert main(["report", f"run={mine}", "console=plain"]) == 2
+    assert f"{mine / name}: damaged or changed, its sha256 is" in error_of(capsys)
+    (mine / "checksums.json").unlink()  # as folders of older versions are
+    assert main(["report", f"run={mine}", "console=plain"]) == 2
+    assert told in error_of(capsys)
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         ([], "give run=DIR for one run or a sweep, or runs=[DIR1,DIR2]"),
         (["run=a", "runs=[b]"], "not both"),
-        (["run=nowhere"], "run=nowhere: no such folder"),
-        (["runs=[nowhere]"], "run=nowhere: no such folder"),
+        (["run=null", "runs=[nowhere]"], "runs=nowhere: no such folder"),
+        (["run=nowhere"], "run=nowhere: no such folder, and no run under outputs begins so"),
+        (["runs=[nowhere]"], "runs=nowhere: no such folder, and no run under outputs begins so"),
         (["runs=nowhere"], "runs must be a list of run folders"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -188,10 +189,11 @@ WRONG = {
     "too few samples": (["forget_class=3", "data.num_samples=20"], "forget samples, got"),
     "all classes": (["forget_class=[0,1,2,3,4,5,6,7,8,9]"], "none is left to keep"),
     "labels of another head": (
-        ["forget_class=1", "model.num_classes=3", "model.weights=random"], "network has 3 logits",
+        ["forget_class=1", "model.num_classes=3", "model.weights=random"],
+        "data: expected labels 0 to 2 for the 3 logits of 'embedded', got 9; use data labelled for this network",
     ),
     "a wrong share": (["forget_class=3", "forget_target=2"], "forget_target must be a share from 0 to 1; got 2"),
-    "no data": (["forget_class=3", "~data"], "embedded is left without calibration data; leave data out, or choose"),
+    "no data": (["forget_class=3", "~data"], "~data: modhifi unlearn needs data and cannot do without; leave it as it is"),
 }  # fmt: skip
 
 
@@ -210,6 +212,11 @@ def test_class_names_and_logits_must_agree(capsys, monkeypatch):
     from modhifi_cli.models import embedded
 
     load = embedded.load
-    monkeypatch.setattr(embedded, "load", lambda **given: dataclasses.replace(load(**given), classes=("a", "b")))
+
+    @functools.wraps(load)  # settings may only name what its module defines
+    def misnamed(**given):
+        return dataclasses.replace(load(**given), classes=("a", "b"))
+
+    monkeypatch.setattr(embedded, "load", misnamed)
     assert main(["unlearn", "forget_class=1", "console=plain"]) == 2
     assert "names 2 classes but has 10 logits; use weights and model.num_classes" in capsys.readouterr().err
