@@ -139,6 +139,7 @@ def config_of(model: nn.Module, shapes: Sequence[Mapping[str, int]]) -> dict[str
     """
     kind = model.config.model_type
     plain = copy.deepcopy(model.config).to_dict()
+    plain.pop("_name_or_path", None)  # where the dense network lay is no business of whoever is given this one
     layers: dict[str, dict[str, int]] = {str(number): {} for number in range(len(shapes))}
     hidden = plain["hidden_size"]
     for ours, theirs in _KEYS.items():

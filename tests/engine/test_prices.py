@@ -129,7 +129,7 @@ def test_a_table_of_another_runtime_is_refused():
 def test_time_in_another_runtime_is_measured_there():
     pytest.importorskip("onnxruntime")
     price = Latency(batch_size=1, rounds=1, max_seconds=0.1, serve="onnxruntime")
-    _, model, _, events, tables = pruned("projected", None, latency=price, sparsity=0.1)
+    _, model, _, events, tables = pruned("projected", None, latency=price, sparsity=0.0)
     assert tables[0].protocol["runtime"] == "onnxruntime" and tables[0].dense_ms > 0
     assert events[-1].latency.keys() == {"table", "predicted"}
 
