@@ -501,7 +501,7 @@ def save(
     Args:
         model: A decoder of transformers, a network of timm, or any other together with its factory.
         folder: Where to write; made if absent.
-        factory: ``"package.module:function"`` that makes the dense network, such as ``"torchvision.models:resnet18"``;
+        factory: ``"package.module:function"`` that makes the dense network, such as ``"torchvision.models.resnet:resnet18"``;
             not needed for decoders and networks of timm.
         kwargs: The factory's arguments.
         preprocess: ``{"size": …, "mean": […], "std": […]}`` of a network for images; needed for it but of timm.

@@ -43,6 +43,6 @@ def described(
     if factory is None:
         raise ConfigError(
             f"save: {type(model).__name__} does not say how it is built; give factory='package.module:function', such as "
-            "'torchvision.models:resnet18', and preprocess."
+            "'torchvision.models.resnet:resnet18', and preprocess."
         )
     return module.described(model, factory, kwargs or {}, preprocess, classes, name)

@@ -93,7 +93,7 @@ def test_a_decoder_and_its_text_come_from_the_hub(run, hub, pruned, data):
 
 def test_tasks_of_lm_eval_come_from_the_hub(run, pruned):
     words = ["evaluate", "run=last", "evaluation=[lm_eval]", "evaluation.lm_eval.tasks=[arc_easy]", "measure_dense=false"]
-    assert "arc_easy" in succeeded(run(*words, "console=plain"))
+    assert "lm eval/arc easy/acc" in succeeded(run(*words, "console=plain"))
 
 
 def test_push_uploads_what_the_other_side_loads(run, hub, pruned):

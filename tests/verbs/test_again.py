@@ -52,7 +52,7 @@ def test_a_pruned_network_is_pruned_again_and_measured_by_its_short_name(home, c
     assert main(["verify", "run=last", "console=plain"]) == 0
     assert main(["evaluate", "model=run", "model.run=last", "evaluation=[size]", "console=plain"]) == 0
     page = (second / "report.html").read_text()
-    assert "Load it" in page and "modhifi_cli.load_model" in page and ".incomplete" not in page
+    assert "modhifi_cli.load_model" in page and ".incomplete" not in page
 
 
 def test_fine_tuned_weights_go_on_top_of_a_run(home, tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_an_interrupted_run_is_no_beginning(home, capsys):
     folder.mkdir()
     try:
         assert main(["export", "run=20990101", "export=[onnx]"]) == 2
-        assert "this run was interrupted; finish it" in capsys.readouterr().err
+        assert "this run was ended before anything was saved; start it again" in capsys.readouterr().err
     finally:
         folder.rmdir()
 
@@ -147,8 +147,8 @@ def test_saved_networks_are_loaded_again(tmp_path):
     loader = torch.randn(8, 3, 32, 32)
     small, _ = modhifi_cli.prune(network, loader, sparsity=0.3, preset="fast", check_data=False)
     given = {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
-    modhifi_cli.save(small, tmp_path / "a", factory="torchvision.models:resnet18", preprocess=given)
-    again = modhifi_cli.load_model(tmp_path / "a", allow="torchvision.models:resnet18")
+    modhifi_cli.save(small, tmp_path / "a", factory="torchvision.models.resnet:resnet18", preprocess=given)
+    again = modhifi_cli.load_model(tmp_path / "a", allow="torchvision.models.resnet:resnet18")
     assert torch.equal(again(loader), small(loader))
     from modhifi_cli.errors import ConfigError
 
