@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,12 @@ from tests.evaluation.test_language import TEXT
 
 BESIDE = {"parallel": True, "number": 7}
 SETTINGS = {"runtime": {"device": "cuda"}}
+
+
+def needs_submitit() -> None:
+    """Skip where submitit is not installed, without importing it: that closes the log handlers of everybody here."""
+    if find_spec("submitit") is None:
+        pytest.skip("needs submitit")
 
 
 @pytest.fixture
@@ -124,7 +131,7 @@ def test_a_process_that_fails_ends_all_with_one_sentence(tmp_path):
 
 
 def test_a_dry_run_shows_the_script_of_a_slurm_job_and_submits_nothing(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("submitit")
+    needs_submitit()
     monkeypatch.chdir(tmp_path)
     sweep = ["prune", "-m", "runtime=gpu", "sparsity=0.2,0.4", "dry_run=true"]
     assert main([*sweep, "hydra/launcher=slurm", "hydra.launcher.partition=big", "hydra.launcher.mem_gb=64"]) == 0
@@ -138,7 +145,7 @@ def test_a_dry_run_shows_the_script_of_a_slurm_job_and_submits_nothing(tmp_path,
 
 
 def test_a_dry_run_leaves_the_log_handlers_of_others_alone(tmp_path):
-    pytest.importorskip("submitit")
+    needs_submitit()
     program = """
 import logging, sys
 from modhifi_cli.cli import main
