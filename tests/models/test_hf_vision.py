@@ -1,0 +1,72 @@
+"""Image networks of transformers from a folder: loaded, pruned, saved and read back."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modhifi_cli.cli import main
+from modhifi_cli.errors import DataError, UnsupportedModelError
+from modhifi_cli.files import artifacts
+from modhifi_cli.models import build_architecture, hf_vision
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("networks") / "vit"
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=8,
+        id2label={0: "ant", 1: "bee"}, label2id={"ant": 0, "bee": 1},
+    )  # fmt: skip
+    network = transformers.ViTForImageClassification(config).eval()
+    network.save_pretrained(folder)
+    settings = {"size": {"height": 16, "width": 16}, "image_mean": [0.4] * 3, "image_std": [0.2] * 3, "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder, network
+
+
+def test_a_folder_gives_the_networks_logits_its_preprocessing_and_its_classes(vit):
+    folder, network = vit
+    loaded = hf_vision.load(path=str(folder))
+    images = torch.randn(3, 3, 16, 16)
+    assert torch.equal(loaded.model(images), network(pixel_values=images).logits)
+    assert loaded.classes == ("ant", "bee") and loaded.preprocess.size == (16, 16)
+    assert loaded.preprocess.mean == (0.4,) * 3 and loaded.preprocess.interpolation == "bicubic"
+    again = build_architecture(json.loads(json.dumps(loaded.architecture)))
+    again.load_state_dict(loaded.model.state_dict())
+    assert torch.equal(again(images), loaded.model(images))
+
+
+def test_a_folder_prunes_on_the_command_line_and_is_read_back(vit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    for number in range(24):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"set/{number}.png")
+    words = ["model=hf_vision", f"model.path={vit[0]}", "data=folder", "data.path=set", "sparsity=0.2", "preset=fast",
+             "evaluation=[size]", "console=plain"]  # fmt: skip
+    assert main(["prune", *words]) == 0
+    (run,) = (tmp_path / "outputs/prune").glob("*/*")
+    narrow = artifacts.load_model(run)
+    assert sum(p.numel() for p in narrow.parameters()) < 0.85 * sum(p.numel() for p in vit[1].parameters())
+
+
+def test_what_is_wrong_with_a_folder_is_told(vit, tmp_path):
+    with pytest.raises(DataError, match="config.json cannot be read .FileNotFoundError.; give a folder in Hugging Face's"):
+        hf_vision.load(path=str(tmp_path))
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    with pytest.raises(DataError, match="names no model_type and architectures; copy the folder again"):
+        hf_vision.load(path=str(tmp_path))
+    config.write_text(json.dumps({"model_type": "vit", "architectures": ["os"]}))
+    with pytest.raises(DataError, match="transformers has no network 'os'"):
+        hf_vision.load(path=str(tmp_path))
+    config.write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 32,
+                                  "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 32}))  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="BertModel reads input_ids, not images; use model=hf for a language"):
+        hf_vision.load(path=str(tmp_path))
