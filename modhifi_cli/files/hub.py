@@ -1,11 +1,15 @@
 """The Hugging Face hub: a saved network's folder from it and to it."""
 
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.files import cache
+from modhifi_cli.files.disk import disk, make_folder
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -41,12 +45,23 @@ def fetched(name: str) -> Path:
     except ImportError as error:
         raise ConfigError(f"{name}: no such folder here, and the hub needs huggingface_hub ({error}).") from error
     try:
-        return Path(snapshot_download(name))
+        there = Path(snapshot_download(name))
     except Exception as error:  # errors of HTTP, of the hub, of a cache without a connection
         raise DataError(
             f"{name}: no such folder here, and the hub does not give it ({type(error).__name__}: {_first(error)}); check "
             "the name, or connect once."
         ) from error
+    return _with_files(there, cache.directory().parent / "hub" / name.replace("/", "--") / there.name)
+
+
+def _with_files(there: Path, here: Path) -> Path:
+    """A copy of a snapshot whose files are files: the hub's cache holds links, and readers of folders follow none."""
+    if not here.is_dir():
+        make_folder(here.parent)
+        with disk(here), tempfile.TemporaryDirectory(dir=here.parent) as place:
+            shutil.copytree(there, Path(place) / here.name)
+            (Path(place) / here.name).replace(here)
+    return here
 
 
 def plan(folder: Path, repo: str) -> Upload:
