@@ -499,6 +499,7 @@ def _forget_quantisation_(model: nn.Module) -> None:
     """The weights of a GGUF file are dequantised, but transformers goes on calling them quantised and saves nothing."""
     for owner, name in (
         (model.config, "quantization_config"),
+        (model.config, "_model_name_or_path"),  # of the file's folder
         (model, "hf_quantizer"),
         (model, "quantization_method"),
         (model, "is_quantized"),
@@ -527,7 +528,8 @@ def _revision(source: str, revision: str | None) -> str:
 
 def _described(config: Any) -> dict[str, Any]:
     plain = config.to_dict()
-    plain.pop("_name_or_path", None)
+    for key in ("_name_or_path", "_model_name_or_path"):  # where it was read from; the second of GGUF files
+        plain.pop(key, None)
     return plain
 
 

@@ -139,7 +139,8 @@ def config_of(model: nn.Module, shapes: Sequence[Mapping[str, int]]) -> dict[str
     """
     kind = model.config.model_type
     plain = copy.deepcopy(model.config).to_dict()
-    plain.pop("_name_or_path", None)  # where the dense network lay is no business of whoever is given this one
+    for key in ("_name_or_path", "_model_name_or_path"):  # where it was read from; the second of GGUF files
+        plain.pop(key, None)
     layers: dict[str, dict[str, int]] = {str(number): {} for number in range(len(shapes))}
     hidden = plain["hidden_size"]
     for ours, theirs in _KEYS.items():

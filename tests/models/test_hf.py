@@ -121,3 +121,9 @@ def test_random_weights_come_from_a_seed(tmp_path):
     one, two = (loaded(folder, weights="random", seed=seed).model.lm_head.weight for seed in (1, 1))
     assert torch.equal(one, two) and not torch.equal(one, loaded(folder, weights="random", seed=2).model.lm_head.weight)
     assert tokenizer().bos_token_id == 0
+
+
+def test_where_a_configuration_was_read_from_is_no_part_of_the_network():
+    model = tiny("llama")
+    model.config._model_name_or_path = model.config._name_or_path = "/some/where"  # the former by GGUF files
+    assert not [key for key in hf.described(model, None, "tiny").architecture["kwargs"]["config"] if "name_or_path" in key]
