@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from modhifi_cli.errors import ConfigError, EndedElsewhere, ModHiFiError, nearest
-from modhifi_cli.files.run_names import named_words
+from modhifi_cli.files.run_names import named_words, runs
 from modhifi_cli.settings import completion, config
 
 USER_ERROR = 2
@@ -179,7 +179,7 @@ def _versions() -> str:
 def _complete(words: Sequence[str]) -> int:
     """What a shell asks for: the lines it evaluates (``bash``), or the words that may follow (``words LINE``)."""
     if words[:1] == ["words"]:
-        print("\n".join(completion.candidates(" ".join(words[1:]))))
+        print("\n".join(completion.candidates(" ".join(words[1:]), [run.name for run in runs(Path("outputs"))])))
     elif not words or words[0] in ("-h", "--help"):
         print('eval "$(modhifi completion bash)" in ~/.bashrc; zsh alike; fish: modhifi completion fish | source')
     else:

@@ -26,14 +26,16 @@ def named_run(given: str, outputs: Path, *, key: str = "run") -> str:
     path = Path(given)
     if path.exists() or path.with_name(path.name + INCOMPLETE).exists() or "/" in given or given in ("", "."):
         return given
-    found = _runs(outputs)
+    found = runs(outputs)
     counted = re.fullmatch(r"last(?:-(\d+))?", given)
     if counted:
         back = int(counted[1] or 0)
-        whole = [run for run in found if (run / "model").is_dir() and not run.name.endswith(INCOMPLETE)]
+        whole = _with_networks(found)
         if back >= len(whole):
-            have = f"{len(whole)} finished runs" if whole else "no finished run"
-            raise DataError(f"{key}={given}: there is {have} with a network under {outputs}; give a folder.")
+            have = "there is no finished run"
+            if whole:
+                have = f"there are {len(whole)} finished runs" if len(whole) > 1 else "there is one finished run"
+            raise DataError(f"{key}={given}: {have} with a network under {outputs}; give a folder (modhifi runs).")
         return str(whole[-1 - back])
     fitting = [run for run in found if run.name.startswith(given)]
     if len(fitting) == 1:
@@ -42,7 +44,7 @@ def named_run(given: str, outputs: Path, *, key: str = "run") -> str:
         near = ", ".join(run.name for run in reversed(found[-3:])) or "none yet"
         raise DataError(
             f"{key}={given}: no such folder, and no run under {outputs} begins so (the newest: {near}); give its folder "
-            "or last."
+            "or last (modhifi runs lists them)."
         )
     named = ", ".join(run.name for run in fitting[:3]) + (", …" if len(fitting) > 3 else "")
     raise DataError(f"{key}={given}: {len(fitting)} runs begin so ({named}); give more of the name, or the folder.")
@@ -71,7 +73,17 @@ def named_words(words: Sequence[str]) -> list[tuple[str, str | list[str]] | str]
     return found
 
 
-def _runs(outputs: Path) -> list[Path]:
+def runs(outputs: Path) -> list[Path]:
     """Runs, finished or interrupted, oldest first: their names begin with the time."""
     folders = [path for path in outputs.glob("*/*/*") if re.match(r"\d{8}-\d{6}", path.name) and path.is_dir()]
     return sorted(folders, key=lambda path: path.name)
+
+
+def short_names(outputs: Path) -> dict[Path, str]:
+    """What each finished run with a network is called for short: ``last``, ``last-1`` …"""
+    whole = _with_networks(runs(outputs))
+    return {place: "last" if not back else f"last-{back}" for back, place in enumerate(reversed(whole))}
+
+
+def _with_networks(found: Sequence[Path]) -> list[Path]:
+    return [run for run in found if (run / "model").is_dir() and not run.name.endswith(INCOMPLETE)]

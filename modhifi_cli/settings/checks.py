@@ -55,6 +55,8 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "forget_target": ("a share from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "retain_drop": ("a share from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+    "verb": ("the name of a verb, or null", lambda v: v is None or (isinstance(v, str) and v != "")),
+    "most": ("a whole number from 1", lambda v: is_whole(v) and v >= 1),
     "minutes": ("a number of minutes above 0, or null", lambda v: v is None or (_is_number(v) and v > 0)),
     "check_data": ("true or false", lambda v: isinstance(v, bool)),
     "dry_run": ("true or false", lambda v: isinstance(v, bool)),

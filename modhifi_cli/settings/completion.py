@@ -8,24 +8,39 @@ from collections.abc import Iterable
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.settings.yamls import config_directory, groups, inherited, read_verb, verbs
 
-# In bash "=" ends a word, so only what follows it is to be offered; zsh takes whole words through bash's interface.
+# In bash "=" ends a word, so only what follows it is to be offered; a key stays open behind its "=".
 _BASH = """_modhifi() {
     local line="${COMP_LINE:0:COMP_POINT}" found IFS=$'\\n'
     local word="${line##*[[:space:]]}"
     found=($(modhifi completion words "$line" 2>/dev/null))
-    if [ -n "${BASH_VERSION-}" ]; then
-        case "$word" in *=*) found=("${found[@]#*=}") ;; esac
-    fi
+    case "$word" in *=*) found=("${found[@]#*=}") ;; esac
     COMPREPLY=("${found[@]}")
+    case "${found[*]}" in *=) compopt -o nospace 2>/dev/null ;; esac
 }
-complete -o nospace -o default -F _modhifi modhifi
+complete -o default -F _modhifi modhifi
+"""
+# PREFIX is the word in front of the cursor; files are named by what follows its "=".
+_ZSH = """(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+_modhifi() {
+    local -a found
+    found=(${(f)"$(modhifi completion words "modhifi ${(j: :)words[2,CURRENT-1]} $PREFIX" 2>/dev/null)"})
+    if (( $#found )); then
+        compadd -Q -S '' -- ${(M)found:#*=}
+        compadd -Q -- ${found:#*=}
+    else
+        compset -P '*='
+        _files
+    fi
+}
+compdef _modhifi modhifi
 """
 SCRIPTS = {
     "bash": _BASH,
-    "zsh": "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n" + _BASH,
+    "zsh": _ZSH,
     "fish": "complete -c modhifi -a '(modhifi completion words (commandline -cp))'\n",
 }
 _WITHOUT_YAML = ("list", "completion")
+_RUNS = ("run", "model.run")
 _LISTS = ("evaluation", "export")  # groups that take several choices in brackets
 
 
@@ -41,11 +56,12 @@ def script(shell: str) -> str:
     return SCRIPTS[shell]
 
 
-def candidates(line: str) -> list[str]:
+def candidates(line: str, runs: Iterable[str] = ()) -> list[str]:
     """Whole words that may take the place of the last word of a command line, sorted.
 
     Args:
         line: Everything in front of the cursor, ``"modhifi prune data=fo"``; a space at its end begins a new word.
+        runs: Names of the runs there are, for keys that take one.
     """
     words = line.split()
     last = "" if not words or line[-1].isspace() else words.pop()
@@ -59,6 +75,8 @@ def candidates(line: str) -> list[str]:
     if verb not in verbs():
         return []
     key, equals, _ = last.partition("=")
+    if equals and key in _RUNS:
+        return _beginning((f"{key}={run}" for run in ("last", *runs)), last)
     if equals:
         return _beginning((f"{key}={value}" for value in _values(verb, key)), last)
     return _beginning([f"{key}=" for key in _keys(verb, given)] + ["--help", "-m"], last)

@@ -33,7 +33,7 @@ def test_an_existing_folder_and_whatever_looks_like_a_path_is_left_alone(outputs
 
 
 @pytest.mark.parametrize("given, said", [
-    ("last-3", r"run=last-3: there is 3 finished runs with a network"),
+    ("last-3", r"run=last-3: there are 3 finished runs with a network"),
     ("2026", r"run=2026: 5 runs begin so \(20260101-.*, …\); give more of the name"),
     ("2027", r"run=2027: no such folder, and no run under .* begins so \(the newest: 20260105"),
 ])  # fmt: skip

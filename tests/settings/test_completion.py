@@ -1,14 +1,19 @@
 """What shells offer: verbs, keys, choices; asked as bash does where bash is there."""
 
 import os
+import select
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from modhifi_cli.cli import main
 from modhifi_cli.settings import completion, config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_first_word_is_a_verb():
@@ -30,6 +35,12 @@ def test_a_group_offers_its_choices_and_a_switch_its_two():
     assert completion.candidates("modhifi list group=sco") == ["group=scoring"]
 
 
+def test_a_key_that_takes_a_run_offers_the_newest_and_every_name():
+    names = ["20260101-100000_a", "20260102-100000_b"]
+    assert completion.candidates("modhifi verify run=", names) == ["run=20260101-100000_a", "run=20260102-100000_b", "run=last"]
+    assert completion.candidates("modhifi verify run=la", names) == ["run=last"]
+
+
 def test_what_takes_a_file_is_left_to_the_shell():
     assert completion.candidates("modhifi prune data=folder data.path=") == []
     assert completion.candidates("modhifi nonsense x") == []
@@ -46,21 +57,70 @@ def test_the_version_names_the_libraries_and_the_device(capsys):
     assert said.startswith("modhifi ") and "torch " in said and "transformers " in said
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-@pytest.mark.parametrize(("line", "offered"), [("modhifi pru", "prune"), ("modhifi prune data=fold", "folder")])
-def test_a_shell_completes_by_the_script(shell, line, offered, tmp_path):
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed")
-    if shell == "zsh":
-        offered = line.split()[-1].partition("=")[0] + "=" + offered if "=" in line else offered
+@pytest.fixture
+def path(tmp_path):
+    """A PATH on which ``modhifi`` is this source tree's."""
     command = tmp_path / "modhifi"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m modhifi_cli "$@"\n', encoding="utf-8")
     command.chmod(0o755)
+    return os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+def needed(shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+
+
+CASES = [("modhifi pru", "prune"), ("modhifi prune data=fold", "data=folder"), ("modhifi prune batchn", "batchnorm=")]
+
+
+@pytest.mark.parametrize(("line", "offered"), CASES)
+def test_bash_completes_by_the_script(line, offered, path):
+    needed("bash")
     asked = f"COMP_LINE='{line}' COMP_POINT={len(line)}; _modhifi; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-    setup = 'complete() { :; }; autoload() { :; }; bashcompinit() { :; }; compinit() { :; }; eval "$(modhifi completion SHELL)"'
     done = subprocess.run(
-        [shell, "-c", f"{setup.replace('SHELL', shell)}\n{asked}"],
-        env=os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        ["bash", "-c", f'eval "$(modhifi completion bash)"\n{asked}'], env=path, capture_output=True, text=True, check=False
+    )
+    after_the_sign = offered.partition("=")[2] if "=" in line else offered  # in bash "=" ends a word
+    assert done.stdout.splitlines() == [after_the_sign], done.stderr
+
+
+@pytest.mark.parametrize(("line", "offered"), CASES)
+def test_fish_completes_by_the_script(line, offered, path):
+    needed("fish")
+    asked = f"modhifi completion fish | source; complete -C '{line}'"
+    done = subprocess.run(["fish", "-N", "-c", asked], env=path, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [offered], done.stderr
+
+
+@pytest.mark.parametrize(("line", "offered"), CASES)
+def test_zsh_completes_by_the_script(line, offered, path, tmp_path):
+    """Its completion works at a prompt only, so a terminal is pretended and the tab key is typed."""
+    needed("zsh")
+    ours, theirs = os.openpty()
+    shell = subprocess.Popen(
+        ["zsh", "-f", "-i"], env=path | {"TERM": "dumb", "HOME": str(tmp_path)}, cwd=tmp_path,
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+    )  # fmt: skip
+    try:
+        os.write(ours, b'eval "$(modhifi completion zsh)"; echo re""ady\n')
+        shown = seen(ours, "ready\r")
+        os.write(ours, line.encode())
+        shown += seen(ours, line.split()[-1])
+        os.write(ours, b"\t")
+        rest = offered.removeprefix(line.split()[-1])  # zsh shows what it adds
+        assert rest in seen(ours, rest), shown
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(ours)
+        os.close(theirs)
+
+
+def seen(terminal, wanted, seconds=60):
+    """What a terminal shows until it shows what is wanted, or the time is over."""
+    shown, ends = "", time.monotonic() + seconds
+    while wanted not in shown and time.monotonic() < ends:
+        if select.select([terminal], [], [], 0.2)[0]:
+            shown += os.read(terminal, 65536).decode(errors="replace")
+    return shown
