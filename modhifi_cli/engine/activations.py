@@ -1,8 +1,8 @@
 """Calibration activations carried from cut to cut, and the walks that look at them and refresh BatchNorm on the way.
 
 Carrying makes a run's work grow linearly with depth: what lies in front of the group at work is never computed again.
-An activation is carried only while it fits the given memory; beyond that a walk starts further in front, which is
-slower and gives the same numbers.
+An activation is carried only while it fits the given memory, on the device or, where that is too small, on the host;
+beyond that a walk starts further in front, which is slower and gives the same numbers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.engine.gathering import held_out_images
+from modhifi_cli.engine.gathering import held_out_behind, held_out_images
+from modhifi_cli.engine.team import Team
 from modhifi_cli.graph.segments import Look, Segments
 from modhifi_cli.numerics.batchnorm import BatchNormMoments, ChannelMoments
 from modhifi_cli.records import ImageSource, Progress
@@ -26,6 +27,8 @@ class Activations:
         batch_size: Images a forward.
         device: Where forwards run and activations are kept.
         limit_bytes: Largest activation (over all images) that may be kept.
+        host_bytes: Largest one that waits in the host's memory instead; 0 where the device is the host.
+        team: Other processes with a share of the images; these activations are of this one's own.
     """
 
     def __init__(
@@ -37,14 +40,18 @@ class Activations:
         batch_size: int,
         device: torch.device,
         limit_bytes: float,
+        host_bytes: float = 0.0,
+        team: Team | None = None,
     ) -> None:
         self.model = model
         self.segments = segments
-        self.samples = len(calibration)
-        self._source = calibration
+        self.team = team or Team()
+        self.first, behind = self.team.share(len(calibration))
+        self.samples = behind - self.first
+        self._source = calibration if self.team.size == 1 else _Chosen(calibration, torch.arange(self.first, behind))
         self._batch_size = batch_size
         self._device = device
-        self.limit_bytes = limit_bytes
+        self.limit_bytes, self._host_bytes = limit_bytes, host_bytes
         self._images: list[Tensor] | None = None
         self._cut: str | None = None
         self._carried: list[Tensor] | None = None
@@ -74,6 +81,7 @@ class Activations:
             batch_size=self._batch_size,
             device=self._device,
             limit_bytes=self.limit_bytes,
+            host_bytes=self._host_bytes,
         )
         if self._carried is not None:
             batches = zip(self._carried, numbers.new_tensor(range(self.samples)).split(self._batch_size), strict=True)
@@ -116,16 +124,24 @@ class Activations:
             yield from self._go({}, self._between(stale, end), end, item, advance=None)
 
     def held_out_images(self, count: int) -> Tensor:
-        """The first images held out of fits, ``[at most count, channels, height, width]``; none of fewer than five."""
+        """Those of the first images held out of fits that are this process's own.
+
+        Args:
+            count: How many there are at most, over all processes.
+
+        Returns:
+            ``[at most count, channels, height, width]`` on the device; none of fewer than five.
+        """
         found: list[Tensor] = []
-        seen = 0
+        number, behind = self.first, held_out_behind(count)
         for batch in self._image_batches():
-            numbers = torch.arange(seen, seen + len(batch), device=batch.device)
-            found.append(batch[held_out_images(numbers)])
-            seen += len(batch)
-            if sum(map(len, found)) >= count:
+            numbers = torch.arange(number, number + len(batch))
+            chosen = held_out_images(numbers) & (numbers < behind)
+            found.append(batch[chosen.to(batch.device)].to(self._device))
+            number += len(batch)
+            if number >= behind:
                 break
-        return torch.cat(found)[:count]
+        return torch.cat(found)
 
     def outputs(self, name: str, look: Look, *, item: str = "") -> Iterator[Progress]:
         """Show a look the output of one module over all images, batch after batch."""
@@ -179,11 +195,10 @@ class Activations:
             for batch, done, total in self._batches(carried):
                 output = self.segments.run(batch, start=cut, looks=seen, until=stop)
                 if stored is not None and output is not None:
-                    stored.append(output)
-                    if not self._fits(output):
-                        stored = None
-                        if not seen:
-                            break
+                    kept = self._kept(output)
+                    stored = None if kept is None else [*stored, kept]
+                    if stored is None and not seen:
+                        break
                 yield Progress("images", item, done, total)
             if stored is not None:
                 cut, carried = stop, stored
@@ -218,17 +233,23 @@ class Activations:
         for batch, done, total in self._batches(carried):
             self.segments.run(batch, start=cut, looks={name: moments.update})
             yield Progress("images", item, done, total)
-        set_statistics_(module, moments.result())
+        set_statistics_(module, self.team.mean(moments.result()))
 
-    def _fits(self, output: Tensor) -> bool:
-        per_image = output.numel() * output.element_size() / output.shape[0]
-        return per_image * self.samples <= self.limit_bytes
+    def _kept(self, output: Tensor) -> Tensor | None:
+        """One batch where all of them may wait: on the device, on the host, or nowhere."""
+        size = output.numel() * output.element_size() / output.shape[0] * self.samples
+        if size <= self.limit_bytes:
+            return output
+        if size > self._host_bytes:
+            return None
+        host = output.to("cpu")
+        return host.pin_memory() if output.device.type == "cuda" else host
 
     def _batches(self, carried: list[Tensor] | None) -> Iterator[tuple[Tensor, int, int]]:
         total = -(-self.samples // self._batch_size)
         batches = self._image_batches() if carried is None else iter(carried)
         for done, batch in enumerate(batches, start=1):
-            yield batch, done, total
+            yield batch.to(self._device, non_blocking=True), done, total
 
     def _image_batches(self) -> Iterator[Tensor]:
         if self._images is not None:
@@ -238,7 +259,8 @@ class Activations:
         for inputs, _ in self._source.batches(self._batch_size):
             inputs = inputs.to(self._device)
             if kept is not None:
-                kept = [*kept, inputs] if self._fits(inputs) else None
+                waiting = self._kept(inputs)
+                kept = None if waiting is None else [*kept, waiting]
             yield inputs
         self._images = kept
 

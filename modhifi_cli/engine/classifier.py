@@ -89,7 +89,7 @@ def aims_of(walk: Walk, classifier: str) -> Generator[Progress, None, tuple[Aims
         return None, (Refusal("classifier", f"kept as it is: {why}"),)
     found: list[Tensor] = []
     yield from walk.activations.outputs(layer, found.append, item="dense logits")
-    return Aims(layer, torch.cat(found)), ()
+    return Aims(layer, walk.activations.team.gather(torch.cat(found))), ()
 
 
 def refit_classifier_(walk: Walk, aims: Aims) -> Generator[Progress, None, Edit]:
@@ -100,7 +100,7 @@ def refit_classifier_(walk: Walk, aims: Aims) -> Generator[Progress, None, Edit]
     """
     rows: list[Tensor] = []
     yield from walk.activations.walk({aims.layer: lambda inputs: rows.append(inputs.clone())}, item="classifier")
-    inputs = torch.cat(rows)
+    inputs = walk.activations.team.gather(torch.cat(rows))
     layer = walk.model.get_submodule(aims.layer)
     held_out = held_out_images(torch.arange(len(inputs), device=inputs.device))
     found = refit(inputs, aims.logits, layer.weight.detach(), layer.bias.detach(), held_out=held_out)

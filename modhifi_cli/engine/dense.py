@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from modhifi_cli.engine.edit import tensor_edits
 from modhifi_cli.engine.gathering import DepthwiseMoments, LayerMoments, TargetMoments
-from modhifi_cli.engine.image_walk import is_depthwise
 from modhifi_cli.engine.walk import Pair, Recipe, Walk
 from modhifi_cli.errors import DataError
 from modhifi_cli.graph.components import reading_weight, write_reading_weight_
@@ -66,24 +65,20 @@ def _apply_done_(walk: Walk, name: str, edit: Edit) -> None:
 
 def _rebuild_layer_(walk: Walk, recipe: Recipe, name: str, iteration: int) -> Generator[Progress, None, Edit]:
     module = walk.model.get_submodule(name)
-    depthwise = is_depthwise(module)
-    moments: DepthwiseMoments | LayerMoments = (
-        DepthwiseMoments(name, module) if depthwise else walk.sums(name, exact=True)
-    )
     aims = walk.aims(name)
+    moments = None if isinstance(aims, DepthwiseMoments) else walk.sums(name, exact=True)
     for event in walk.pairs(name):
         if not isinstance(event, Pair):
             yield event
             continue
-        if isinstance(moments, DepthwiseMoments):
-            moments.update(event.inputs, event.targets)
-        else:
+        if moments is not None:
             moments.update(event.inputs)
-            aims.update(event.inputs, event.targets)
+        aims.update(event.inputs, event.targets)
         yield Progress("tokens" if walk.what == "layers" else "images", name, event.done, event.total)
-    if isinstance(moments, DepthwiseMoments):
-        changed, facts = _solve_depthwise_(walk, recipe, name, module, moments)
+    if isinstance(aims, DepthwiseMoments):
+        changed, facts = _solve_depthwise_(walk, recipe, name, module, aims)
     else:
+        assert moments is not None, "only filters are solved from one accumulator"
         changed, facts = _solve_(walk, recipe, name, module, moments, aims)
     walk.edited_([name], changed)
     touched = dict.fromkeys((*walk.take_refreshed_(), *changed))

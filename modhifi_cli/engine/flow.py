@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from modhifi_cli.engine.memory import free_memory
 from modhifi_cli.engine.team import Team
-from modhifi_cli.errors import ConfigError
 from modhifi_cli.graph.decoder import Call, enter, run_layer
 from modhifi_cli.records import ImageSource, Progress
 
@@ -51,11 +50,7 @@ class Flow:
         offload: bool,
         team: Team,
     ) -> None:
-        if team.size > len(calibration):
-            raise ConfigError(
-                f"{team.size} processes share {len(calibration)} calibration sequences; start fewer of them, or raise "
-                "data.sequences."
-            )
+        team.refuse_idle(len(calibration), "sequences", "data.sequences")
         self.team = team
         self.first, self._behind = team.share(len(calibration))
         self.model = model

@@ -26,6 +26,11 @@ def held_out_images(numbers: Tensor) -> Tensor:
     return numbers % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
 
 
+def held_out_behind(count: int) -> int:
+    """The first number behind the first `count` samples that are held out."""
+    return _HELD_OUT_EVERY * count
+
+
 @dataclass(frozen=True)
 class Gathering:
     """How statistics are gathered.
@@ -36,10 +41,13 @@ class Gathering:
         carry_gigabytes: Largest activation, over all images, that is carried from cut to cut instead of recomputed,
             in 10⁹ bytes, shared by all networks that carry some; ``"auto"`` takes a sixth of the memory that is free
             where the activations lie when the run begins.
+        offload: Whether activations wait in the host's memory instead of the card's: always, never, or ``"auto"`` where
+            they do not fit the card. Where there is no card it says nothing.
     """
 
     positions_per_image: int | None = None
     carry_gigabytes: float | str = "auto"
+    offload: bool | str = "auto"
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class HeldOutApart(Generic[Sums]):
     """Two accumulators of one kind: of the samples that are fitted, and of those held out.
 
     Args:
-        make: Makes an accumulator with ``update`` and ``result``; with several processes ``combine_``, too.
+        make: Makes an accumulator with ``update`` and ``result``.
         hold_out: Whether any sample is held out.
         first: Number of the first sample that this process sees.
         team: The processes that share the calibration set.
@@ -81,7 +89,7 @@ class HeldOutApart(Generic[Sums]):
         device: torch.device | str = "cpu",
     ) -> None:
         self._fitted, self._held_out = make(), make() if hold_out else None
-        self._next, self._any_held = first, False
+        self._next, self._any_held, self._any_fitted = first, False, False
         self._team, self._device = team or Team(), torch.device(device)
 
     def update(self, *batch: Tensor) -> None:
@@ -92,10 +100,12 @@ class HeldOutApart(Generic[Sums]):
         """
         if self._held_out is None:
             self._fitted.update(*batch)
+            self._any_fitted |= len(batch[0]) > 0
             return
         held = held_out_images(torch.arange(self._next, self._next + len(batch[0])))
         self._next += len(batch[0])
         self._any_held |= bool(held.any())
+        self._any_fitted |= not bool(held.all())
         for sums, chosen in ((self._fitted, ~held), (self._held_out, held)):
             if bool(chosen.any()):
                 rows = chosen.to(batch[0].device)
@@ -107,13 +117,15 @@ class HeldOutApart(Generic[Sums]):
         Raises:
             NumericsError: If there was no sample.
         """
-        if self._team.size > 1:
-            for sums in (self._fitted, self._held_out):
-                if sums is not None:
-                    sums.combine_(self._team.add_up_, self._device)
-            self._any_held = self._held_out is not None and self._held_out.rows > 0
         held_out = self._held_out.result() if self._held_out is not None and self._any_held else None
-        return self._fitted.result(), held_out
+        if self._team.size == 1:
+            return self._fitted.result(), held_out
+        # A process may have had held-out samples alone, or none of them: the others' moments are of the same shape.
+        fitted = self._fitted.result() if self._any_fitted or held_out is None else held_out
+        every = self._team.mean(fitted, nothing=not self._any_fitted)
+        if self._held_out is None or not self._team.total(int(self._any_held), self._device):
+            return every, None
+        return every, self._team.mean(fitted if held_out is None else held_out, nothing=held_out is None)
 
 
 class LayerMoments:
@@ -218,10 +230,11 @@ class DepthwiseMoments:
     Args:
         name: Module name, for messages.
         module: Depthwise `nn.Conv2d`.
+        shared: ``first``, ``team`` and ``device`` of `HeldOutApart`, where several processes gather.
     """
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self._sums = HeldOutApart(lambda: FilterMoments(module, name=name))
+    def __init__(self, name: str, module: nn.Module, **shared: Any) -> None:
+        self._sums = HeldOutApart(lambda: FilterMoments(module, name=name), **shared)
         self.update = self._sums.update
 
     def result(self) -> tuple[FilterStatistics, FilterStatistics | None, FilterStatistics]:

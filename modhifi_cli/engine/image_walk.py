@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from modhifi_cli.engine.activations import Activations, set_statistics_
 from modhifi_cli.engine.class_features import MapSummaries, map_summaries
-from modhifi_cli.engine.gathering import Gathering, LayerMoments, TargetMoments
+from modhifi_cli.engine.gathering import DepthwiseMoments, Gathering, LayerMoments, TargetMoments
 from modhifi_cli.engine.impact import Impact, images_for
 from modhifi_cli.engine.labelling import Labels, image_labels
-from modhifi_cli.engine.memory import limit_bytes
+from modhifi_cli.engine.memory import host_bytes, limit_bytes
 from modhifi_cli.engine.plan import check_weights, discover, example_of, refuse_nothing
 from modhifi_cli.engine.site import features_kept
+from modhifi_cli.engine.team import Team
 from modhifi_cli.engine.walk import Budget, Cut, Looking, Pair, Recipe, Repair, Stop, Surveyed
 from modhifi_cli.engine.widths import GroupWidths
 from modhifi_cli.errors import ConfigError, UnsupportedModelError
@@ -51,9 +52,10 @@ class ImageWalk:
         device: Where the forwards run.
         gathering: How statistics are gathered.
         seed: For drawn positions.
+        team: Other processes that run the same with their share of the images; None for none.
 
     Raises:
-        ConfigError: If a setting is out of range.
+        ConfigError: If a setting is out of range, or there are more processes than images.
         DataError: If there are no calibration images.
         NumericsError: If a weight is not finite.
         UnsupportedModelError: If the network cannot be run or traced.
@@ -74,12 +76,14 @@ class ImageWalk:
         device: torch.device | str = "cpu",
         gathering: Gathering | None = None,
         seed: int = 0,
+        team: Team | None = None,
     ) -> None:
         if batchnorm not in ("reestimate", "stored"):
             raise ConfigError(f"batchnorm must be 'reestimate' or 'stored', got '{batchnorm}'.")
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
-        self.device = torch.device(device)
+        self.device, self.team = torch.device(device), team or Team()
+        self.team.refuse_idle(len(calibration), "images", "data.num_samples")
         self.gathering = gathering or Gathering()
         check_weights(model)
         self.model = model.to(self.device).eval()
@@ -106,6 +110,8 @@ class ImageWalk:
             batch_size=self._batch_size,
             device=self.device,
             limit_bytes=limit_bytes(self.gathering, self.device, networks=networks),
+            host_bytes=host_bytes(self.gathering, self.device, networks=networks * self.team.size),
+            team=self.team,
         )
 
     def prepare(self, recipe: Recipe, passes: int) -> Iterator[Progress | Note]:
@@ -137,7 +143,11 @@ class ImageWalk:
         return nullcontext()
 
     def leave(self, stop: Stop) -> Iterator[Progress]:
-        """Activations go on with the next group that is looked at."""
+        """Activations go on with the next group that is looked at; processes must have edited alike."""
+        if self.team.size > 1:
+            touched = {name: self.model.get_submodule(name) for part in stop.parts for name in part.modules}
+            tensors = {f"{name}.{key}": own for name, one in touched.items() for key, own in one.state_dict().items()}
+            self.team.agree(stop.name, tensors, self.device)
         yield from ()
 
     def consumers(self, part: ComponentGroup) -> tuple[Slot, ...]:
@@ -215,13 +225,15 @@ class ImageWalk:
         there are images, on those images. Where fewer than eight images are held out, nothing is surveyed: the curves
         would let the last layers look free.
         """
-        images = self.activations.held_out_images(images_for(self.samples))
+        images = self.team.gather(self.activations.held_out_images(images_for(self.samples)))
         if len(images) < _FEWEST_HELD_OUT:
             return
+        team = self.team if len(images) >= self.team.size else Team()  # too few to be shared: everyone tries them all
+        first, behind = team.share(len(images))
         slots = {slot.module: slot for group in self.parts for slot in self.consumers(group)}
         gathered = yield from self.look(tuple(slots.values()), "error curves", hold_out=True)
         gathered = {name: replace(one, statistics=one.fitted or one.statistics) for name, one in gathered.items()}
-        trial = Impact(self.segments, images, limit_bytes=self.activations.limit_bytes)
+        trial = Impact(self.segments, images[first:behind], limit_bytes=self.activations.limit_bytes, team=team)
         for group in self.parts:
             yield Surveyed(group, gathered, trial)
 
@@ -248,7 +260,8 @@ class ImageWalk:
         """What those looks have seen, with the images' classes."""
         labels = self.labels
         assert labels is not None, "a score of classes is prepared for"
-        return tuple(Place(name, look.result(), labels.values, labels.classes) for name, look in looks.items())
+        seen = {name: self.team.gather(look.result()) for name, look in looks.items()}
+        return tuple(Place(name, summaries, labels.values, labels.classes) for name, summaries in seen.items())
 
     # ------------------------------------------------------------------------------------------------------ editing
 
@@ -308,6 +321,7 @@ class ImageWalk:
         """Re-estimate the BatchNorms that still are stale."""
         yield from self.activations.refresh(list(self.stale), item="batchnorm")
         self._forget_refreshed()
+        self.team.agree("the network", self.model.state_dict(), self.device)
         return self.take_refreshed_()
 
     def norm_behind(self, name: str) -> str | None:
@@ -378,11 +392,18 @@ class ImageWalk:
         """An accumulator of a layer's inputs; an exact one takes every position."""
         module = self.model.get_submodule(name)
         positions = None if exact else self.gathering.positions_per_image
-        return LayerMoments(name, module, positions_per_image=positions, seed=self._seed, hold_out=hold_out)
+        return LayerMoments(
+            name, module, positions_per_image=positions, seed=self._seed, hold_out=hold_out, **self._shared
+        )
 
-    def aims(self, name: str) -> TargetMoments:
-        """An accumulator of a layer's inputs against its targets."""
-        return TargetMoments(name, self.model.get_submodule(name))
+    def aims(self, name: str) -> TargetMoments | DepthwiseMoments:
+        """An accumulator of a layer's inputs against its targets; of a depthwise one filter by filter."""
+        module = self.model.get_submodule(name)
+        return (DepthwiseMoments if is_depthwise(module) else TargetMoments)(name, module, **self._shared)
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        return {"first": self.activations.first, "team": self.team, "device": self.device}
 
     def settle_dense_(self, name: str, mean: Callable[[], Tensor], moments: Callable[[], Any]) -> list[str]:
         """Put the constant right behind a layer that was solved again towards the dense network."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.engine.team import Team
 from modhifi_cli.graph.components import ComponentGroup
 from modhifi_cli.graph.segments import Segments
 
@@ -72,19 +73,24 @@ class Impact:
 
     Args:
         segments: The network in evaluation mode, as it stands, and its cuts.
-        images: What it is compared on, ``[images, channels, height, width]``.
+        images: What it is compared on, ``[images, channels, height, width]``; with several processes this one's own.
         limit_bytes: Largest activation, over all images, that may be kept so that a trial need not run what lies in
             front of its edit.
+        team: Other processes with images of their own.
     """
 
-    def __init__(self, segments: Segments, images: Tensor, *, limit_bytes: float = 0.0) -> None:
+    def __init__(
+        self, segments: Segments, images: Tensor, *, limit_bytes: float = 0.0, team: Team | None = None
+    ) -> None:
         self._segments = segments
+        self._team = team or Team()
         self._batches = images.split(_BATCH)
         self._limit = limit_bytes
         self._cut: str | None = None
         self._carried: Sequence[Tensor] = self._batches
         self._logits = self._run()
-        spread = (self._logits - self._logits.mean(0)).square().sum()
+        every = self._team.gather(self._logits)
+        spread = (every - every.mean(0)).square().sum()
         self._spread = float(spread.clamp(min=torch.finfo(spread.dtype).tiny))
 
     @torch.no_grad()
@@ -121,7 +127,9 @@ class Impact:
 
     def measure(self) -> float:
         """Squared change of the logits as a share of their variance over the images, from 0."""
-        return float((self._run() - self._logits).square().sum()) / self._spread
+        moved = (self._run() - self._logits).square().sum()
+        self._team.add_up_(moved)
+        return float(moved) / self._spread
 
     @torch.no_grad()
     def _run(self) -> Tensor:

@@ -43,9 +43,18 @@ def limit_bytes(gathering: Gathering, device: torch.device | str, *, networks: i
         device: Where activations lie.
         networks: How many carry activations beside each other.
     """
+    if gathering.offload is True and torch.device(device).type == "cuda":
+        return 0.0
     if gathering.carry_gigabytes == "auto":
         return free_memory(device) / (_SHARES * networks)
     return float(gathering.carry_gigabytes) * 1e9 / networks
+
+
+def host_bytes(gathering: Gathering, device: torch.device | str, *, networks: int = 1) -> float:
+    """Largest activation that each of some networks may leave in the host's memory, bytes; 0 where it leaves none."""
+    if gathering.offload is False or torch.device(device).type != "cuda":
+        return 0.0
+    return free_memory("cpu") / (_SHARES * networks)
 
 
 def reset_peaks() -> None:

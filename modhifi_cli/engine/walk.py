@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.engine.gathering import Gathered, LayerMoments, TargetMoments
+from modhifi_cli.engine.gathering import DepthwiseMoments, Gathered, LayerMoments, TargetMoments
 from modhifi_cli.engine.prices import Params, Price, as_price
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, Slot
 from modhifi_cli.numerics.scoring import Place
@@ -274,8 +274,8 @@ class Walk(Protocol):
     def sums(self, name: str, *, hold_out: bool = True, exact: bool = False) -> LayerMoments:
         """An accumulator of a layer's inputs."""
 
-    def aims(self, name: str) -> TargetMoments:
-        """An accumulator of a layer's inputs against its targets."""
+    def aims(self, name: str) -> TargetMoments | DepthwiseMoments:
+        """An accumulator of a layer's inputs against its targets; of a depthwise one filter by filter."""
 
     def residual(self, name: str) -> str | None:
         """What stands for the residual stream that a layer's output goes into; None where it goes into none."""

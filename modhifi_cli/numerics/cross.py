@@ -4,7 +4,6 @@ The second moment S of the inputs is gathered as for every layer. What a target 
 convolution's weight gradient is, with t in place of the gradient.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,29 +82,6 @@ class CrossMoments:
         self._cross = cross.double() if self._cross is None else self._cross.add_(cross)
         self._mean = mean if self._mean is None else self._mean.add_(mean)
         self._energy = energy if self._energy is None else self._energy.add_(energy)
-
-    @property
-    def rows(self) -> int:
-        """Rows so far."""
-        return self._rows
-
-    def combine_(self, add_up_: Callable[[Tensor], None], device: torch.device) -> None:
-        """Make the sums so far those of several processes, some of which may have seen no row.
-
-        Args:
-            add_up_: Replaces a float64 tensor by its total over all processes.
-            device: Where the sums are.
-        """
-        if self._cross is None:
-            weight = self._layer.weight
-            regular = isinstance(self._layer, nn.Conv2d | nn.Linear)
-            outputs, features = weight.flatten(1).shape if regular else reversed(weight.shape)
-            self._cross = torch.zeros(outputs, features, dtype=torch.float64, device=device)
-            self._mean, self._energy = (torch.zeros_like(self._cross[:, 0]) for _ in range(2))
-        count = torch.tensor([self._rows], dtype=torch.float64, device=device)
-        for tensor in (self._cross, self._mean, self._energy, count):
-            add_up_(tensor)
-        self._rows = int(count)
 
     def result(self) -> CrossStatistics:
         """Means over everything so far.

@@ -9,7 +9,7 @@ otherwise the rounding of a product, 1e-7 of the squared mean, would be larger t
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations_with_replacement, product
 
 import torch
@@ -50,49 +50,15 @@ class RowMoments:
         self._samples: list[Tensor] = []
 
     @exact_products
-    def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
+    def update(self, rows: Tensor) -> None:
         """Add rows ``[rows, features]`` (any floating type and strides; they are copied where they are kept).
-
-        Args:
-            rows: The rows.
-            weights: How much each row counts, ``[rows]`` > 0 with a mean of 1 over this call, or None for 1. Weighted
-                rows are never kept as they are.
 
         Raises:
             NumericsError: If a value is not finite.
         """
         if rows.ndim != 2 or rows.shape[1] != self._features:
             raise ValueError(f"{self._name}: rows of {self._features} features expected, got {tuple(rows.shape)}.")
-        if weights is None:
-            self._add(rows.detach().T)
-        else:
-            self._add_weighted(rows.detach().T.to(torch.float32), weights.detach().to(torch.float32))
-
-    @property
-    def rows(self) -> int:
-        """Rows so far."""
-        return self._rows
-
-    def combine_(self, add_up_: Callable[[Tensor], None], device: torch.device) -> None:
-        """Make the sums so far those of several processes.
-
-        Args:
-            add_up_: Replaces a float64 tensor by its total over all processes.
-            device: Where the sums are, for a process that has had no row.
-        """
-        nothing = torch.zeros(self._features, dtype=torch.float64, device=device)
-        self._sum = nothing.clone() if self._sum is None else self._sum
-        self._start_gram(nothing[:, None])
-        if self._shift is not None:  # every process has its own
-            shift, total = self._shift[:, 0].double(), self._sum
-            self._gram = mirror_upper_(self._gram)
-            self._sum = total + self._rows * shift
-            self._gram += torch.outer(shift, total) + torch.outer(self._sum, shift)
-        self._shift = torch.zeros_like(nothing[:, None], dtype=torch.float32)
-        count = torch.tensor([self._rows], dtype=torch.float64, device=device)
-        for tensor in (self._sum, self._gram, count):
-            add_up_(tensor)
-        self._rows = int(count)
+        self._add(rows.detach().T)
 
     def result(self) -> Statistics:
         """Moments of all rows so far; more may be added afterwards.
@@ -133,17 +99,6 @@ class RowMoments:
         if self._shift is None:
             self._shift = far_mean(columns)
         return columns - self._shift if bool(self._shift.any()) else columns
-
-    def _add_weighted(self, columns: Tensor, weights: Tensor) -> None:
-        if columns.shape[1] == 0:
-            return
-        columns = self._near(columns)
-        sums = (columns @ weights).double()
-        _refuse_not_finite(sums, self._name)
-        self._sum = sums if self._sum is None else self._sum.add_(sums)
-        self._rows += columns.shape[1]
-        self._start_gram(columns)
-        add_gram_(self._gram, columns * weights.sqrt())
 
     def _start_gram(self, columns: Tensor) -> None:
         if self._gram is None:

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 # Settings that may differ between a run and its continuation; the audit looks at the network and changes nothing.
 _NOT_COMPARED = ("resume", "console", "output_dir", "audit")
 _OF_MEMORY = (
-    ("runtime", "batch_size"), ("runtime", "threads"), ("statistics", "carry_gigabytes"), ("decoder", "offload"),
+    ("runtime", "batch_size"), ("runtime", "threads"), ("statistics", "carry_gigabytes"),
+    ("statistics", "offload"), ("decoder", "offload"),
 )  # fmt: skip
 _VERIFICATION_IMAGES = 4
 _OF_LOGITS = ("top1", "forget_retain", "agreement")  # measurements that look at a network's answers and nothing else
@@ -666,18 +667,27 @@ def team_of(settings: Mapping[str, Any]) -> tuple[int, int]:
     """Number of this process and how many `torchrun` started; they find each other here.
 
     Raises:
-        ConfigError: If several were started for a network that reads images.
+        ConfigError: If several were started for what one process decides by a clock, by trying, or outside our method.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if size > 1 and not is_decoder(settings):
-        raise ConfigError(
-            f"{size} processes were started, and only language models share their calibration text between processes; "
-            "run modhifi without torchrun."
-        )
+    if size > 1:
+        price = config.build(settings["target"])
+        alone = "outside" if settings.get("outside") else f"target={price.name}" if price.timed or price.searched else None
+        if alone is not None:
+            raise ConfigError(f"{size} processes were started, and a run with {alone} is one process's; leave torchrun out.")
     if size > 1 and not torch.distributed.is_initialized():
         on_card = settings["runtime"]["device"].startswith("cuda")
         torch.distributed.init_process_group("nccl" if on_card else "gloo")
     return rank, size
+
+
+def shared_by_all(value: Any) -> Any:
+    """What the first of several processes has decided, in each of them; the value itself where there is one process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    held = [value]
+    torch.distributed.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def dtype_of(settings: Mapping[str, Any]) -> torch.dtype:

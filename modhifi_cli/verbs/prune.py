@@ -89,6 +89,7 @@ def prune(
             settings, seen = quality.before_the_run(
                 model, calibration, settings, loaded.preprocess, device, console, place
             )
+            pieces.shared_by_all(settings["batchnorm"])
             times = timing.Times(settings, facts, place)
             trials: list[dict[str, Any]] = []
             if price.searched:
@@ -145,7 +146,7 @@ def prune(
 
 
 def _follow(settings: Mapping[str, Any]) -> None:
-    """What a process does that only lends a hand: the same run with its share of the text, nothing written or told."""
+    """What a process does that only lends a hand: the same run with its share of the samples, nothing written or told."""
     from modhifi_cli.graph.surgery import weights_hash
 
     device = pieces.device_of(settings)
@@ -154,6 +155,7 @@ def _follow(settings: Mapping[str, Any]) -> None:
     if settings["resume"]:
         place = artifacts.RunDirectory.reopen(settings["resume"], alone=False)
         done = pieces.edits_so_far(place, weights_hash(loaded.model), calibration)
+    settings = {**settings, "batchnorm": pieces.shared_by_all(None)}  # the first process has looked at the images
     for _ in _events(loaded.model, settings, calibration, device, done, config.build(settings["target"])):
         pass
 
@@ -267,15 +269,17 @@ def _events(
 
 def _walk(model: nn.Module, settings: Mapping[str, Any], calibration: ImageSource, device: torch.device) -> Any:
     """The network on its calibration data, walked as its kind asks for."""
+    from modhifi_cli.engine.team import Team
+
     given = {
         "exclude": tuple(settings["exclude"]), "batch_size": settings["runtime"]["batch_size"], "device": device,
+        "team": Team(*pieces.team_of(settings)),
     }  # fmt: skip
     if pieces.is_decoder(settings):
-        from modhifi_cli.engine.team import Team
         from modhifi_cli.engine.token_walk import TokenWalk
 
         options = config.build(settings["decoder"], components=tuple(settings["components"]))
-        return TokenWalk(model, calibration, options=options, team=Team(*pieces.team_of(settings)), **given)
+        return TokenWalk(model, calibration, options=options, **given)
     from modhifi_cli.engine.image_walk import ImageWalk
 
     gathering, seed = config.build(settings["statistics"]), settings["runtime"]["seed"]

@@ -1,16 +1,28 @@
 """Memory belongs to the card: limits are a share of its own, peaks are of each job, and a full card is one sentence."""
 
+import functools
+
 import pytest
 import torch
 
 import modhifi_cli
 from modhifi_cli.cli import main
 from modhifi_cli.engine.gathering import Gathering
+from modhifi_cli.engine.image_walk import ImageWalk
 from modhifi_cli.engine.memory import free_memory, limit_bytes, peaks, reset_peaks
+from modhifi_cli.engine.prune import prune_
+from modhifi_cli.engine.walk import Budget, Recipe
 from modhifi_cli.errors import is_out_of_memory
 from modhifi_cli.files import artifacts
+from modhifi_cli.numerics.allocation import Uniform
+from modhifi_cli.numerics.compensation import Joint
+from modhifi_cli.numerics.schedule import geometric
+from modhifi_cli.numerics.scoring import Singleton
+from modhifi_cli.numerics.selection import Greedy
+from modhifi_cli.records import Edit
 from tests.card import pretend
 from tests.card.networks import labelled_images, network
+from tests.engine.test_both_walks import Images
 
 RUN = ["data.num_samples=64", "evaluation_data.num_samples=60", "preset=fast", "sparsity=0.3", "console=plain"]
 RUN += ["runtime=gpu", "evaluation=[top1]"]
@@ -122,6 +134,25 @@ def test_a_run_on_a_card_of_half_the_size_keeps_the_same_and_stays_below_it():
     assert {name: kept.tolist() for name, kept in first.kept.items()} == {
         name: kept.tolist() for name, kept in second.kept.items()
     }
+
+
+@pytest.mark.parametrize("offload", ["auto", True, False])
+def test_activations_that_do_not_fit_the_card_wait_in_pinned_memory_of_the_host(offload):
+    data = torch.cat([images for images, _ in labelled_images("batchnorm", 40)])
+    recipe = Recipe(Singleton(), Greedy(), Joint(), Uniform(), functools.partial(geometric, iterations=1))
+
+    def kept(gathering, seen):
+        model = network("batchnorm").cuda()
+        walk = ImageWalk(model, Images(data), batch_size=20, device="cuda", gathering=gathering)
+        edits = [event for event in prune_(walk, recipe, Budget(0.3)) if isinstance(event, Edit)]
+        model.cpu()
+        return [edit.kept.tolist() for edit in edits], seen.pinned
+
+    with pretend.card() as seen:
+        roomy, none = kept(Gathering(), seen)
+        tight, pinned = kept(Gathering(carry_gigabytes=1e-9, offload=offload), seen)
+    assert roomy == tight and none == 0
+    assert pinned > data.nbytes if offload else pinned == 0
 
 
 def test_what_is_no_want_of_memory_stays_a_defect():

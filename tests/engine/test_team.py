@@ -1,17 +1,27 @@
-"""Two processes that share the calibration sequences end with the network that one process ends with."""
+"""Processes that share the calibration samples end with the network that one process ends with."""
 
+import functools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+from modhifi_cli.engine.gathering import HeldOutApart
+from modhifi_cli.engine.image_walk import ImageWalk
+from modhifi_cli.engine.prune import prune_
 from modhifi_cli.engine.team import Team
 from modhifi_cli.engine.token_walk import DecoderOptions
+from modhifi_cli.engine.walk import Budget
 from modhifi_cli.errors import ConfigError, ModHiFiError
+from modhifi_cli.graph.law import randomise_
 from modhifi_cli.numerics.allocation import Global
 from modhifi_cli.numerics.compensation import Joint
+from modhifi_cli.numerics.moments import RowMoments, second_moment
 from tests.decoders import tiny
+from tests.engine.test_both_walks import RECIPE, Images
 from tests.engine.test_prune_decoder import prune
 
 
@@ -21,6 +31,37 @@ def pruned(team: Team):
     options = DecoderOptions(components=("mlp", "attention"))
     joint = Joint(reference="dense")
     prune(model, options=options, compensation=joint, allocation=Global(floor=0.1), walked={"team": team})
+    return model.state_dict()
+
+
+class Mixed(nn.Module):
+    """A residual network with a depthwise layer, BatchNorms and a classifier: everything that images exchange."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.wide = nn.Sequential(nn.Conv2d(12, 20, 1, bias=False), nn.BatchNorm2d(20), nn.ReLU())
+        self.depth = nn.Sequential(nn.Conv2d(20, 20, 3, padding=1, groups=20, bias=False), nn.BatchNorm2d(20), nn.ReLU())
+        self.narrow = nn.Sequential(nn.Conv2d(20, 12, 1, bias=False), nn.BatchNorm2d(12))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, images):
+        stream = self.stem(images)
+        stream = stream + self.narrow(self.depth(self.wide(stream)))
+        return self.head(stream.mean((2, 3)))
+
+
+def pruned_images(team: Team, batchnorm: str = "reestimate", count: int = 46):
+    """As `pruned`, of a network that reads images; the shares of three processes differ."""
+    torch.manual_seed(0)
+    model = Mixed()
+    randomise_(model)
+    images = torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(1)) + 1
+    walk = ImageWalk(model.eval(), Images(images), batch_size=7, batchnorm=batchnorm, team=team)
+    joint = Joint(reference="dense")
+    recipe = replace(RECIPE, compensation=joint, allocation=Global(floor=0.1), classifier="auto")
+    for _ in prune_(walk, recipe, Budget(0.3, "flops")):
+        pass
     return model.state_dict()
 
 
@@ -57,6 +98,63 @@ def test_several_processes_prune_as_one_does(tmp_path, size):
         for name, tensor in torch.load(tmp_path / f"{rank}.pt").items():
             assert torch.equal(first[name], tensor)
             assert torch.allclose(tensor, alone[name], atol=1e-4 * float(alone[name].abs().max()))
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.card)])
+@pytest.mark.parametrize("batchnorm", ["reestimate", "stored"])
+def test_several_processes_prune_an_image_network_as_one_does(tmp_path, size, batchnorm):
+    store, make = tmp_path / "store", functools.partial(pruned_images, batchnorm=batchnorm)
+    call = f"member(rank, {size}, {str(store)!r}, functools.partial(pruned_images, batchnorm={batchnorm!r}))"
+    others = together(tmp_path, size, call)
+    try:
+        first = member(0, size, str(store), make)
+        assert [other.wait(timeout=300) for other in others] == [0] * len(others)
+    finally:
+        for other in others:
+            other.kill()
+    alone = make(Team())
+    for rank in range(1, size):
+        for name, tensor in torch.load(tmp_path / f"{rank}.pt").items():
+            assert torch.equal(first[name], tensor)
+            assert tensor.shape == alone[name].shape
+            assert torch.allclose(tensor.double(), alone[name].double(), atol=1e-4 * float(alone[name].abs().max()))
+
+
+def test_more_processes_than_images_are_refused():
+    with pytest.raises(ConfigError, match="9 processes share 8 calibration images; start fewer .* data.num_samples"):
+        pruned_images(Team(0, 9), count=8)
+
+
+@pytest.mark.parametrize("rows", [(2, 3), (30, 5), (0, 4)], ids=["samples", "summed", "one has none"])
+def test_moments_of_several_processes_are_those_of_all_rows(tmp_path, rows):
+    store = tmp_path / "store"
+    (other,) = together(tmp_path, 2, f"member(rank, 2, {str(store)!r}, functools.partial(means, rows={rows}))")
+    try:
+        statistics = member(0, 2, str(store), functools.partial(means, rows=rows))
+        assert other.wait(timeout=300) == 0
+    finally:
+        other.kill()
+    own = torch.cat([drawn_rows(rank, count) for rank, count in enumerate(rows)]).double()
+    assert statistics.rows == len(own) and (statistics.samples is not None) == (len(own) <= 8)
+    centred = own - own.mean(0)
+    found = second_moment(statistics, centred=True)
+    torch.testing.assert_close(found, centred.T @ centred / len(own), rtol=1e-4, atol=1e-5)
+
+
+def drawn_rows(rank, count):
+    """Rows far from 0, so that every process has a shift of its own."""
+    return torch.randn(count, 8, generator=torch.Generator().manual_seed(rank)) + 100 * (rank + 1)
+
+
+def means(team, rows):
+    sums = HeldOutApart(lambda: RowMoments(8), hold_out=False, team=team)
+    # Where this process has had nothing, what was held out says of what shape the moments are.
+    if rows[team.rank]:
+        sums.update(drawn_rows(team.rank, rows[team.rank]))
+        return sums.results()[0]
+    held = RowMoments(8)
+    held.update(drawn_rows(7, 3))
+    return team.mean(held.result(), nothing=True)
 
 
 def apart(team: Team):

@@ -388,7 +388,11 @@ def test_a_score_of_classes_is_not_for_language_models(scoring, capsys):
     assert "this scoring tells the classes of images apart, and a language model reads" in capsys.readouterr().err
 
 
-def test_several_processes_are_for_language_models(monkeypatch):
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [("target=latency", "target=latency"), ("target=max_drop", "target=max_drop"), ("outside=torch_pruning", "outside")],
+)
+def test_several_processes_are_refused_what_only_one_can_decide(word, named, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="2 processes were started, and only language models share"):
-        pieces.team_of(config.compose("prune", ["sparsity=0.2"]))
+    with pytest.raises(ConfigError, match=f"2 processes were started, and a run with {named} is one process's"):
+        pieces.team_of(config.compose("prune", ["sparsity=0.2", word]))
