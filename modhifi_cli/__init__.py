@@ -6,10 +6,12 @@ Importing the package imports nothing heavy, so that `modhifi --help` answers at
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "groups", "load_model", "prune", "save", "score", "unlearn"]
+__all__ = [
+    "audit", "compare", "evaluate", "groups", "load_model", "prune", "save", "score", "synthesize", "unlearn",
+]  # fmt: skip
 
 if TYPE_CHECKING:
-    from modhifi_cli.api import evaluate, groups, load_model, prune, save, score, unlearn
+    from modhifi_cli.api import audit, compare, evaluate, groups, load_model, prune, save, score, synthesize, unlearn
 
 
 def __getattr__(name: str) -> Any:
@@ -17,5 +19,9 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'modhifi_cli' has no attribute '{name}'")
     import importlib
+    import types
 
-    return getattr(importlib.import_module("modhifi_cli.api"), name)
+    api = importlib.import_module("modhifi_cli.api")
+    if isinstance(globals().get(name), types.ModuleType):  # a room of the same name that was imported meanwhile
+        del globals()[name]
+    return getattr(api, name)

@@ -94,11 +94,16 @@ class Remaining:
         return (1 - share) * (now - begun) / (share - before)
 
 
-class _Work:
-    """Where a run stands: its part, the stages inside one another, the time that is left."""
+class Work:
+    """Where a run stands: its part, the stages inside one another, the time that is left.
+
+    Attributes:
+        part: In words.
+        share: Of the outermost stage that is done, 0 … 1.
+    """
 
     def __init__(self) -> None:
-        self.part = ""
+        self.part, self.share = "", 0.0
         self._stages: dict[str, Progress] = {}
         self._remaining = Remaining()
 
@@ -115,11 +120,13 @@ class _Work:
         self._stages[step.stage] = step
         if step.done >= step.total:
             del self._stages[step.stage]
+        self.share = 0.0
         if not self._stages:
             return ""
         share = 0.0
         for stage in reversed(self._stages.values()):
             share = (stage.done + min(share, 1.0)) / max(stage.total, 1)
+        self.share = min(share, 1.0)
         left = self._remaining.update(share, time.monotonic())
         told = [f"{stage.stage} {stage.done} of {stage.total}" for stage in self._stages.values()]
         item = next((stage.item for stage in self._stages.values() if stage.item), "")
@@ -162,7 +169,7 @@ class PlainConsole(Console):
         self._out = out or sys.stdout
         self._last_line = 0.0
         self._last_item = ""
-        self._work = _Work()
+        self._work = Work()
 
     def note(self, text: str, **facts: Any) -> None:
         print(text, file=self._out, flush=True)
@@ -234,7 +241,7 @@ class RichConsole(Console):
         from rich.console import Console as Terminal
 
         self._terminal = Terminal(highlight=False)
-        self._work = _Work()
+        self._work = Work()
         self._live: Any = None
 
     def note(self, text: str, **facts: Any) -> None:

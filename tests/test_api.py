@@ -1,6 +1,7 @@
 """The functions for Python: the same results as the command line, nothing changed unasked, errors in one sentence."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from modhifi_cli.data import digits
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
 from modhifi_cli.files import artifacts
 from modhifi_cli.graph.surgery import apply_edit_
-from modhifi_cli.models import embedded
+from modhifi_cli.models import embedded, hf
 from modhifi_cli.settings import config
+from tests import decoders
+from tests.evaluation.test_language import TEXT
 
 LOADED = embedded.load()
 
@@ -139,7 +142,10 @@ WRONG = {
     "NaN": ([PIXELS * float("nan")], {}, DataError, "batch 0 holds NaN or infinite values"),
     "preset": (PIXELS, {"preset": "bets"}, ConfigError, "there is no recipe 'bets'; known: best, "),
     "outside": (PIXELS, {"preset": "torch_pruning_magnitude"}, ConfigError, "is another library's method"),
-    "target": (PIXELS, {"target": "latency"}, ConfigError, "target must be params, flops or components, got 'latency'"),
+    "target": (PIXELS, {"target": "max_drop"}, ConfigError, "target must be auto, params, .* or latency, got 'max_drop'"),
+    "texts": (["a text"], {}, DataError, "texts are for language models of transformers, and Sequential is none"),
+    "number": (PIXELS, {"num_samples": 0}, ConfigError, "num_samples: expected a whole number from 1, auto or None, got 0"),
+    "listener": (PIXELS, {"progress": 3}, ConfigError, "progress: expected None for a bar, False for none, or a function"),
     "setting": (PIXELS, {"settings": ["compensatoin=joint"]}, ConfigError, "compensatoin.*did you mean 'compensation'"),
     "channels": (PIXELS[:, :1], {}, UnsupportedModelError, r"does not take an image batch of shape \(2, 1, 8, 8\)"),
 }
@@ -164,3 +170,129 @@ def test_a_text_to_exclude_is_one_name():
     assert [group.name for group in found] == ["2"]
     with pytest.raises(ConfigError, match="exclude: the network has no module 'blocks.1'"):
         modhifi_cli.groups(net, torch.randn(4, 3, 8, 8), exclude="blocks.1")
+
+
+# ------------------------------------------------------------------------------------- records, and more functions
+
+
+def test_records_are_short_at_a_prompt_and_tables_in_a_notebook(pruned):
+    _, result = pruned
+    assert re.fullmatch(r"Pruned\([\d.]+ % of parameters, [\d.]+ % of FLOPs, [\d.]+ % of components removed from \d groups"
+                        r"(; \d+ warnings?)?\)", repr(result))  # fmt: skip
+    shown = result._repr_html_()
+    assert len(shown) < 3000 and "<table>" in shown and "FLOPs (MACs)" in shown
+
+
+def test_time_can_be_the_target_and_the_clock_says_what_it_became(tiny_convnet):
+    pixels = torch.randn(16, 3, 8, 8)
+    _, result = modhifi_cli.prune(
+        tiny_convnet, pixels, sparsity=0.2, target="latency", preset="fast", check_data=False,
+        settings=["target.rounds=2", "target.max_seconds=2", "target.batch_size=4"],
+    )  # fmt: skip
+    assert result.achieved["latency"] < 1 and 0 < result.achieved["flops"] < 1
+
+
+def test_an_audit_tells_the_output_from_the_inside():
+    pixels, labels = (torch.cat(parts) for parts in zip(*images(300, labelled=True), strict=True))
+    edited, _ = modhifi_cli.unlearn(LOADED.model, [(pixels, labels)], forget=3)
+    found = modhifi_cli.audit(
+        LOADED.model, edited, [(pixels[:200], labels[:200])], forget="3", classes=LOADED.classes,
+        evaluation=[(pixels[200:], labels[200:])],
+        settings=["audit.relearn.steps=2", "audit.further.seeds=1", "audit.probe.iterations=20"],
+    )  # fmt: skip
+    assert found.verdict.startswith("forgotten at the output") and found.sentences
+    assert found.figures["edited"]["FA"] <= 5 < found.figures["dense"]["FA"]
+    assert repr(found) == f"Audited({found.verdict})" and "head-only" in found._repr_html_()
+    with pytest.raises(ConfigError, match="evaluation: an audit measures accuracy on these images, and they come without"):
+        modhifi_cli.audit(LOADED.model, edited, [(pixels, labels)], forget=3, evaluation=pixels)
+
+
+def test_methods_are_compared_on_the_same_samples(tiny_convnet):
+    pixels = (torch.randn(16, 3, 8, 8) for _ in range(2))
+    found = modhifi_cli.compare(
+        tiny_convnet, pixels, torch.randn(24, 3, 8, 8), methods=["fast", "magnitude"], budgets=[0.2, 0.4]
+    )
+    assert [(row["method"], row["budget"]) for row in found.rows] == [
+        ("fast", 0.2), ("fast", 0.4), ("magnitude", 0.2), ("magnitude", 0.4),
+    ]  # fmt: skip
+    assert all(0 <= row["agreement"] <= 100 and row["removed_flops"] > 0 for row in found.rows)
+    assert found.finding.startswith("At 20 % ") and found.finding in repr(found) and "<table>" in found._repr_html_()
+    parameters = sum(one.numel() for one in found.networks["fast", 0.4].parameters())
+    assert parameters == found.rows[1]["parameters"] < found.dense["parameters"]
+    with pytest.raises(ConfigError, match="methods: expected names of presets, such as .* got 'best'"):
+        modhifi_cli.compare(tiny_convnet, PIXELS, PIXELS, methods="best")
+
+
+@pytest.mark.parametrize("data", ["inversion", "procedural"])
+def test_samples_are_made_from_the_network_as_it_wants_them(data):
+    said = {"size": 8, "mean": [0.304], "std": [0.375]}
+    short = ["data.steps=2"] if data == "inversion" else []
+    made = modhifi_cli.synthesize(LOADED.model, data=data, num_samples=8, preprocess=said, cache=False, settings=short)
+    assert made.shape == (8, 1, 8, 8) and made.dtype == torch.float32 and bool(torch.isfinite(made).all())
+    with pytest.raises(ConfigError, match=r"^preprocess must say how .* mean, std, size are missing, e.g. preprocess=\{'mean'"):
+        modhifi_cli.synthesize(LOADED.model)
+    with pytest.raises(ConfigError, match=r"^preprocess\['size'\]: expected pixels"):
+        modhifi_cli.synthesize(LOADED.model, preprocess=said | {"size": -1})
+
+
+# ------------------------------------------------------------------------------------------------- language models
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return decoders.tiny("llama")
+
+
+def test_a_language_model_becomes_that_of_the_command_line(decoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    decoders.saved(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = [
+        "model=hf", "model.path=dense", "data=text", "data.path=text.txt", "data.sequences=16", "data.length=20",
+        "sparsity=0.3", "evaluation=[]", "console=json", "components=[mlp,attention]", "runtime.batch_size=8",
+    ]  # fmt: skip
+    assert main(["prune", *words]) == 0
+    (folder,) = (tmp_path / "outputs/prune/dense").iterdir()
+    theirs = artifacts.load_model(folder).state_dict()
+    ours, result = modhifi_cli.prune(
+        hf.load(path="dense").model, TEXT, tokenizer=decoders.tokenizer(),
+        sparsity=0.3, num_samples=16, length=20, components=["mlp", "attention"],
+    )  # fmt: skip
+    assert theirs.keys() == ours.state_dict().keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
+    assert "of decoder parameters" in repr(result) and result.after["parameters"] < result.before["parameters"]
+
+
+def test_token_ids_do_as_well_as_texts_and_the_network_is_left_alone(decoder):
+    before = copy.deepcopy(decoder.state_dict())
+    ids = torch.randint(3, 64, (20, 24), generator=torch.Generator().manual_seed(0))
+    small, result = modhifi_cli.prune(decoder, ids, sparsity=0.25, preset="paper")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.state_dict().items())
+    assert result.achieved["params"] == pytest.approx(0.25, abs=0.1)
+    found = modhifi_cli.evaluate(small, [{"input_ids": ids[:4]}], dense=decoder)
+    assert found["token_perplexity"] > 1 and 0 <= found["token_agreement"] <= 100 and found["token_kl"] > 0
+    groups, refused = modhifi_cli.groups(decoder)
+    assert len(groups) == 4 and refused == ()
+
+
+LANGUAGE = {
+    "no tokenizer": (["a text"], {}, ConfigError, "tokenizer: texts are read with the network's own tokenizer"),
+    "no ids": ([torch.randn(2, 8)], {}, DataError, "a language model reads texts, or ids of tokens .* got a Tensor"),
+    "vocabulary": (torch.full((2, 8), 64), {}, DataError, "expected token ids from 0 to 63, .* got 64 to 64"),
+    "lengths": ([[3, 4, 5], [3, 4]], {}, DataError, "calibration windows must be of one length, got 2 to 3 tokens"),
+    "too few": ("abc abc", {"tokenizer": decoders.tokenizer()}, DataError, "lower num_samples or length, or give more text"),
+}
+
+
+@pytest.mark.parametrize("case", LANGUAGE)
+def test_what_is_wrong_with_text_is_said_in_one_sentence(case, decoder):
+    batches, settings, kind, words = LANGUAGE[case]
+    with pytest.raises(kind, match=words):
+        modhifi_cli.prune(decoder, batches, **settings)
+
+
+def test_the_names_of_the_package_are_functions_whatever_was_imported_before():
+    import modhifi_cli.api.forgetting
+    import modhifi_cli.auditing.audit  # noqa: F401
+
+    assert all(callable(getattr(modhifi_cli, name)) for name in modhifi_cli.__all__)

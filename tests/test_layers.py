@@ -19,7 +19,7 @@ LAYERS = {
     "evaluation": 3,
     "engine": 4,
     "unlearning": 5,
-    "audit": 5,
+    "auditing": 5,
     "studies": 5,
     "rivals": 5,
     "files": 6,

@@ -120,6 +120,39 @@ def load(
         raise DataError(f"{place}: the network has no tokenizer to read text with; set model.tokenizer=FOLDER.")
     _check(place, sequences, length, stride, tokens, layout, preprocess)
     documents, account = _documents(place, path, hub, field, separator)
+    return windows_of(
+        documents, account, layout=layout, sequences=sequences, length=length, stride=stride, tokens=tokens, bos=bos,
+        seed=seed, preprocess=preprocess, labelled=labelled,
+    )  # fmt: skip
+
+
+def windows_of(
+    documents: Sequence[str],
+    account: str,
+    *,
+    layout: str = "stream",
+    sequences: int | None = SEQUENCES,
+    length: int = 1024,
+    stride: int | None = None,
+    tokens: int | None = None,
+    bos: bool | str = "auto",
+    seed: int = 0,
+    preprocess: TextInput,
+    labelled: bool,
+) -> TokenWindows:
+    """Token windows of documents at hand, as `load` makes them of a file's.
+
+    Args:
+        documents: Texts, none of them empty.
+        account: What to call them.
+        layout, sequences, length, stride, tokens, bos, seed, preprocess, labelled: As of `load`.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+        DataError: If they hold less than was asked for.
+    """
+    place = settings_group(labelled=labelled)
+    _check(place, sequences, length, stride, tokens, layout, preprocess)
     with_bos = layout == "documents" and preprocess.bos is not None if bos == "auto" else bool(bos)
     if with_bos and preprocess.bos is None:
         raise ConfigError(f"{place}.bos=true: the tokenizer has no token that begins a sequence; set it to false.")
@@ -167,6 +200,35 @@ def load(
     if not labelled:
         protocol |= {"seed": seed}
     return TokenWindows(windows, context, protocol, preprocess)
+
+
+def of_tokens(tokens: Sequence[Tensor], *, preprocess: TextInput) -> TokenWindows:
+    """Windows of ids that somebody has in memory already; every token but the first of a window is scored.
+
+    Args:
+        tokens: Windows ``[length]`` int64, or batches of them ``[windows, length]``.
+        preprocess: The network's `TextInput`.
+
+    Raises:
+        DataError: If there is no window of two tokens or more, or an id is not in the vocabulary.
+    """
+    windows = [row.detach().cpu().to(torch.int64) for batch in tokens for row in (batch if batch.dim() > 1 else [batch])]
+    if not windows or min(map(len, windows)) < 2:
+        raise DataError("batches: expected token ids [sequences, length] of two tokens or more, got none.")
+    low, high = min(int(row.min()) for row in windows), max(int(row.max()) for row in windows)
+    if low < 0 or high >= preprocess.vocabulary:
+        raise DataError(
+            f"batches: expected token ids from 0 to {preprocess.vocabulary - 1}, the network's vocabulary, got {low} to "
+            f"{high}; make them with the network's own tokenizer."
+        )
+    protocol = {
+        "source": "tokens",
+        "sequences": len(windows),
+        "length": max(map(len, windows)),
+        "tokens": sum(map(len, windows)),
+        "sha256": sha256_of_samples(row.numpy().tobytes() for row in windows),
+    }
+    return TokenWindows(windows, [0] * len(windows), protocol, preprocess)
 
 
 def overlap(calibration: TokenWindows, evaluation: TokenWindows) -> float:

@@ -102,7 +102,7 @@ def load(
     return LoadedModel(
         model=model.eval().requires_grad_(False),
         name=name or place.stem,
-        preprocess=_text_input(model.config, words),
+        preprocess=text_input(model.config, words),
         architecture={
             "builder": BUILDER,
             "kwargs": {"config": _described(model.config), "dtype": str(model.dtype).removeprefix("torch.")},
@@ -116,7 +116,7 @@ def described(model: nn.Module, tokenizer: Any, name: str) -> LoadedModel:
     return LoadedModel(
         model=model,
         name=name,
-        preprocess=_text_input(model.config, tokenizer),
+        preprocess=text_input(model.config, tokenizer),
         architecture={
             "builder": "modhifi_cli.models.hf.build",
             "kwargs": {"config": _described(model.config), "dtype": str(model.dtype).removeprefix("torch.")},
@@ -386,7 +386,7 @@ def text_input_of(directory: Path, model: nn.Module) -> TextInput:
     """The saved network's tokenizer and limits; the tokenizer is None where none was saved."""
     present = any((directory / name).is_file() for name in _TOKENIZERS)
     options = {"trust_remote_code": False, "local_files_only": True}
-    return _text_input(model.config, _tokenizer(str(directory), options) if present else None)
+    return text_input(model.config, _tokenizer(str(directory), options) if present else None)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -448,7 +448,8 @@ def _tokenizer(source: str, options: Mapping[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(source, **options)
 
 
-def _text_input(config: Any, tokenizer: Any) -> TextInput:
+def text_input(config: Any, tokenizer: Any) -> TextInput:
+    """What a decoder's configuration and its tokenizer (or None) say of its input."""
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
     bos = getattr(tokenizer, "bos_token_id", None)
     return TextInput(

@@ -96,7 +96,7 @@ def load(
         DataError: If the weights' file cannot be read or does not fit.
         UnsupportedModelError: If the network does not take an image batch or cannot be traced.
     """
-    wanted = _preprocess(preprocess)
+    wanted = preprocess_of(preprocess)
     make = _found(factory)  # before the seed: what the import itself draws, it draws at the first load only
     with seeded_initialisation(seed):
         model = _made(factory, kwargs or {}, make)
@@ -143,7 +143,7 @@ def described(
     return LoadedModel(
         model=model,
         name=name,
-        preprocess=_preprocess(preprocess),
+        preprocess=preprocess_of(preprocess),
         architecture={
             "builder": BUILDER,
             "kwargs": {"factory": factory, "kwargs": dict(kwargs), "file": code.name, "sha256": digest},
@@ -193,7 +193,12 @@ def exactly(name: str) -> Callable[..., Any]:
     return found
 
 
-def _preprocess(given: Mapping[str, Any] | None) -> Preprocess:
+def preprocess_of(given: Mapping[str, Any] | None) -> Preprocess:
+    """How images become the input of a network of the user's own: ``mean``, ``std`` and ``size`` have to be said.
+
+    Raises:
+        ConfigError: If one is missing or out of range.
+    """
     missing = [key for key in _NEEDED if key not in (given or {})]
     if missing:
         raise ConfigError(

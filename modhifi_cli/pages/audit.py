@@ -27,7 +27,7 @@ def page(*, title: str, report: Mapping[str, Any], svg: str | None = None, repea
 
     Args:
         title: Headline.
-        report: `modhifi_cli.audit.audit.AuditReport` as plain mappings and lists.
+        report: `modhifi_cli.auditing.audit.AuditReport` as plain mappings and lists.
         svg: The audit's figure, which lies as audit.svg beside the page.
         repeat: The command that does it again.
     """

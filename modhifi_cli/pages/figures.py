@@ -69,7 +69,7 @@ def audit(report: Mapping[str, Any], *, title: str) -> dict[str, bytes]:
     """One page of an audit: what can be read inside, relearning, what the forget images become, every class.
 
     Args:
-        report: `modhifi_cli.audit.audit.AuditReport` as plain mappings and lists.
+        report: `modhifi_cli.auditing.audit.AuditReport` as plain mappings and lists.
         title: Headline.
 
     Returns:

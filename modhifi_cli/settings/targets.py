@@ -31,11 +31,12 @@ _MOVED: Mapping[str, str] = {
     "tasks.forgetting.DisCEditU": "unlearning.discedit_u.DisCEditU",
     "tasks.forgetting.ModHiFiU": "unlearning.modhifi_u.ModHiFiU",
     "tasks.collapse": "unlearning.collapse",
-    "tasks.audit.Membership": "audit.attacks.Membership",
-    "tasks.audit": "audit.plan",
-    "tasks.relearn": "audit.attacks",
-    "tasks.verdict": "audit.verdict",
+    "tasks.audit.Membership": "auditing.attacks.Membership",
+    "tasks.audit": "auditing.plan",
+    "tasks.relearn": "auditing.attacks",
+    "tasks.verdict": "auditing.verdict",
     "tasks.studies": "studies",
+    "audit": "auditing",
     "exports.to_onnx": "files.exports.onnx.Onnx",
     "exports.to_torch_export": "files.exports.torch_export.TorchExport",
     "files.exports.to_onnx": "files.exports.onnx.Onnx",
@@ -110,12 +111,12 @@ _ROLES: Mapping[str, Role] = {
     "schedule": Role("a schedule", ("numerics.schedule",), name="*"),
     "method": Role("a way to forget", ("unlearning",), methods=("fit",)),
     "study": Role("a study", ("studies",), methods=("cells", "compute", "conclude")),
-    "audit": Role("a part of an audit", ("audit",), plain=True),
+    "audit": Role("a part of an audit", ("auditing",), plain=True),
     "outside": Role("an outside pruner", ("rivals",), name="*"),
     "export": Role("an export", ("files.exports",), methods=("__call__",)),
 }
 # Groups without a line above hold settings of the engine.
-_SETTINGS = Role("a dataclass of settings", ("numerics", "engine", "unlearning", "audit"), plain=True)
+_SETTINGS = Role("a dataclass of settings", ("numerics", "engine", "unlearning", "auditing"), plain=True)
 
 
 def build(node: Mapping[str, Any], *, allow: Collection[str] = (), **given: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli.audit.audit import AuditReport, AuditSettings
+from modhifi_cli.auditing.audit import AuditReport, AuditSettings
 from modhifi_cli.console import Console
 from modhifi_cli.engine.labelling import Labels, image_labels
 from modhifi_cli.errors import ConfigError, DataError
@@ -97,7 +97,7 @@ def make_audit(
         console: Shown progress.
         answers: Memories that shall learn the logits of the evaluation images, by network.
     """
-    from modhifi_cli.audit.audit import audit as audited
+    from modhifi_cli.auditing.audit import audit as audited
 
     reference = _reference(settings["audit"]["reference"], model, loaded)
     events = audited(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli.audit.audit import AuditReport
+from modhifi_cli.auditing.audit import AuditReport
 from modhifi_cli.console import Console
 from modhifi_cli.engine.memory import peaks
 from modhifi_cli.errors import ConfigError, DataError
@@ -170,7 +170,7 @@ def _edit_(
     console: Console,
 ) -> tuple[Any, list[Edit]]:
     """Run the task; every edit goes to disk as it comes. The summary, and all edits."""
-    from modhifi_cli.audit.audit import check_samples
+    from modhifi_cli.auditing.audit import check_samples
     from modhifi_cli.unlearning.finetune import Finetune
     from modhifi_cli.unlearning.search import Trial, UnlearnPlan, UnlearnSummary, unlearn_
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.audit.attacks import Membership, Relearn, Sides, attack, fresh_rows_, steps_needed
-from modhifi_cli.audit.audit import AuditReport, AuditSettings, audit
-from modhifi_cli.audit.depths import find_depths, summarise
-from modhifi_cli.audit.plan import Probe
-from modhifi_cli.audit.verdict import INSIDE, NOT_FORGOTTEN, OUTPUT_ONLY
+from modhifi_cli.auditing.attacks import Membership, Relearn, Sides, attack, fresh_rows_, steps_needed
+from modhifi_cli.auditing.audit import AuditReport, AuditSettings, audit
+from modhifi_cli.auditing.depths import find_depths, summarise
+from modhifi_cli.auditing.plan import Probe
+from modhifi_cli.auditing.verdict import INSIDE, NOT_FORGOTTEN, OUTPUT_ONLY
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
 from modhifi_cli.records import Progress
 from tests.tasks import returned

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from modhifi_cli.audit.further import Further, interval
+from modhifi_cli.auditing.further import Further, interval
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.pages import audit as audit_pages
 from modhifi_cli.verbs.audit import audit_measurements

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from modhifi_cli.audit.verdict import INSIDE, NOT_FORGOTTEN, OUTPUT_ONLY, UNDECIDED, Criterion, Limits, judge
+from modhifi_cli.auditing.verdict import INSIDE, NOT_FORGOTTEN, OUTPUT_ONLY, UNDECIDED, Criterion, Limits, judge
 from modhifi_cli.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from modhifi_cli.audit.depths import Depth, Reading
+from modhifi_cli.auditing.depths import Depth, Reading
 from modhifi_cli.errors import ConfigError, DataError, is_number, is_whole
 
 LEAST = 10  # images of a class on either side, below which a probe says nothing

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.audit import further as more
-from modhifi_cli.audit.attacks import Membership, Relearn, infer_membership, relearn
-from modhifi_cli.audit.depths import depths_of_all, read
-from modhifi_cli.audit.figures import DEFINITIONS, accuracies, criteria, distances, figures_of, gap, read_out
-from modhifi_cli.audit.plan import Plan, Probe, Seen
-from modhifi_cli.audit.verdict import Limits, Verdict, judge
+from modhifi_cli.auditing import further as more
+from modhifi_cli.auditing.attacks import Membership, Relearn, infer_membership, relearn
+from modhifi_cli.auditing.depths import depths_of_all, read
+from modhifi_cli.auditing.figures import DEFINITIONS, accuracies, criteria, distances, figures_of, gap, read_out
+from modhifi_cli.auditing.plan import Plan, Probe, Seen
+from modhifi_cli.auditing.verdict import Limits, Verdict, judge
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.records import ImageSource, Progress

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modhifi_cli.audit.depths import PENULTIMATE
-from modhifi_cli.audit.plan import Probe, Seen
-from modhifi_cli.audit.verdict import Criterion
+from modhifi_cli.auditing.depths import PENULTIMATE
+from modhifi_cli.auditing.plan import Probe, Seen
+from modhifi_cli.auditing.verdict import Criterion
 from modhifi_cli.numerics import discriminability, readout
 from modhifi_cli.records import Progress
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.audit.attacks import Membership, Relearnt, infer_membership, steps_needed
-from modhifi_cli.audit.plan import LEAST, Seen
+from modhifi_cli.auditing.attacks import Membership, Relearnt, infer_membership, steps_needed
+from modhifi_cli.auditing.plan import LEAST, Seen
 from modhifi_cli.errors import ConfigError, is_whole
 from modhifi_cli.numerics import readout
 from modhifi_cli.numerics.rounding import rounded

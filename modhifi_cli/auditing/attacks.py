@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modhifi_cli.audit.depths import classifier_of
-from modhifi_cli.audit.plan import Seen
+from modhifi_cli.auditing.depths import classifier_of
+from modhifi_cli.auditing.plan import Seen
 from modhifi_cli.errors import ConfigError, is_number, is_whole
 from modhifi_cli.numerics import membership
 from modhifi_cli.records import ImageSource, Progress
