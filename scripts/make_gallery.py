@@ -15,6 +15,7 @@ from pathlib import Path
 from modhifi_cli.cli import main as modhifi
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+IN_THE_README = "frontier"  # as PNG, which package indexes show; they refuse drawings that are not served as such
 _LARGEST = 150_000  # bytes of a picture
 
 
@@ -51,8 +52,9 @@ def main() -> int:
                 f"{made} has {made.stat().st_size:,} bytes, more than {_LARGEST:,}; draw fewer curves", file=sys.stderr
             )
             return 1
-        shutil.copyfile(made, DOCS / f"{name}.svg")
-        print(f"docs/{name}.svg from {made}")
+        kind = ".png" if name == IN_THE_README else ".svg"
+        shutil.copyfile(made.with_suffix(kind), DOCS / f"{name}{kind}")
+        print(f"docs/{name}{kind} from {made}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """The wheel carries what a source tree has beside the code: configs and the embedded network."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -89,3 +90,32 @@ def test_the_distributions_say_licence_and_authors(wheel):
         names = archive.namelist()
     assert "License-Expression: Apache-2.0" in metadata and "Author: modhifi authors" in metadata
     assert [name for name in names if name.endswith("licenses/LICENSE")]
+
+
+def test_an_index_can_show_the_readme(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
+    urls = dict(re.findall(r"^Project-URL: (\w+), (\S+)$", metadata, re.M))
+    assert "Description-Content-Type: text/markdown" in metadata
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", metadata)
+    assert len(links) > 20
+    for picture, target in links:
+        start = urls["Files" if picture else "Source"] + "/"
+        assert target.startswith(start) and (ROOT / target.removeprefix(start)).exists(), target
+        assert not picture or target.endswith(".png"), "an index shows drawings only from where they are served as such"
+
+
+def test_the_release_workflow_builds_what_it_publishes_and_only_from_a_tag_of_this_version():
+    from omegaconf import OmegaConf
+
+    workflow = OmegaConf.to_container(OmegaConf.load(ROOT / ".github" / "workflows" / "release.yml"))
+    (tag,) = workflow[True if True in workflow else "on"]["push"]["tags"]
+    build, publish = workflow["jobs"]["build"], workflow["jobs"]["publish"]
+    assert tag == "v*" and publish["needs"] == "build" and publish["permissions"] == {"id-token": "write"}
+    scripts = [step["run"] for step in build["steps"] if "run" in step]
+    order = [next(place for place, text in enumerate(scripts) if part in text) for part in ("GITHUB_REF_NAME", ".ci/run", "-m build")]
+    assert order == sorted(order), "the version is compared and the tests pass before anything is built"
+    uploaded = [step["with"] for step in build["steps"] if "upload-artifact" in step.get("uses", "")]
+    fetched = [step["with"] for step in publish["steps"] if "download-artifact" in step.get("uses", "")]
+    assert uploaded == fetched == [{"name": "dist", "path": "dist/"}]
+    assert (ROOT / ".ci" / "run").is_file()
