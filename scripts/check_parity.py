@@ -44,6 +44,10 @@ CASES = {
 }  # fmt: skip
 
 
+# Runs of the old checkout have no checksums, so the new one reads them only when told so.
+EXTRA = {"verify": ["unverified=true"], "replay": ["unverified=true"]}
+
+
 def run(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """One command of a checkout's tool."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
@@ -104,8 +108,6 @@ def main() -> int:
         )  # fmt: skip
     return worst
 
-
-EXTRA = {"verify": [], "replay": []}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -29,7 +29,7 @@ from modhifi_cli.verbs.shared import Shared
 _SHARED = ("model", "data", "evaluation_data", "evaluation", "target", "runtime", "export", "console", "output_dir")
 _SET_HERE = {
     "preset": "methods", "sparsity": "budgets", "data.seed": "seeds", "outside": "methods", "resume": None,
-    "measure_dense": None,
+    "measure_dense": None, "dry_run": None,
 }  # fmt: skip
 _NOT_IN_NAMES = ("console", "output_dir", "resume")  # settings that change no result
 _GRID = ("methods=", "budgets=", "seeds=", "sources=")

@@ -263,6 +263,7 @@ def test_a_setting_is_spelled_as_hydra_reads_it():
         (["sparsity=0.4"], r"compare sets sparsity itself for every cell; give budgets=\[…\] instead"),
         (["preset=paper"], r"compare sets preset itself for every cell; give methods=\[…\] instead"),
         (["resume=x"], "compare sets resume itself for every cell; leave it out"),
+        (["dry_run=true"], "compare sets dry_run itself for every cell; leave it out"),
         (["method=[paper]"], "modhifi compare has no key 'method', which is for modhifi unlearn: did you mean 'methods'"),
         (["-m"], "-m is for prune, unlearn and evaluate"),
     ],
