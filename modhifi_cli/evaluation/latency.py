@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modhifi_cli.errors import ConfigError, is_number, is_whole
 from modhifi_cli.evaluation.forward import ready_to_measure
 from modhifi_cli.evaluation.runtimes import runtime
+from modhifi_cli.evaluation.runtimes.clocks import card_clocks
 from modhifi_cli.evaluation.runtimes.process import OutOfMemory, Rounds, Timings, timed
 from modhifi_cli.records import ImageSource, Measurement, Progress
 
@@ -164,6 +165,7 @@ def _protocol(name: str, times: Timings, images: Tensor, models: Mapping[str, nn
         "clock": times.clock,
         "own_process": times.own_process,
         "device": describe_device(images.device),
+        **card_clocks(images.device),
         "threads": threads,
         # A busy machine shows here: with more running programs than cores, the wall's times are those of the scheduler.
         "cores": os.cpu_count(),

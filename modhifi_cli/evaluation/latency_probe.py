@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError
-from modhifi_cli.evaluation.forward import synchronize
 from modhifi_cli.evaluation.latency import describe_device
 from modhifi_cli.evaluation.latency_table import LatencyTable, LayerTimes
 from modhifi_cli.evaluation.runtimes import Runtime, runtime
-from modhifi_cli.evaluation.runtimes.clocks import clock, clock_name
+from modhifi_cli.evaluation.runtimes.clocks import clock_name, milliseconds
 from modhifi_cli.graph.components import ComponentGroup, Layout, is_transposed
 from modhifi_cli.graph.counting import LayerWidths, output_positions
 from modhifi_cli.graph.heads import head_count
@@ -47,12 +46,7 @@ _BLOCKS = ((128, 16), (64, 8), (32, 4))  # widths in between leave a runtime's f
 
 def stopwatch(module: nn.Module, images: Tensor) -> float:
     """Milliseconds of one forward pass of `module` on `images`, where they are, by the clock of `clock_name`."""
-    now = clock(clock_name(images.device, torch.get_num_threads()))
-    synchronize(images.device)
-    start = now()
-    module(images)
-    synchronize(images.device)
-    return 1000 * (now() - start)
+    return milliseconds(lambda: module(images), images.device, torch.get_num_threads())
 
 
 def stopwatch_in(serve: str, device: torch.device) -> Stopwatch:
@@ -89,12 +83,7 @@ class _Served:
             self._programs[key] = (module, run)  # the module is held, so that its id stays its own
             while len(self._programs) > _PROGRAMS:
                 self._programs.popitem(last=False)
-        now = clock(clock_name(inputs.device, torch.get_num_threads()))
-        synchronize(inputs.device)
-        start = now()
-        self._programs[key][1]()
-        synchronize(inputs.device)
-        return 1000 * (now() - start)
+        return milliseconds(self._programs[key][1], inputs.device, torch.get_num_threads())
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def runs(outputs: Path) -> list[Path]:
 
 
 def short_names(outputs: Path) -> dict[Path, str]:
-    """What each finished run with a network is called for short: ``last``, ``last-1`` …"""
+    """What each finished run with a network is called for short: ``last``, ``last-1`` and so on."""
     whole = _with_networks(runs(outputs))
     return {place: "last" if not back else f"last-{back}" for back, place in enumerate(reversed(whole))}
 

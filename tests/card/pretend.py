@@ -510,6 +510,8 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         "max_memory_reserved": lambda *_, **__: _seen.peak,
         "reset_peak_memory_stats": _reset_peak,
         "Event": _Event,
+        "current_stream": lambda *_: None,
+        "clock_rate": lambda *_: 1980,
         "is_bf16_supported": lambda *_, **__: True,
         "get_rng_state": lambda *_: torch.get_rng_state(),
     }

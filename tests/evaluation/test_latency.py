@@ -11,7 +11,7 @@ from torch import nn
 
 from modhifi_cli.errors import ConfigError, UnsupportedModelError
 from modhifi_cli.evaluation import latency
-from modhifi_cli.evaluation.runtimes import names, process, runtime
+from modhifi_cli.evaluation.runtimes import clocks, names, process, runtime
 
 
 class Clock:
@@ -49,7 +49,7 @@ class Takes(Here):
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(process, "time", clock)
-    monkeypatch.setattr(process, "clock", lambda name: clock.perf_counter)
+    monkeypatch.setattr(clocks, "clock", lambda name: clock.perf_counter)
     monkeypatch.setattr(process, "load_average", lambda: 0.0)
     return clock
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation import latency_probe
 from modhifi_cli.evaluation.latency_probe import Saved, fit, measure_table, narrowed, saved_share, widths_of
 from modhifi_cli.evaluation.latency_table import LatencyTable, LayerTimes, monotone
+from modhifi_cli.evaluation.runtimes import clocks
 from modhifi_cli.graph.counting import LayerWidths, independent_inputs, output_size
 from modhifi_cli.graph.law import randomise_
 from modhifi_cli.records import Progress
+from tests.card import pretend
 from tests.graph import networks, transformers
 from tests.machines import Machine
 
@@ -181,3 +184,13 @@ def test_a_table_of_a_transformer_times_its_projections_and_knows_what_fewer_hea
         predicted = table.removed_share(widths_of(LayerWidths(model, groups), keep))
         truth = machine.share(model, narrowed(model, groups, keep), images)
         assert predicted == pytest.approx(truth, abs=0.1)
+
+
+def test_on_a_card_its_own_events_are_the_clock_and_the_protocol_names_its_rate():
+    with pretend.card() as seen:
+        before = seen.synchronised
+        took = clocks.milliseconds(lambda: time.sleep(0.01), torch.device("cuda"), 1)
+        assert 10 <= took < 5000 and seen.synchronised == before + 2  # what was queued before, and the second event
+        assert clocks.clock_name(torch.device("cuda"), 1) == "card"
+        assert clocks.card_clocks(torch.device("cuda")) == {"clock_mhz": 1980}
+    assert clocks.card_clocks(torch.device("cpu")) == {}

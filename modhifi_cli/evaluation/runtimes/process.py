@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import UnsupportedModelError
-from modhifi_cli.evaluation.forward import synchronize
 from modhifi_cli.evaluation.runtimes import NotPortable, runtime
-from modhifi_cli.evaluation.runtimes.clocks import clock, clock_name, load_average
+from modhifi_cli.evaluation.runtimes.clocks import clock_name, load_average, milliseconds
 from modhifi_cli.records import Progress
 
 
@@ -161,26 +160,20 @@ def _timed_rounds(
     own_process: bool,
 ) -> Timings:
     names = list(runs)
-    named = clock_name(device, threads)
-    now = clock(named)
     load = load_average()
 
-    def milliseconds(name: str) -> float:
-        synchronize(device)
-        start = now()
+    def once(name: str) -> float:
         try:
-            runs[name]()
+            return milliseconds(runs[name], device, threads)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise OutOfMemory(name) from error
             raise
-        synchronize(device)
-        return 1000 * (now() - start)
 
     started, warmed = time.perf_counter(), 0
     while warmed < rounds.warmup and (warmed == 0 or time.perf_counter() - started < rounds.max_seconds / 2):
         for name in names:
-            milliseconds(name)
+            once(name)
         warmed += 1
     found: list[list[float]] = []
     while len(found) < rounds.most:
@@ -189,10 +182,10 @@ def _timed_rounds(
         progress(Progress("latency", "rounds", len(found), rounds.most))
         # The order turns by one each round: whoever comes first may find colder caches or a higher clock.
         turn = len(found) % len(names)
-        times = {name: milliseconds(name) for name in names[turn:] + names[:turn]}
+        times = {name: once(name) for name in names[turn:] + names[:turn]}
         found.append([times[name] for name in names])
     progress(Progress("latency", "rounds", rounds.most, rounds.most))
-    return Timings(torch.tensor(found, dtype=torch.float64).T, warmed, named, own_process, load)
+    return Timings(torch.tensor(found, dtype=torch.float64).T, warmed, clock_name(device, threads), own_process, load)
 
 
 def is_out_of_memory(error: Exception) -> bool:
