@@ -1,15 +1,17 @@
 """How near other programs come to a pruned decoder, and what they gain: logits, perplexity, file size, tokens a second.
 
     bash scripts/fetch.sh llama_cpp LIBRARIES
-    MODHIFI_LLAMA_CPP=LIBRARIES python scripts/measure_serving.py TEXT DENSE.gguf [RUN ...]
+    MODHIFI_LLAMA_CPP=LIBRARIES python scripts/measure_serving.py WORK TEXT DENSE.gguf [RUN ...]
 
 Without runs, two networks are cut by the size of their weights alone, without repair: an even one (hidden widths 1,216
 of 1,536 in every layer) and an uneven one (another width in every layer, and a third of the heads gone in some). That is
 no good pruning, but what other programs make of a network does not depend on how good it is.
 
 For the dense network of a GGUF file and every cut one: GGUF files in f32, f16 and q8_0 are written and run in an unmodified
-llama.cpp; the saved folder is opened by transformers in a process that cannot import this package; all of them read the
-same windows of the text. One Markdown table goes to standard output.
+llama.cpp; the saved folder is opened by transformers in a process that cannot import this package, once as it is and once
+quantised there by torchao (8-bit weights); all of them read the same windows of the text. Rows are kept in the folder WORK
+as soon as they are known, so the same command goes on where it was ended. At the end all GGUF files are timed in turns and
+removed, and one Markdown table goes to standard output.
 """
 
 import contextlib
@@ -18,7 +20,6 @@ import json
 import math
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -34,12 +35,15 @@ from modhifi_cli.graph.decoder import find_parts, slice_part_  # noqa: E402
 from modhifi_cli.models import hf  # noqa: E402
 from tests.foreign.llama_cpp import Llama, required  # noqa: E402
 
-WINDOWS, LENGTH, PROMPT, SAID = 8, 256, 64, 32
+WINDOWS, LENGTH, PROMPT, SAID, ROUNDS = 8, 256, 64, 32, 3
 _STRANGER = """
 import sys; sys.modules["modhifi_cli"] = None
 import numpy, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="float32").eval()
+if sys.argv[4] == "torchao":
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    quantize_(model, Int8WeightOnlyConfig())
 ids = torch.from_numpy(numpy.load(sys.argv[2]))
 with torch.inference_mode():
     numpy.save(sys.argv[3], torch.cat([model(input_ids=row[None]).logits for row in ids]).float().numpy())
@@ -52,53 +56,57 @@ def perplexity(logits: numpy.ndarray, ids: numpy.ndarray) -> float:
     return math.exp(-float(told.gather(-1, torch.from_numpy(ids[:, 1:, None])).mean()))
 
 
-def speed(file: Path) -> tuple[float, float]:
-    """Tokens a second of llama.cpp with one thread, reading a prompt and writing one token after another; best of 2."""
-    read, written = [], []
-    with contextlib.closing(Llama(file, length=PROMPT + SAID)) as llama:
-        prompt = list(range(100, 100 + PROMPT))
-        for _ in range(2):
-            begun = time.perf_counter()
-            llama.logits(prompt)
-            read.append(time.perf_counter() - begun)
-            begun = time.perf_counter()
-            llama.follow(prompt, SAID)
-            written.append(time.perf_counter() - begun - read[-1])
-    return PROMPT / min(read), SAID / max(min(written), 1e-9)
+def speed(files: list[Path]) -> dict[str, tuple[float, float]]:
+    """Tokens a second of llama.cpp with one thread, by name of the file: reading a prompt, and writing one token after
+    another. The files take turns, so that what else the machine does meets all of them; the best of all rounds."""
+    prompt = list(range(100, 100 + PROMPT))
+    took: dict[str, list[tuple[float, float]]] = {file.name: [] for file in files}
+    for _ in range(ROUNDS):
+        for file in files:
+            with contextlib.closing(Llama(file, length=PROMPT + SAID)) as llama:
+                llama.logits(prompt[:8])  # the file's pages are read at first use
+                begun = time.perf_counter()
+                llama.logits(prompt)
+                read = time.perf_counter() - begun
+                begun = time.perf_counter()
+                llama.follow(prompt, SAID)
+                took[file.name].append((read, time.perf_counter() - begun - read))
+    return {
+        name: (PROMPT / min(read for read, _ in all_), SAID / max(min(said for _, said in all_), 1e-9))
+        for name, all_ in took.items()
+    }
 
 
 def measure(name: str, loaded, folder: Path | None, ids: numpy.ndarray, work: Path) -> list[dict[str, str]]:
-    """Rows of one network."""
+    """Rows of one network; its GGUF files stay in `work`."""
     with torch.inference_mode():
         ours = torch.cat([loaded.model(input_ids=torch.from_numpy(row)[None]).logits for row in ids]).float().numpy()
     parameters = sum(p.numel() for p in loaded.model.parameters())
     rows = [{"network": name, "in": "modhifi, PyTorch f32", "perplexity": f"{perplexity(ours, ids):.3f}",
-             "argmax as ours": "", "MB": "", "prompt tok/s": "", "tok/s": "", "parameters": f"{parameters:,}"}]  # fmt: skip
+             "argmax as ours": "", "MB": f"{4 * parameters / 1e6:.1f}", "parameters": f"{parameters:,}"}]  # fmt: skip
 
     def row(where: str, found: numpy.ndarray, **more: str) -> None:
         same = float((found.argmax(-1) == ours.argmax(-1)).mean())
         off = float(numpy.abs(found - ours).max())
         rows.append({"network": name, "in": where, "perplexity": f"{perplexity(found, ids):.3f}",
-                     "argmax as ours": f"{100 * same:.2f} % (largest difference {off:.2g} of {numpy.abs(ours).max():.3g})",
-                     "MB": "", "prompt tok/s": "", "tok/s": "", "parameters": ""} | more)  # fmt: skip
+                     "argmax as ours": f"{100 * same:.2f} % (largest difference {off:.2g} of {numpy.abs(ours).max():.3g})"}
+                    | more)  # fmt: skip
 
     if folder is not None:
         numpy.save(work / "ids.npy", ids)
-        subprocess.run(
-            [sys.executable, "-c", _STRANGER, str(folder), str(work / "ids.npy"), str(work / "out.npy")], check=True
-        )
         by = json.loads((folder / "architecture.json").read_text())["opens"]["by"]
-        row(by, numpy.load(work / "out.npy"))
+        for way, told in (("plain", f"{by}, f32"), ("torchao", f"{by}, torchao int8 weights")):
+            script = [sys.executable, "-c", _STRANGER, str(folder), str(work / "ids.npy"), str(work / "out.npy"), way]
+            subprocess.run(script, check=True)
+            row(told, numpy.load(work / "out.npy"))
     for kind in ("f32", "f16", "q8_0"):
         path = work / f"{name}-{kind}.gguf"
         report = Gguf(type=kind)(loaded, example=torch.zeros(1, 4), path=path, facts={})
         with contextlib.closing(Llama(path, length=LENGTH)) as llama:
             found = numpy.stack([llama.logits(row_.tolist()) for row_ in ids])
-        prompt, said = speed(path)
-        print(name, kind, "done", file=sys.stderr)
+        print(name, kind, "done", file=sys.stderr, flush=True)
         row(f"llama.cpp {kind}, {report.runtime.split('architecture ')[1].split(',')[0]}", found,
-            MB=f"{report.bytes / 1e6:.1f}", **{"prompt tok/s": f"{prompt:.0f}", "tok/s": f"{said:.1f}"})  # fmt: skip
-        path.unlink()
+            MB=f"{report.bytes / 1e6:.1f}", file=path.name)  # fmt: skip
     return rows
 
 
@@ -125,24 +133,40 @@ def keep_largest(size: torch.Tensor, keep: int, runs: int) -> torch.Tensor:
     return (each + torch.arange(runs)[:, None] * (len(size) // runs)).flatten().sort().values
 
 
-def main(text: str, dense: str, *runs: str) -> None:
+def main(folder: str, text: str, dense: str, *runs: str) -> None:
     """Measure the dense network and the runs, and print the table."""
     required()
+    work = Path(folder)
+    work.mkdir(parents=True, exist_ok=True)
     loaded = hf.load(gguf=dense, name="dense")
     words = loaded.preprocess.tokenizer(Path(text).read_text(encoding="utf-8")[: 20 * WINDOWS * LENGTH])["input_ids"]
     ids = numpy.array(words[: WINDOWS * LENGTH], dtype=numpy.int64).reshape(WINDOWS, LENGTH)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure("dense", loaded, None, ids, Path(folder))
-        cuts = {kind: Path(folder) / kind for kind in ("even", "uneven")}
-        for number, run in enumerate(runs or [cut(loaded, there, even=kind == "even") for kind, there in cuts.items()]):
-            saved = artifacts.load_saved(run)
-            kind = "even" if artifacts.opens_natively(Path(run)) else "uneven"
-            rows += measure(f"{kind}-{number}", saved, Path(run) / "model", ids, Path(folder))
-    head = list(rows[0])
-    print(f"{WINDOWS} windows of {LENGTH} tokens of {Path(text).name}; one thread; tokens a second: best of 2\n")
+    rows: list[dict[str, str]] = []
+
+    def known(name: str, make) -> None:
+        place = work / f"{name}.json"
+        if not place.is_file():
+            place.write_text(json.dumps(make(), indent=1))
+        rows.extend(json.loads(place.read_text()))
+
+    known("dense", lambda: measure("dense", loaded, None, ids, work))
+    for number, run in enumerate(runs or ("even", "uneven")):
+        there = Path(run) if runs else work / run
+        if not runs and not (there / "model" / "architecture.json").is_file():
+            cut(loaded, there, even=run == "even")
+        name = f"{'even' if artifacts.opens_natively(there) else 'uneven'}-{number}"
+        known(name, lambda name=name, there=there: measure(name, artifacts.load_saved(there), there / "model", ids, work))
+    files = [work / row["file"] for row in rows if "file" in row]
+    for name, (read, said) in speed(files).items():
+        (row,) = [row for row in rows if row.get("file") == name]
+        row |= {"prompt tok/s": f"{read:.0f}", "tok/s": f"{said:.1f}"}
+    head = ["network", "in", "parameters", "perplexity", "argmax as ours", "MB", "prompt tok/s", "tok/s"]
+    print(f"{WINDOWS} windows of {LENGTH} tokens of {Path(text).name}; one thread; tokens a second: best of {ROUNDS}\n")
     print("\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]))
     for one in rows:
-        print("| " + " | ".join(one[key] for key in head) + " |")
+        print("| " + " | ".join(one.get(key, "") for key in head) + " |")
+    for file in files:
+        file.unlink()
 
 
 if __name__ == "__main__":

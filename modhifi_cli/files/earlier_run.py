@@ -28,7 +28,7 @@ def load(
     folder = Path(run)
     if not (folder / "architecture.json").is_file():
         run_folder(folder, needs=("model",))
-    loaded = load_saved(folder, allow=allow)
+    loaded = load_saved(folder, allow=allow, replaced=weights)
     loaded = dataclasses.replace(loaded, weights=f"network of run {folder.name}, from {loaded.weights}")
     loaded = loaded if weights is None else with_weights(loaded, weights)
     loaded.model.requires_grad_(False)
@@ -61,4 +61,4 @@ def opening_of(run: Path) -> dict[str, Any]:
     """What opens the saved network of a language model besides this package: ``by``, ``why``, perhaps ``vllm_deci``."""
     described = read_object(run / "model" / "architecture.json", "a saved model")
     by = "transformers" if described.get("native") else "modhifi"
-    return described.get("opens") or {"by": by, "why": "its layers differ in width"}
+    return described.get("opens") or {"by": by, "why": "" if by == "transformers" else "an older version made it and did not say why"}

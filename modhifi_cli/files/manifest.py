@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from modhifi_cli.files.disk import (
 
 NAME = "checksums.json"
 _KEY_BYTES = 32
+_WEIGHTS = re.compile(r"(weights|model(-\d+-of-\d+)?)\.safetensors")  # files of a saved network's weights
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class Checked:
     Attributes:
         folder: The folder.
         digests: SHA-256 by path below it, with ``/``; None for a folder without a list, whose files are read as they are.
+        replaced: A file of weights, as in `digests`, that the caller brings in place of what was written; or "".
     """
 
     folder: Path
     digests: Mapping[str, str] | None
+    replaced: str = ""
 
     def bytes_of(self, name: str) -> bytes:
         """A file's content, if it is what was written.
@@ -98,11 +102,15 @@ class Checked:
         written = self.digests.get(name)
         if written is None:
             raise DataError(f"{self.folder / name}: not in {NAME}, so it was not written with the rest; remove it.")
-        if found != written:
-            raise DataError(
-                f"{self.folder / name}: damaged or changed, its sha256 is {found[:12]} and was {written[:12]} when it was "
-                "written; restore the run folder."
-            )
+        if found != written and name != self.replaced:
+            path = self.folder / name
+            told = f"its sha256 is {found[:12]} and was {written[:12]} when it was written"
+            if _holds_weights(path):
+                raise DataError(
+                    f"{path}: holds other weights than were saved, {told}; to go on with them (the network was trained "
+                    f"since) say model=run model.run={self.folder} model.weights={path}, else restore the run folder."
+                )
+            raise DataError(f"{path}: damaged or changed, {told}; restore the run folder.")
 
 
 def write(folder: Path, *, leave_out: Collection[str] = ()) -> None:
@@ -134,19 +142,22 @@ def renew(folder: Path, names: Iterable[str]) -> None:
     _put(folder, digests | {name: digest_of(folder / name) for name in names}, mark=ours)
 
 
-def checked(folder: Path, *, unverified: bool = False) -> Checked:
+def checked(folder: Path, *, unverified: bool = False, replaced: str | os.PathLike[str] | None = None) -> Checked:
     """The folder's files by its list.
 
     Args:
         folder: A run folder or its ``model`` folder.
         unverified: Whether a folder without a list may be read as it is.
+        replaced: A file of weights that the user names himself; where it lies in the folder, its bytes are his affair.
 
     Raises:
         DataError: If there is no list and nobody said that it may be missing, or it is damaged.
     """
     refuse_links(folder)
     if os.path.lexists(folder / NAME):
-        return Checked(folder, _digests(folder))
+        inside = None if replaced is None else Path(os.path.relpath(replaced, folder))
+        named = inside.as_posix() if inside is not None and _WEIGHTS.fullmatch(inside.name) else ""
+        return Checked(folder, _digests(folder), named)
     if not unverified:
         raise DataError(
             f"{folder}: has no {NAME}, so nobody can tell whether its files are what was written (older versions wrote "
@@ -165,6 +176,17 @@ def made_here(folder: Path) -> bool:
     if key is None or not isinstance(mark, str) or not hmac.compare_digest(mark, _mark(key, digests)):
         return False
     return "config.yaml" not in digests or digest_of(folder / "config.yaml") == digests["config.yaml"]
+
+
+def _holds_weights(path: Path) -> bool:
+    """Whether a file of a network's weights is whole and holds finite numbers."""
+    if not _WEIGHTS.fullmatch(path.name):
+        return False
+    try:
+        tensors = as_tensors(read_bytes(path), path)
+    except DataError:
+        return False
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values() if tensor.is_floating_point())
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -81,13 +81,22 @@ def code_changed(directory: str | os.PathLike[str], *, allow: str | bool = False
 
 
 def load_saved(
-    directory: str | os.PathLike[str], *, allow: str | bool = False, unverified: bool = False
+    directory: str | os.PathLike[str],
+    *,
+    allow: str | bool = False,
+    unverified: bool = False,
+    replaced: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
-    """As `load_model`, with name, preprocessing, classes and the recipe of the dense network."""
+    """As `load_model`, with name, preprocessing, classes and the recipe of the dense network.
+
+    Args:
+        replaced: A file of weights that the caller puts on top; where it is the saved one itself, trained since, it need
+            not be what was written.
+    """
     folder = _model_folder(directory)
     if not os.path.lexists(folder / _ARCHITECTURE):
         raise DataError(f"{folder}: not a saved model, {_ARCHITECTURE} is missing.")
-    files = manifest.checked(folder, unverified=unverified)
+    files = manifest.checked(folder, unverified=unverified, replaced=replaced)
     described = files.object(_ARCHITECTURE)
     if described.get("reads") == "text":
         return _load_text(files, described)

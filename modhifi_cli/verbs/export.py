@@ -21,7 +21,7 @@ def export(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
     opened = open_run(settings, console, needs=("model", "results.json"))
     run = opened.folder
     pieces.refuse_exports(settings["export"], "tokens" if artifacts.reads_text(run) else "images")
-    loaded = opened.network()
+    loaded = opened.network(replaced=settings["weights"])
     if settings["weights"] is not None:
         loaded = artifacts.with_weights(loaded, settings["weights"])
     results = artifacts.read_results(run)

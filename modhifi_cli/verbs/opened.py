@@ -61,9 +61,9 @@ class OpenedRun:
         named = node["_target_"]
         return config.build(node, allow=(named,) if self.trust else ())
 
-    def network(self) -> LoadedModel:
-        """The saved network."""
-        return artifacts.load_saved(self.folder, allow=self.trust, unverified=self.unverified)
+    def network(self, *, replaced: str | None = None) -> LoadedModel:
+        """The saved network; `replaced` is a file of weights that comes on top, perhaps the saved one trained since."""
+        return artifacts.load_saved(self.folder, allow=self.trust, unverified=self.unverified, replaced=replaced)
 
     def edits(self) -> tuple[tuple[Edit, ...], str | None]:
         """The edits, and the hash of the dense weights they apply to."""

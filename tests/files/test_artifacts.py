@@ -214,13 +214,16 @@ def test_a_second_process_does_not_work_in_the_same_folder(run):
     assert "opened" in other()
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "architecture.json"])
-def test_a_changed_byte_of_a_saved_model_is_found(saved, name):
+@pytest.mark.parametrize("name, said", [
+    ("weights.safetensors", "holds other weights than were saved"),
+    ("architecture.json", "damaged or changed"),
+])  # fmt: skip
+def test_a_changed_byte_of_a_saved_model_is_found(saved, name, said):
     folder, _ = saved
     content = bytearray((folder / name).read_bytes())
     content[-5] ^= 1
     (folder / name).write_bytes(bytes(content))
-    with pytest.raises(DataError, match=f"{name}: damaged or changed, its sha256 is"):
+    with pytest.raises(DataError, match=f"{name}: {said}, its sha256 is"):
         artifacts.load_model(folder)
 
 

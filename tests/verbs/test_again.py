@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,9 +64,28 @@ def test_fine_tuned_weights_go_on_top_of_a_run(home, tmp_path, capsys):
     save_file({key: tensor * 1.5 if key == name else tensor for key, tensor in state.items()}, tmp_path / "tuned.safetensors")
     tuned = artifacts.load_run(str(first), weights=str(tmp_path / "tuned.safetensors"))
     assert torch.equal(tuned.model.state_dict()[name], state[name] * 1.5) and "tuned.safetensors" in tuned.weights
+    again = ["model=run", f"model.run={first}", "evaluation=[size]", "console=plain"]
+    assert main(["evaluate", *again, f"model.weights={tmp_path / 'tuned.safetensors'}"]) == 0
     words = ["model=run", f"model.run={first}", f"model.weights={tmp_path / 'absent.pt'}", "evaluation=[size]"]
     assert main(["evaluate", *words]) == 2
     assert "absent.pt" in capsys.readouterr().err
+
+
+def test_weights_trained_in_place_are_other_weights_and_can_be_named(home, tmp_path, capsys):
+    copied = Path(shutil.copytree(runs(home)[0], tmp_path / "copied"))
+    file = copied / "model" / "weights.safetensors"
+    trained = {key: tensor * 1.5 if tensor.dim() == 4 else tensor for key, tensor in load_file(file).items()}
+    save_file(trained, file)
+    assert main(["verify", f"run={copied}", "console=plain"]) == 2
+    error = capsys.readouterr().err
+    assert "holds other weights than were saved" in error and "damaged" not in error and error.count("\n") == 1
+    assert f"model.weights={file}" in error
+    words = ["evaluate", "model=run", f"model.run={copied}", "evaluation=[size]", "console=plain"]
+    assert main(words) == 2
+    assert main([*words, f"model.weights={file}"]) == 0
+    assert main(["export", f"run={copied}", "export=[torch_export]", f"weights={file}", "console=plain"]) == 0
+    key = next(key for key, tensor in trained.items() if tensor.dim() == 4)
+    assert torch.equal(artifacts.load_run(str(copied), weights=str(file)).model.state_dict()[key], trained[key])
 
 
 def test_export_afterwards_and_a_stranger_opens_the_folder(home, tmp_path, capsys):

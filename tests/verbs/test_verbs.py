@@ -240,6 +240,9 @@ def test_verify_finds_changed_weights(copied, capsys):
     content[-4000:] = bytes(4000)
     path.write_bytes(bytes(content))
     assert main(["verify", f"run={copied}"]) == 2
+    assert "weights.safetensors: holds other weights than were saved, its sha256 is" in capsys.readouterr().err
+    path.write_bytes(bytes(content)[:-8])
+    assert main(["verify", f"run={copied}"]) == 2
     assert "damaged or changed, its sha256 is" in capsys.readouterr().err
 
 
