@@ -306,7 +306,7 @@ def refuse_exports(exports: Mapping[str, Any], reads: str) -> None:
     """Refuse formats that are for networks that read something else than ``"images"`` or ``"tokens"``."""
     for name, node in exports.items():
         if config.build(node).reads != reads:
-            other = "gguf or leave export empty" if reads == "tokens" else "onnx, torch_export or plain"
+            other = "gguf or leave export empty" if reads == "tokens" else "onnx, torch_export, plain or timm"
             what = (
                 "writes one graph for inputs of one shape, and a language model generates with a cache that grows"
                 if reads == "tokens"

@@ -137,6 +137,7 @@ def test_vllms_form_is_there_where_query_heads_are_alike(tmp_path):
 @pytest.mark.parametrize("family, even, by, why", [
     ("llama", True, "transformers", ""),
     ("llama", False, "transformers with trust_remote_code", "its layers differ in width"),
+    ("gemma3_text", True, "transformers", ""),
     ("opt", False, "modhifi", "its layers differ in width, and there is no file of code of ours for opt"),
     ("bloom", True, "modhifi", "the configuration of bloom has no key for the width of the MLPs"),
     ("mpt", True, "modhifi", "the configuration of mpt has no key for the width of the MLPs"),
@@ -147,7 +148,9 @@ def test_what_will_open_the_folder_is_known_before_the_run(family, even, by, why
     if family in FAMILIES:
         model = tiny(family)
     else:
-        sizes = {"bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4}, "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4}}
+        sizes = {"bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4}, "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4},
+                 "gemma3_text": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+                                 "num_key_value_heads": 2, "intermediate_size": 48}}  # fmt: skip
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=64, **sizes[family]))
     opening = hf.will_open(model, even=even)
     assert (opening.by, opening.why) == (by, why)
