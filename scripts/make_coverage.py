@@ -1,8 +1,9 @@
-"""Write docs/results/coverage.md: what of torchvision's image networks, and of one of each file of timm, is pruned.
+"""Write docs/results/coverage.md: what is pruned of torchvision, of one network of each file of timm, of transformers.
 
-    python scripts/make_coverage.py [--outputs outputs] [--jobs 2] [--memory 6] [--written]
+    python scripts/make_coverage.py [--outputs outputs] [--jobs 2] [--memory 6] [--only LIBRARY] [--written]
 
-Networks that are finished are kept, so the script goes on where it stopped; --written makes the page of what is there.
+Networks that are finished are kept, so the script goes on where it stopped; --only leaves the parts of the page on other
+libraries as they are; --written runs nothing and makes the page of what is there.
 """
 
 import argparse
@@ -23,6 +24,7 @@ RUNS = (  # library, words, folder below the outputs
     ("torchvision", ["library=torchvision", "onnx=true"], ""),
     ("timm", ["library=timm", "one_per_file=true"], ""),
     ("timm", ["library=timm", f"pattern=[{','.join(LARGER)}]"], "larger"),
+    ("transformers", ["library=transformers", "memory=4", "timeout=300"], ""),
 )
 
 HEAD = """# What modhifi prunes
@@ -41,6 +43,12 @@ and the pyramid's own maps stay as wide as they are; they count only if the libr
 images after the cut. For timm one network stands for each module file: the one with the fewest parameters among those
 looked at, all of them in the first 47 files and up to six that their names call small in the others. Quantised and
 video networks are left out.
+
+Of transformers every class for causal language modelling and for image classification is tried. Decoders are made small
+from the default configuration of their family (the sizes by their names: 4 layers, a width of 64), and count if heads of
+attention and neurons of MLPs, of experts too, reach 80 % of the parameters of their layers' linear layers and experts. Their
+law is checked in float64 for each kind of layer, and again for the whole network with all parts cut at once; *removed* is of
+the decoder layers. Classifiers keep the sizes of their defaults, where one number says how many layers there are two of them.
 """
 
 
@@ -53,15 +61,27 @@ def not_examined(library: str, place: Path, known: set[str]) -> list[str]:
     return sorted(set(wanted) - known)
 
 
+def standing(library: str, larger: bool) -> list[str]:
+    """The part of the present page on a library; of the larger networks of timm, or of all others."""
+    found = [f"## {part}" for part in PAGE.read_text(encoding="utf-8").split("\n## ")[1:] if part.startswith(f"{library}")
+             or part.startswith("What is left alone in ") and part.partition("\n")[0].endswith(f" {library}, and why")]  # fmt: skip
+    middle = next((place for place, part in enumerate(found) if part.startswith(f"## {library}, larger")), len(found))
+    return [part.rstrip("\n") + "\n" for part in (found[middle:] if larger else found[:middle])]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--outputs", type=Path, default=Path("outputs"))
     parser.add_argument("--jobs", default="auto")
     parser.add_argument("--memory", default="6", help="gigabytes that one network may take")
+    parser.add_argument("--only", choices=catalogue.LIBRARIES, help="leave the parts on other libraries as they are")
     parser.add_argument("--written", action="store_true", help="run nothing, write the page of what is there")
     given = parser.parse_args()
     parts = [HEAD]
     for library, words, below in RUNS:
+        if given.only not in (None, library):
+            parts += standing(library, "larger" in below)
+            continue
         outputs = given.outputs / below
         if not given.written:
             limits = [f"jobs={given.jobs}", f"memory={given.memory}"]

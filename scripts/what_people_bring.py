@@ -22,6 +22,7 @@ import modhifi_cli
 from modhifi_cli.errors import ModHiFiError
 from modhifi_cli.graph.answers import flattened
 from modhifi_cli.graph.decoder import find_parts
+from modhifi_cli.graph.experts import open_experts_
 from modhifi_cli.graph.folded import copied, fold_
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.models.called import Called, Form, named_inputs, parted
@@ -242,8 +243,14 @@ def library_cases() -> None:
         ("Llama", lambda: library.LlamaConfig(**gated)), ("SmolLM3", lambda: library.SmolLM3Config(**gated)),
         ("Gemma 3", lambda: library.Gemma3TextConfig(**gated, head_dim=8)),
         ("Mixtral", lambda: library.MixtralConfig(**gated, num_local_experts=4)),
-        ("Qwen2-MoE", lambda: library.Qwen2MoeConfig(**gated, num_experts=4, moe_intermediate_size=24)),
-        ("OLMoE", lambda: library.OlmoeConfig(**gated, num_experts=4)),
+        ("Qwen2-MoE", lambda: library.Qwen2MoeConfig(**gated, num_experts=4, moe_intermediate_size=24, num_experts_per_tok=2,
+                                                    decoder_sparse_step=1)),
+        ("OLMoE", lambda: library.OlmoeConfig(**gated, num_experts=4, num_experts_per_tok=2)),
+        ("GPT-OSS", lambda: library.GptOssConfig(**gated, num_local_experts=4, num_experts_per_tok=2, head_dim=8)),
+        ("DeepSeek-V3, latent attention", lambda: library.DeepseekV3Config(
+            **{**gated, "num_key_value_heads": 4}, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
+            moe_intermediate_size=16, first_k_dense_replace=0, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4,
+            qk_nope_head_dim=8, v_head_dim=8)),
         ("GPT-2", lambda: library.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64)),
         ("GPT-J", lambda: library.GPTJConfig(n_embd=32, n_layer=1, n_head=4, vocab_size=64, rotary_dim=4)),
         ("Falcon", lambda: library.FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)),
@@ -252,6 +259,193 @@ def library_cases() -> None:
         ("BERT as a decoder", lambda: library.BertConfig(**small, intermediate_size=48, is_decoder=True)),
         ("Mamba", lambda: library.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4)),
     ])  # fmt: skip
+
+
+class Block(nn.Module):
+    """Attention as it is written by hand everywhere: the width is read from what comes in."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.n_head = heads
+        self.norm, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        B, T, C = stream.size()
+        q, k, v = self.c_attn(self.norm(stream)).split(C, dim=2)
+        q, k, v = (each.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for each in (q, k, v))
+        mixed = ((q @ k.transpose(-2, -1)) * (C // self.n_head) ** -0.5).softmax(-1) @ v
+        stream = stream + self.c_proj(mixed.transpose(1, 2).reshape(B, T, C))
+        return stream + self.mlp(self.norm2(stream))
+
+
+class Words(nn.Module):
+    """Token features through blocks to a class."""
+
+    def __init__(self, block: Callable[[], nn.Module], width: int = 32) -> None:
+        super().__init__()
+        self.first, self.blocks, self.head = nn.Linear(8, width), nn.Sequential(block(), block()), nn.Linear(width, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(self.first(inputs)).mean(1))
+
+
+class Deformed(nn.Module):
+    """A deformable convolution between two ordinary ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.ops import DeformConv2d
+
+        self.one, self.offsets = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 18, 3, padding=1)
+        self.bent, self.two, self.head = DeformConv2d(16, 16, 3, padding=1), nn.Conv2d(16, 24, 3), nn.Linear(24, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.one(images).relu()
+        return self.head(self.two(self.bent(maps, self.offsets(maps)).relu()).relu().mean((2, 3)))
+
+
+class Levels(nn.Module):
+    """One head on maps of three sizes, as detectors have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.tower = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(),
+                                   nn.Conv2d(16, 24, 3, padding=1), nn.ReLU())  # fmt: skip
+        self.score = nn.Conv2d(24, 4, 3, padding=1)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        maps = self.stem(images).relu()
+        return [self.score(self.tower(maps[:, :, ::step, ::step])) for step in (1, 2, 4)]
+
+
+class Tied(nn.Module):
+    """An autoencoder whose decoder is its encoder transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.shift, self.head = nn.Linear(20, 32), nn.Parameter(torch.zeros(20)), nn.Linear(20, 3)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.head(nn.functional.linear(self.code(rows).relu(), self.code.weight.t(), self.shift).relu())
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank adapter beside it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.base, self.down, self.up = nn.Linear(inputs, outputs), nn.Linear(inputs, 4, bias=False), nn.Linear(4, outputs, bias=False)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.base(rows) + 2 * self.up(self.down(rows))
+
+
+class Mixed(nn.Module):
+    """Fourier mixing of tokens instead of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(32), nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        stream = stream + torch.fft.fft(torch.fft.fft(stream, dim=-1), dim=-2).real
+        return stream + self.mlp(self.norm(stream))
+
+
+class Squeezed(nn.Module):
+    """Channels weighted by what two small layers say of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 4)
+        self.excite = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 16), nn.Sigmoid())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.one(images).relu()
+        maps = maps * self.excite(maps.mean((2, 3)))[:, :, None, None]
+        return self.head(self.two(maps).relu().mean((2, 3)))
+
+
+class Ladder(nn.Module):
+    """A U-Net with one step down, concatenation and bilinear resizing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, padding=1)
+        self.three, self.last = nn.Conv2d(40, 16, 3, padding=1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        fine = self.one(images).relu()
+        coarse = self.two(nn.functional.max_pool2d(fine, 2)).relu()
+        coarse = nn.functional.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)
+        return self.last(self.three(torch.cat([fine, coarse], 1)).relu())
+
+
+class Summed(nn.Module):
+    """Attention in einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.dim = 4, 8
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(stream).unflatten(-1, (-1, self.dim)) for layer in (self.q, self.k, self.v))
+        weights = torch.einsum("bihd,bjhd->bhij", q, k).softmax(-1)
+        return stream + self.out(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))
+
+
+class Table(nn.Module):
+    """Numbers and categories of a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.city, self.kind, self.numbers = nn.Embedding(30, 6), nn.Embedding(5, 3), nn.BatchNorm1d(7)
+        self.body = nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Dropout(0.2), nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 1))
+
+    def forward(self, numbers: torch.Tensor, city: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
+        return self.body(torch.cat([self.numbers(numbers), self.city(city), self.kind(kind)], 1))
+
+
+def adversary_cases() -> None:
+    """Inputs that were written to fail."""
+    rows = images(10, 8)
+    case("written to fail", "attention that computes C // n_head", lambda: Words(lambda: Block(32, 4)), rows)
+    case("written to fail", "attention in einsum", lambda: Words(Summed), rows)
+    case("written to fail", "Fourier mixing", lambda: Words(Mixed), rows)
+    case("written to fail", "nn.TransformerEncoder", lambda: Words(lambda: nn.TransformerEncoderLayer(
+        32, 4, 64, batch_first=True)), rows)
+    case("written to fail", "nn.TransformerEncoder, norm first", lambda: Words(lambda: nn.TransformerEncoderLayer(
+        32, 4, 64, batch_first=True, norm_first=True)), rows)
+    case("written to fail", "low-rank adapters", lambda: nn.Sequential(
+        Adapted(20, 48), nn.ReLU(), Adapted(48, 24), nn.ReLU(), nn.Linear(24, 3)), images(20))
+    case("written to fail", "tied autoencoder", Tied, images(20))
+    case("written to fail", "deformable convolution", Deformed, images())
+    case("written to fail", "one head on three sizes of maps", Levels, images())
+    case("written to fail", "squeeze and excitation", Squeezed, images())
+    case("written to fail", "U-Net, bilinear", Ladder, images())
+    case("written to fail", "nn.DataParallel around it", lambda: nn.DataParallel(twice(nn.Conv2d)), images())
+    case("written to fail", "channels last", lambda: twice(nn.Conv2d, nn.BatchNorm2d).to(memory_format=torch.channels_last),
+         lambda: images()().contiguous(memory_format=torch.channels_last))
+    case("written to fail", "float16", lambda: twice(nn.Conv2d).half(), lambda: images()().half())
+    case("written to fail", "compiled", lambda: torch.compile(twice(nn.Conv2d)), images())
+    case("written to fail", "TorchScript", lambda: torch.jit.script(twice(nn.Conv2d)), images())
+    case("written to fail", "quantised", lambda: torch.ao.quantization.quantize_dynamic(
+        nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 3)), {nn.Linear}), images(20))
+    case("written to fail", "lazy layers", lambda: made_by_running(nn.Sequential(
+        nn.LazyConv2d(16, 3), nn.ReLU(), nn.LazyConv2d(16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.LazyLinear(4)), images()()), images())
+    case("written to fail", "numbers and categories of a table", Table, lambda: [{
+        "numbers": torch.randn(48, 7), "city": torch.randint(0, 30, (48,)), "kind": torch.randint(0, 5, (48,)),
+        "label": torch.rand(48)}])
+
+
+def made_by_running(network: nn.Module, inputs: torch.Tensor) -> nn.Module:
+    network(inputs)
+    return network
 
 
 def pruned(make: Callable[[], nn.Module], batches: Any, options: dict[str, Any]) -> tuple[bool, str]:
@@ -284,11 +478,13 @@ def looked_at(config: Callable[[], Any]) -> tuple[bool, str]:
     import transformers as library
 
     torch.manual_seed(0)
+    model = library.AutoModelForCausalLM.from_config(config()).eval()
+    open_experts_(model)
     try:
-        found = find_parts(library.AutoModelForCausalLM.from_config(config()).eval())
+        found = find_parts(model)
     except ModHiFiError as error:
         return False, str(error)
-    kinds = " and ".join(sorted({part.kind for part in found.parts}))
+    kinds = ", ".join(sorted({f"{part.unit}s" for part in found.parts}))
     left = f"; left alone: {found.refused[0].reason}" if found.refused else ""
     return len({part.layer for part in found.parts}) == len(found.layers), f"{kinds} pass the law{left}"
 
@@ -300,6 +496,7 @@ def main(only: list[str]) -> None:
     torch.manual_seed(0)
     plain_cases()
     input_cases()
+    adversary_cases()
     library_cases()
     rows: list[tuple[str, str, bool, str]] = []
     for kind, name, make, batches, options in CASES:

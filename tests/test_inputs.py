@@ -150,10 +150,17 @@ def test_an_answer_without_numbers_for_each_sample_is_told():
 
 
 def test_a_network_that_runs_twice_says_what_to_do():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
-    batches = [(torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8))]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    batches = [(torch.randn(48, 3, 8, 8), torch.randn(48, 3, 8, 8))]
+
+    def difference(model, batch):
+        return model(batch[0]) - model(batch[1])
+
     with pytest.raises(UnsupportedModelError, match="runs more than once in one forward, .*; stack its inputs in one batch"):
-        modhifi_cli.prune(net, batches, forward=lambda model, batch: model(batch[0]) - model(batch[1]))
+        modhifi_cli.prune(net, batches, forward=difference)
+    net[1] = nn.GroupNorm(4, 8)
+    narrow, result = modhifi_cli.prune(net, batches, forward=difference, sparsity=0.25, check_data=False)
+    assert narrow[0].out_channels < 8 and result.achieved["flops"] > 0.1
 
 
 def test_what_is_packed_comes_out_as_it_went_in():

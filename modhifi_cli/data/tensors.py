@@ -30,6 +30,11 @@ class TensorImages:
         """Number of images."""
         return len(self._images)
 
+    @property
+    def labels(self) -> list[int] | None:
+        """Labels of the images, or None."""
+        return None if self._labels is None else self._labels.tolist()
+
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """As `ImageSource.batches`."""
         for start in range(0, len(self._images), batch_size):

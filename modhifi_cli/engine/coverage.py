@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from modhifi_cli.engine.plan import discover
 from modhifi_cli.errors import UnsupportedModelError
 from modhifi_cli.graph.answers import flattened
-from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal
-from modhifi_cli.graph.law import randomise_, zero_consumers_
+from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, is_transposed
+from modhifi_cli.graph.decoder import Part, find_parts, slice_part_
+from modhifi_cli.graph.experts import Experts, open_experts_
+from modhifi_cli.graph.law import KeepsDouble, randomise_, zero_consumers_
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.records import Edit, ModuleEdit, Progress
 
@@ -117,6 +119,116 @@ def cut_(
         )
     )
     yield Progress("coverage", "done", stages, stages)
+
+
+def cut_decoder_(model: nn.Module, *, share: float = 0.3, seed: int = 0) -> Cut:
+    """Remove a random share of every lawful part of a causal decoder, in place: heads, and neurons of MLPs and experts.
+
+    Args:
+        model: Dense decoder in evaluation mode, float32; its weights are drawn anew, its experts taken apart.
+        share: Share of the components of every part that goes, 0 … 1; heads go in steps of one of every KV head.
+        seed: For weights and components.
+
+    Returns:
+        As of an image network; `Cut.carried` and `Cut.removed` count linear layers and experts of the decoder layers, in
+        float64, and `Cut.logits` are those in float32.
+
+    Raises:
+        UnsupportedModelError: If it is no decoder, or nothing of it can be pruned.
+    """
+    open_experts_(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    found = find_parts(model, components=("attention", "mlp"))
+    inside = [model.get_submodule(name) for name in found.layers]
+    tokens = torch.arange(16)[None] % model.config.get_text_config().vocab_size
+    ran = _that_run(model, tokens)  # a decoder of pairs has attention to an encoder, which is not there
+    weights = {id(module): module for layer in inside for module in layer.modules() if _holds_weights(module)
+               and (id(module) in ran or not isinstance(module, nn.Linear))}  # fmt: skip
+    touched = {id(model.get_submodule(name)) for part in found.parts for name in part.group.modules if _is_module(model, name)}
+    dense = sum(map(_own, weights.values()))
+    carried = sum(_own(module) for key, module in weights.items() if key in touched) / max(dense, 1)
+    randomise_(model, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    layout = Layout(model, [part.group for part in found.parts])
+    model.double()
+    with torch.inference_mode(), KeepsDouble():
+        scale = float(_words(model, tokens).abs().max().clamp(min=1e-30))
+        removed = [_drawn_evenly(part, share, generator) for part in found.parts]
+        for part, gone in zip(found.parts, removed, strict=True):
+            _zero_(model, part, gone)
+        zeroed = _words(model, tokens)
+    for part, gone in zip(found.parts, removed, strict=True):
+        kept = torch.ones(part.components, dtype=torch.bool)
+        kept[gone] = False
+        slice_part_(model, layout, part, kept.nonzero().flatten())
+    with torch.inference_mode(), KeepsDouble():
+        narrow = _words(model, tokens)
+    model.float()
+    with torch.inference_mode():
+        logits = _words(model, tokens)
+    return Cut(
+        groups=len(found.parts),
+        components=sum(part.components for part in found.parts),
+        refused=found.refused,
+        parameters=parameters,
+        carried=carried,
+        removed=1 - sum(map(_own, weights.values())) / max(dense, 1),
+        law_dtype="float64",
+        difference=float((narrow - zeroed).abs().max()) / scale,
+        logits=logits,
+    )
+
+
+def _that_run(model: nn.Module, tokens: Tensor) -> set[int]:
+    """Modules that a forward calls, by identity; all of those inside of experts, whoever is chosen."""
+    seen: set[int] = set()
+    handles = [module.register_forward_pre_hook(lambda module, _: seen.add(id(module))) for module in model.modules()]
+    try:
+        with torch.inference_mode():
+            _words(model, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen | {id(part) for module in model.modules() if isinstance(module, Experts) for part in module.modules()}
+
+
+def _is_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:  # a bare tensor that follows the heads
+        return False
+    return True
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of attention or an MLP, or holds several in one tensor; not the sum of experts."""
+    if isinstance(module, nn.Linear):
+        return module.out_features > 1
+    return is_transposed(module) or any(tensor.dim() == 3 for tensor in module.parameters(recurse=False))
+
+
+def _own(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
+def _zero_(model: nn.Module, part: Part, gone: Tensor) -> None:
+    reader, entries = model.get_submodule(part.consumer.module), part.consumer.index[gone].flatten()
+    if isinstance(reader, nn.Linear):
+        reader.weight[:, entries] = 0
+    else:
+        reader.weight[entries] = 0
+
+
+def _drawn_evenly(part: Part, share: float, generator: torch.Generator) -> Tensor:
+    """The same number of each run, at least one where more than one is there."""
+    each = part.components // part.balanced
+    count = min(max(1, round(share * each)), each - 1)
+    runs = [torch.randperm(each, generator=generator)[:count] + run * each for run in range(part.balanced)]
+    return torch.cat(runs).sort().values
+
+
+def _words(model: nn.Module, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, use_cache=False).logits
 
 
 def edit_of(layout: Layout, group: ComponentGroup, gone: Tensor) -> Edit:

@@ -47,13 +47,17 @@ class DecoderCosts:
             # Queries meet the keys and values of half the sequence on average: two products of the head dimension each.
             heads = part.heads / part.components if part.kind == "attention" else 0
             dim = part.consumer.index.numel() // part.heads if part.heads else 0
-            work.append(own - biases + heads * dim * (length + 1))
+            # A token goes to as many experts when there are fewer of them.
+            whole_experts = part.kind == "experts"
+            work.append(0.0 if whole_experts else part.share * (own - biases) + heads * dim * (length + 1))
         products = 0.0
+        shares = {part.group.producers[0].module.rpartition(".")[0]: part.share for part in parts if part.share < 1}
         linear = sum(
-            input_size(module) * output_size(module)
-            for layer in layers
-            for module in layer.modules()
+            input_size(module) * output_size(module) * shares.get(f"{name}.{path}".rpartition(".")[0], 1.0)
+            for name, layer in zip(decoder.layers, layers, strict=True)
+            for path, module in layer.named_modules()
             if hasattr(module, "weight") and module.weight is not None and module.weight.dim() == 2
+            and hasattr(module, "bias")
         )
         for part in parts:
             if part.kind == "attention":
@@ -100,6 +104,7 @@ class Widths:
         self._steps = [
             neuron_step(part.components, budget.round_to) if part.kind == "mlp" else part.balanced for part in parts
         ]
+        self._least = [-(-part.least // part.balanced) * part.balanced for part in parts]
         self._price, self._costs = budget.price, DecoderCosts(model, decoder, length=example.shape[1])
         # Time counts on the device where the layers run; the network itself stays where it is.
         moved = self._price.timed and example.device.type != "cpu"
@@ -198,7 +203,7 @@ class Widths:
             keep = [fixed.get(number, present[number]) for number in range(len(present))]
             for group, unit, count in zip(free, units, counts, strict=True):
                 for number in group:
-                    keep[number] = min(count * unit, present[number])
+                    keep[number] = min(max(count * unit, self._least[number]), present[number])
             return keep
 
         found = self._allocation(

@@ -15,7 +15,7 @@ from modhifi_cli.engine.gathering import Gathered
 from modhifi_cli.engine.site import consumers_of, kept_positions, producers_of, with_others, write_weight_
 from modhifi_cli.engine.walk import Recipe, Repair, Walk, drawn
 from modhifi_cli.graph.components import ComponentGroup, output_size
-from modhifi_cli.numerics.compensation import restored_constant
+from modhifi_cli.numerics.compensation import NoCompensation, restored_constant
 from modhifi_cli.numerics.fidelity import joint_fidelity, layer_fidelity
 from modhifi_cli.records import Consumer, Edit, ModuleEdit, Progress
 from modhifi_cli.roles import Scores, Selection
@@ -47,6 +47,8 @@ def edit_part_(
     generator = drawn(recipe, walk, part, iteration)
     scores = recipe.scoring(consumers, producers_of(walk, part), generator=generator, **places)
     kept = selected(part, recipe.selection, scores, consumers, alive, keep).cpu()
+    if not walk.repairs(part):
+        recipe = replace(recipe, compensation=NoCompensation())
     repairs = [repaired(walk, recipe, consumer, kept, measured=bool(gathered)) for consumer in consumers]
 
     orders = [walk.layout.input_order(slot, alive) for slot in slots]

@@ -23,6 +23,18 @@ class _Seen(Exception):
     """Everything that was to be looked at has been seen."""
 
 
+def rows_read(module: nn.Module, read: Tensor, shape: Sequence[int]) -> Tensor:
+    """What a module read as ``[batch, rows, features]``: a row for each token, or several.
+
+    Some families flatten sequences and tokens before their MLP. An expert reads the tokens that were given to it; the
+    others are rows of zeros, since it says nothing to them.
+    """
+    rows = getattr(module, "rows", None)
+    if rows is not None:
+        read = read.new_zeros(shape[0] * shape[1], read.shape[-1]).index_copy_(0, rows, read)
+    return read.reshape(shape[0], -1, read.shape[-1])
+
+
 class Flow:
     """The calibration set inside a decoder.
 
@@ -152,10 +164,9 @@ class Flow:
         """
         for hidden, call, done in self.batches(number):
             seen: dict[nn.Module, Tensor] = {}
-            shape = hidden.shape[:2]  # some families flatten sequences and tokens before their MLP
 
-            def keep(module: nn.Module, inputs: tuple, seen: dict = seen, shape: tuple = shape) -> None:
-                seen[module] = inputs[0].reshape(*shape, -1)
+            def keep(module: nn.Module, inputs: tuple, seen: dict = seen, shape: tuple = hidden.shape[:2]) -> None:
+                seen[module] = rows_read(module, inputs[0], shape)
                 if len(seen) == len(looks):
                     raise _Seen
 

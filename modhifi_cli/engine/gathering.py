@@ -4,7 +4,7 @@ Every accumulator keeps one sample in five apart, by its number in the whole cal
 into batches nor that into processes matters. Ridges are chosen, and trial cuts are tried, on what was held out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -92,8 +92,12 @@ class HeldOutApart(Generic[Sums]):
         self._next, self._any_held, self._any_fitted = first, False, False
         self._team, self._device = team or Team(), torch.device(device)
 
-    def update(self, *batch: Tensor) -> None:
+    def update(self, *batch: Tensor, again: bool = False) -> None:
         """Add one batch, every tensor with the samples along its first dimension.
+
+        Args:
+            batch: The tensors.
+            again: Whether these are further rows of the samples that came last.
 
         Raises:
             NumericsError: If a value that is looked at is not finite.
@@ -102,6 +106,7 @@ class HeldOutApart(Generic[Sums]):
             self._fitted.update(*batch)
             self._any_fitted |= len(batch[0]) > 0
             return
+        self._next -= len(batch[0]) if again else 0
         held = held_out_images(torch.arange(self._next, self._next + len(batch[0])))
         self._next += len(batch[0])
         self._any_held |= bool(held.any())
@@ -183,13 +188,19 @@ class LayerMoments:
         self._channels = -1 if reads_features(module) else 1
         self._sums = HeldOutApart(accumulator, hold_out=hold_out, **shared)
 
-    def update(self, inputs: Tensor) -> None:
+    def update(self, inputs: Tensor | Sequence[Tensor]) -> None:
         """Add one batch: maps ``[batch, channels, height, width]``, or features ``[batch, …, features]``.
+
+        Args:
+            inputs: Of the layer; several of the same samples where it runs several times.
 
         Raises:
             NumericsError: If a value is not finite.
         """
-        self._sums.update(inputs.movedim(self._channels, -1) if self._linear else inputs)
+        runs = [inputs] if isinstance(inputs, Tensor) else inputs
+        for number, run in enumerate(runs):
+            again = number > 0 and len(run) == len(runs[number - 1])
+            self._sums.update(run.movedim(self._channels, -1) if self._linear else run, again=again)
 
     def result(self) -> Gathered:
         """Moments of everything so far.

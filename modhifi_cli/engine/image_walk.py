@@ -324,6 +324,10 @@ class ImageWalk:
         self.team.agree("the network", self.model.state_dict(), self.device)
         return self.take_refreshed_()
 
+    def repairs(self, part: ComponentGroup) -> bool:
+        """Every reader is fitted anew."""
+        return True
+
     def norm_behind(self, name: str) -> str | None:
         """The BatchNorm with running statistics that reads exactly this layer's output."""
         norm = self.segments.trace.norm_of.get(name)
@@ -355,7 +359,9 @@ class ImageWalk:
             plain = type(module) in (nn.Conv2d, nn.Linear) and (
                 getattr(module, "groups", 1) == 1 or is_depthwise(module)
             )
-            known = plain and getattr(module, "padding_mode", "zeros") == "zeros"
+            # A convolution that runs several times answers maps of several sizes; its targets would, too.
+            several = name in trace.calls and not isinstance(module, nn.Linear)
+            known = plain and not several and getattr(module, "padding_mode", "zeros") == "zeros"
             if known and (name in edited or any(trace.depends(name, source) for source in edited)):
                 found.append(name)
         self.activations.restart()

@@ -75,7 +75,7 @@ def prune_(walk: Walk, recipe: Recipe, budget: Budget, *, done: Sequence[Edit] =
     for warning in widths.warnings:
         yield Note(warning)
     waiting, present = list(done), curves
-    lost: list[str] = []
+    lost = [edit.facts["left_alone"].rstrip(".") for edit in done if "left_alone" in edit.facts]
     for iteration, share in enumerate(shares):
         if iteration and curves:
             yield from walk.begin()

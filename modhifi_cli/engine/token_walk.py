@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.engine.decoder_widths import Widths
-from modhifi_cli.engine.flow import Flow
+from modhifi_cli.engine.flow import Flow, rows_read
 from modhifi_cli.engine.forecast import forecast
-from modhifi_cli.engine.gathering import LayerMoments, TargetMoments, held_out_images
+from modhifi_cli.engine.gathering import Gathered, LayerMoments, TargetMoments, held_out_images
 from modhifi_cli.engine.impact import restored
 from modhifi_cli.engine.memory import free_memory, peaks
 from modhifi_cli.engine.plan import check_weights
@@ -25,9 +25,10 @@ from modhifi_cli.engine.walk import Budget, Cut, Looking, Pair, Recipe, Repair, 
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.graph.components import ComponentGroup, Layout, Slot
 from modhifi_cli.graph.decoder import KINDS, UNITS, Call, Part, find_parts, leave, run_layer, slice_part_
+from modhifi_cli.graph.experts import of_experts, open_experts_
 from modhifi_cli.models.hf import accepts_heads
 from modhifi_cli.numerics.scoring import Place
-from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress
+from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress, Statistics
 from modhifi_cli.roles import Scoring
 
 _TRIAL_TOKENS = 1536  # held-out tokens on which a trial runs: each costs half a forward on average
@@ -38,7 +39,8 @@ class DecoderOptions:
     """What is special to decoders. Named in configs/decoder.
 
     Attributes:
-        components: Which of ``"mlp"`` (hidden neurons, the paper) and ``"attention"`` (heads) are pruned.
+        components: Which of ``"mlp"`` (hidden neurons, the paper; of experts each its own), ``"attention"`` (heads) and
+            ``"experts"`` (whole experts with their rows of the router) are pruned.
         unit: What goes of attention: ``"kv_group"`` a KV head with its query heads, ``"query_head"`` the same number of
             query heads from every KV head, ``"auto"`` the former from 4 KV heads on.
         add_bias: Give consumers without a bias one that carries the mean of what was removed. It changes the
@@ -58,7 +60,12 @@ class DecoderOptions:
 
     def __post_init__(self) -> None:
         if not self.components or not set(self.components) <= set(KINDS):
-            raise ConfigError(f"decoder.components must name mlp, attention or both, got {list(self.components)}.")
+            raise ConfigError(f"decoder.components must name some of mlp, attention and experts, got {list(self.components)}.")
+        if {"mlp", "experts"} <= set(self.components):
+            raise ConfigError(
+                "decoder.components: neurons and whole experts are cut one after the other, since what one costs depends on "
+                "the other; prune with components=[experts] first, then the new folder with components=[mlp]."
+            )
         if self.unit not in UNITS:
             raise ConfigError(f"decoder.unit must be one of {', '.join(UNITS)}, got '{self.unit}'.")
 
@@ -100,6 +107,7 @@ class TokenWalk:
             raise DataError("the calibration data holds no tokens; give data.sequences at least 1.")
         self.options = options or DecoderOptions()
         check_weights(model)
+        open_experts_(model)
         self.model, self.samples = model, len(calibration)
         self.decoder = find_parts(model, components=self.options.components, unit=self.options.unit, exclude=exclude)
         self.refused = self.decoder.refused
@@ -128,6 +136,7 @@ class TokenWalk:
         self._towards_dense = False
         self._number, self._layer, self._dense_layer = 0, nn.Module(), nn.Module()
         self._added: set[str] = set()
+        self._silent: list[str] = []  # experts that no calibration token was given to
         self._edits = 0
 
     def prepare(self, recipe: Recipe, passes: int) -> Iterator[Progress | Note]:
@@ -197,6 +206,10 @@ class TokenWalk:
         """Whether the constant part of a layer's output can be restored."""
         return self.model.get_submodule(name).bias is not None or self.options.add_bias
 
+    def repairs(self, part: ComponentGroup) -> bool:
+        """Whether readers are fitted anew: not the sum over experts, whose tokens go to other experts after the cut."""
+        return self._part[part.name].kind != "experts"
+
     def norm_behind(self, name: str) -> str | None:
         """Decoders have no BatchNorm."""
         return None
@@ -227,7 +240,12 @@ class TokenWalk:
         self._layer.to(self.flow.device)
 
     def notes(self) -> Iterator[Note]:
-        """What memory was needed."""
+        """What memory was needed, and which experts the calibration data say nothing of."""
+        if self._silent:
+            yield Note(
+                f"warning: the router gives no calibration token to {len(self._silent)} experts ({self._silent[0]} the first), "
+                "so these were cut by their weights alone; raise data.sequences, or give more varied text."
+            )
         used = peaks(self.flow.device)
         if "card" in used:
             yield Note(f"memory on the card, measured: {used['card'] / 1e9:.2f} GB at most")
@@ -269,7 +287,22 @@ class TokenWalk:
         moments = {slot.module: self.sums(slot.module, hold_out=hold_out) for slot in slots}
         looks = {self.model.get_submodule(name): own.update for name, own in moments.items()}
         yield from self.flow.look(self._layer, self._number, looks, item)
-        return {name: own.result() for name, own in moments.items()}
+        return {name: self._asked(name, own.result()) for name, own in moments.items()}
+
+    def _asked(self, name: str, found: Gathered) -> Gathered:
+        """The moments, but of an expert that no token was given to: nothing is known of its neurons, so all count alike.
+
+        Otherwise it would stay as wide as it is, and the experts of its layer could not be put together again.
+        """
+        statistics = found.statistics
+        moment = statistics.second_moment
+        silent = not bool(moment.any()) if moment is not None else not bool(statistics.samples.any())
+        if not silent or of_experts(self.model, name) is None:
+            return found
+        if name not in self._silent:
+            self._silent.append(name)
+        alike = Statistics(statistics.rows, torch.zeros_like(statistics.mean), torch.eye(statistics.features).to(statistics.mean))
+        return Gathered(alike, None if found.held_out is None else alike, None if found.fitted is None else alike)
 
     # ------------------------------------------------------------------------------------------------------ editing
 
@@ -318,7 +351,8 @@ class TokenWalk:
         if self._dense is None or not cut:
             return []
         first = min(self._part[part.name].layer for part in cut)
-        return [part.consumers[0].module for part in stop.parts] if self._number >= first else []
+        readers = [part.consumers[0].module for part in stop.parts] if self._number >= first else []
+        return [name for name in readers if of_experts(self.model, name) is None]  # a token's expert is not one module
 
     def pairs(self, name: str) -> Iterator[Progress | Pair]:
         """What a reader reads beside what it should give: y_dense plus what the stream in front of it lacks.
@@ -447,7 +481,7 @@ def _watched(layer: nn.Module, reader: nn.Module, hidden: Tensor, call: Call) ->
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        seen.extend(tensor.reshape(*hidden.shape[:2], -1) for tensor in (inputs[0], output))
+        seen.extend(rows_read(module, tensor, hidden.shape[:2]) for tensor in (inputs[0], output))
 
     handle = reader.register_forward_hook(hook)
     try:

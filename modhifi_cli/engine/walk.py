@@ -260,6 +260,9 @@ class Walk(Protocol):
     def notes(self) -> Iterator[Note]:
         """Sentences for the end of a run."""
 
+    def repairs(self, part: ComponentGroup) -> bool:
+        """Whether a part's readers are fitted anew after a cut."""
+
     def norm_behind(self, name: str) -> str | None:
         """The BatchNorm with running statistics that reads exactly this layer's output, or None."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.graph.experts import Experts
 from modhifi_cli.graph.heads import head_count, head_weights
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.parts import Part, is_part, part_of
@@ -129,10 +130,12 @@ def output_size(module: nn.Module | Part) -> int:
         return module.nf
     if isinstance(module, nn.Linear):
         return module.out_features
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, nn.modules.batchnorm._NormBase):
         return module.num_features
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
+    if isinstance(module, Experts):
+        return module.num_experts
     heads = head_count(module)
     return module.out_channels if heads is None else heads
 
@@ -145,10 +148,12 @@ def input_size(module: nn.Module | Part) -> int:
         return module.weight.shape[0]
     if isinstance(module, nn.Linear):
         return module.in_features
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, nn.modules.batchnorm._NormBase):
         return module.num_features
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
+    if isinstance(module, Experts):
+        return module.num_experts
     heads = head_count(module)
     return module.in_channels if heads is None else heads
 

@@ -192,7 +192,7 @@ def attention_work(model: nn.Module, example: Tensor) -> dict[str, tuple[float, 
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)
+    return isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
 
 
 def _pair_parameters(module: nn.Module | Part) -> float:

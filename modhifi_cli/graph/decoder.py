@@ -8,6 +8,7 @@ layer decides. A module that plays no known role is refused by its name.
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, UnsupportedModelError, nearest
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, Slot, input_size, is_linear, output_size
-from modhifi_cli.graph.law import SEED, Verdict, randomise_
+from modhifi_cli.graph.experts import Experts, common_width, of_experts
+from modhifi_cli.graph.law import SEED, KeepsDouble, Verdict, randomise_
+from modhifi_cli.graph.parts import integers, is_part, part_of
 from modhifi_cli.graph.surgery import set_attribute_, slice_module_
 
-KINDS = ("attention", "mlp")  # in the order in which a decoder layer runs them
+KINDS = ("attention", "mlp", "experts")  # in the order in which a decoder layer runs them
 UNITS = ("auto", "kv_group", "query_head")
+_NEVER = 1e5  # logits below all others: their exponential is zero
 _FEW_KV_GROUPS = 4  # below this many, removing one whole KV group is too coarse a step
 
 # Roles: who writes (one name per projection), who reads. Tried in this order.
@@ -38,6 +42,8 @@ _MLP_ROLES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("intermediate.dense",), "output.dense"),
 )
 _ATTENTION_ROLES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("q_b_proj", "kv_b_proj"), "o_proj"),  # heads that unfold keys and values from a common latent vector
+    (("q_proj", "kv_b_proj"), "o_proj"),
     (("q_proj", "k_proj", "v_proj"), "o_proj"),
     (("q_proj", "k_proj", "v_proj"), "out_proj"),
     (("q_proj", "k_proj", "v_proj"), "dense"),
@@ -47,21 +53,28 @@ _ATTENTION_ROLES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("Wqkv",), "out_proj"),
     (("self.query", "self.key", "self.value"), "output.dense"),
 )
+_ROUTER = re.compile(r"gate|router|classifier")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("top_k", "num_experts_per_tok", "moe_topk", "topk", "num_selected_experts")
+_ROUTER_GROUPS = ("num_group", "n_group", "num_expert_group")
+_GATES = ("gate_proj", "g_proj", "q_gate_proj")
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What can be pruned of one decoder layer together: the hidden neurons of its MLP, or the heads of its attention.
+    """What can be pruned of one decoder layer together: hidden neurons of an MLP, heads of its attention, or experts.
 
     Attributes:
         group: The components in the coordinates of the dense network; one consumer, no followers.
-        kind: ``"mlp"`` or ``"attention"``.
+        kind: ``"mlp"`` (of an expert, too), ``"attention"`` or ``"experts"``.
         layer: Number of the decoder layer.
         unit: What one component is, in words.
         parent: Name of the module that holds the attributes (head counts) which change with the widths.
         heads: Dense query heads, 0 for an MLP.
         kv_heads: Dense key/value heads, 0 for an MLP.
+        least: Components that must be left: as many experts as the router chooses for a token.
+        share: Share of the tokens that it works for, 0 … 1: those that the router gives an expert.
     """
 
     group: ComponentGroup
@@ -71,6 +84,8 @@ class Part:
     parent: str
     heads: int = 0
     kv_heads: int = 0
+    least: int = 1
+    share: float = 1.0
 
     @property
     def name(self) -> str:
@@ -133,18 +148,18 @@ def decoder_layers(model: nn.Module) -> tuple[str, ...]:
         UnsupportedModelError: If the network is no causal decoder of transformers.
     """
     config = getattr(model, "config", None)
-    count = None if config is None else getattr(config, "num_hidden_layers", None)
+    counts = [getattr(config, key, None) for key in ("num_hidden_layers", "decoder_layers")]  # the latter of pairs
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is a sequence-to-sequence model; only causal decoders can be pruned as language "
             "models."
         )
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(m) for m in module}) == 1:
+        if isinstance(module, nn.ModuleList) and len(module) in counts and len({type(m) for m in module}) == 1:
             if any(parameter.dim() > 1 for parameter in module[0].parameters()):
-                return tuple(f"{name}.{number}" for number in range(count))
+                return tuple(f"{name}.{number}" for number in range(len(module)))
     raise UnsupportedModelError(
-        f"{type(model).__name__}: no list of {count} decoder layers was found; only causal decoders whose layers stand "
+        f"{type(model).__name__}: no list of {counts[0]} decoder layers was found; only causal decoders whose layers stand "
         "in one list can be pruned as language models."
     )
 
@@ -155,7 +170,7 @@ class _Enough(Exception):
 
 @contextmanager
 def short_circuited(
-    model: nn.Module, layers: Sequence[str], answer: Callable[[int, Tensor, Call], Tensor]
+    model: nn.Module, layers: Sequence[str], answer: Callable[[int, Tensor, Call], Any]
 ) -> Iterator[None]:
     """Within it each decoder layer answers with ``answer(number, hidden states, call)`` instead of computing."""
 
@@ -177,6 +192,18 @@ def short_circuited(
                 del module.__dict__["forward"]
             else:
                 module.forward = forward
+
+
+def _either_way(
+    model: nn.Module, layers: Sequence[str], answer: Callable[[int, Tensor, Call], Tensor], forward: Callable[[], Any]
+) -> Any:
+    """A short-circuited forward of a network whose layers give hidden states alone, or beside attention's weights."""
+    try:
+        with short_circuited(model, layers, answer):
+            return forward()
+    except (ValueError, TypeError):  # it unpacks what its layers give
+        with short_circuited(model, layers, lambda *given: (answer(*given), None)):
+            return forward()
 
 
 @torch.no_grad()
@@ -202,11 +229,14 @@ def enter(model: nn.Module, layers: Sequence[str], tokens: Tensor) -> tuple[Tens
             raise _Enough
         return hidden
 
-    with short_circuited(model, layers, answer):
+    def forward() -> None:
+        entered.clear(), calls.clear()
         try:
             model(input_ids=tokens, use_cache=False)
         except _Enough:
             pass
+
+    _either_way(model, layers, answer, forward)
     return entered[0], calls
 
 
@@ -214,8 +244,9 @@ def enter(model: nn.Module, layers: Sequence[str], tokens: Tensor) -> tuple[Tens
 def leave(model: nn.Module, layers: Sequence[str], hidden: Tensor) -> Tensor:
     """Logits from the hidden states behind the last decoder layer, ``[batch, length, vocabulary]``."""
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    with short_circuited(model, layers, lambda number, *_: hidden):
-        return model(input_ids=tokens, use_cache=False).logits
+    return _either_way(
+        model, layers, lambda number, *_: hidden, lambda: model(input_ids=tokens, use_cache=False).logits
+    )
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -238,8 +269,8 @@ def find_parts(
     layer alone.
 
     Args:
-        model: Dense network; left as found.
-        components: Which of ``"mlp"`` and ``"attention"``.
+        model: Dense network; left as found. Experts are looked into where they are taken apart (`open_experts_`).
+        components: Which of `KINDS`. Neurons are counted for each expert by itself.
         unit: What is removed of attention: ``"kv_group"`` a KV head with all its query heads, ``"query_head"`` the same
             number of query heads from every KV head, ``"auto"`` the former from 4 KV heads on.
         exclude: Names of modules (or their beginnings) to leave alone.
@@ -278,7 +309,7 @@ def find_parts(
                 continue
             layer = model.get_submodule(name)
             shapes = tuple((key, tuple(tensor.shape)) for key, tensor in layer.named_parameters())
-            inside = found[0].name.removeprefix(name)
+            inside = re.sub(r"(?<=\.)\d+(?=\.)", "N", found[0].name.removeprefix(name))  # experts of a layer are alike
             signature = (type(layer).__name__, inside, shapes, _plain(calls[number]))
             if signature not in verdicts:
                 verdicts[signature] = _lawful(layer, name, found, calls[number])
@@ -304,12 +335,15 @@ def attributes_at(model: nn.Module, part: Part, keep: int) -> dict[str, int]:
         keep: Components that are left.
 
     Returns:
-        Attribute → value; empty for an MLP. ``config.…`` is an attribute of the module's own copy of the configuration,
-        for modules whose forward reads its head count there.
+        Attribute → value; empty for an MLP, of experts what their block reads in its configuration. ``config.…`` is an
+        attribute of the module's own copy of the configuration, for modules whose forward reads its head count there.
     """
+    module = model.get_submodule(part.parent)
+    if part.kind == "experts":
+        source = _source(type(module))
+        return {f"config.{name}": keep for name in _EXPERT_COUNTS if f"config.{name}" in source}
     if part.kind != "attention":
         return {}
-    module = model.get_submodule(part.parent)
     heads, kv_heads = part.head_counts(keep)
     dim = part.consumer.index.numel() // part.heads
     values = {
@@ -340,7 +374,7 @@ def slice_part_(model: nn.Module, layout: Layout, part: Part, kept: Tensor) -> t
     """
     outputs, inputs = layout.keep_(part.group, kept)
     for name in dict.fromkeys((*outputs, *inputs)):
-        slice_module_(model.get_submodule(name), outputs=outputs.get(name), inputs=inputs.get(name))
+        slice_module_(part_of(model, name), outputs=outputs.get(name), inputs=inputs.get(name))
     attributes = attributes_at(model, part, kept.numel())
     for name, value in attributes.items():
         set_attribute_(model.get_submodule(part.parent), name, value)
@@ -349,6 +383,16 @@ def slice_part_(model: nn.Module, layout: Layout, part: Part, kept: Tensor) -> t
 
 def component_parameters(model: nn.Module, part: Part) -> int:
     """Parameters that go with one component: rows of its producers with their biases, columns of its consumer."""
+    if part.kind == "experts":
+        touched = [part_of(model, slot.module) for slot in part.group.followers]
+        whole = 0
+        for each in touched:
+            if is_part(each):
+                whole += each.parameters
+            else:
+                single = [each.expert(number) for number in each.numbers] if isinstance(each, Experts) else [each]
+                whole += sum(tensor.numel() for module in single for tensor in module.parameters())
+        return whole // part.components
     total = 0
     for slot in part.group.producers:
         module = model.get_submodule(slot.module)
@@ -357,30 +401,45 @@ def component_parameters(model: nn.Module, part: Part) -> int:
 
 
 def shape_of(model: nn.Module, number: int) -> dict[str, int]:
-    """Widths of one decoder layer as it stands: ``neurons``, ``heads``, ``kv_heads``, ``head_dim``, as far as known."""
+    """Widths of one decoder layer as it stands, as far as they are known.
+
+    These are ``neurons``, ``heads``, ``kv_heads``, ``head_dim``, ``experts``, and ``expert_neurons`` (0 where they differ).
+    """
     name = decoder_layers(model)[number]
+    layer = model.get_submodule(name)
     found: dict[str, int] = {}
-    mlp = _candidates(model, name, number, "mlp", "auto")
-    if not isinstance(mlp, Refusal):
-        found["neurons"] = mlp[0].components
+    for mlp in _played(model, name, number, "mlp", "auto"):
+        if not isinstance(mlp, Refusal) and of_experts(model, mlp[0].name) is None:
+            found["neurons"] = mlp[0].components
+            break
     attention = _candidates(model, name, number, "attention", "auto")
     if not isinstance(attention, Refusal):
         part = attention[0]
         dim = part.consumer.index.numel() // part.heads
-        found |= {"heads": part.heads, "kv_heads": part.kv_heads, "head_dim": dim}
+        found |= {"heads": part.heads, "kv_heads": part.kv_heads}
+        if not _is_latent(part):  # there it is not what the configuration calls so
+            found["head_dim"] = dim
+    experts = next((module for module in layer.modules() if isinstance(module, Experts)), None)
+    if experts is not None:
+        found |= {"experts": experts.num_experts, "expert_neurons": common_width(experts) or 0}
     return found
 
 
+def _is_latent(part: Part) -> bool:
+    return any(slot.module.endswith("kv_b_proj") for slot in part.group.producers)
+
+
 def attention_attributes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Head counts of every attention module as they stand, by module name: what widths alone do not say."""
-    found = {}
+    """Counts of heads and experts as they stand, by the module that holds them: what widths alone do not say."""
+    found: dict[str, dict[str, int]] = {}
     for number, name in enumerate(decoder_layers(model)):
-        attention = _candidates(model, name, number, "attention", "auto")
-        if not isinstance(attention, Refusal):
-            part = attention[0]
-            values = attributes_at(model, part, part.components)
-            if values:
-                found[part.parent] = values
+        for kind in ("attention", "experts"):
+            candidates = _candidates(model, name, number, kind, "auto")
+            if not isinstance(candidates, Refusal):
+                part = candidates[0]
+                values = attributes_at(model, part, part.components)
+                if values:
+                    found[part.parent] = found.get(part.parent, {}) | values
     return found
 
 
@@ -399,23 +458,27 @@ def _played(
         model: The network.
         layer: Name of the layer.
         number: Of the layer.
-        kind: ``"mlp"`` or ``"attention"``.
+        kind: One of `KINDS`.
         unit: As of `find_parts`.
         ran: Modules that ran when the layer was called; others are left out. None takes all.
     """
     roles = _MLP_ROLES if kind == "mlp" else _ATTENTION_ROLES
     root = model.get_submodule(layer)
+    if kind == "experts":
+        return [_expert_candidates(model, f"{layer}.{path}", number) for path, module in root.named_modules()
+                if isinstance(module, Experts)]  # fmt: skip
     found: list[list[Part] | Refusal] = []
     for path, module in root.named_modules():
         parent = f"{layer}.{path}" if path else layer
         for writers, reader in roles:
             if all(is_linear(_inside(module, name)) for name in (*writers, reader)):
                 names, last = [f"{parent}.{name}" for name in writers], f"{parent}.{reader}"
-                if ran is not None and last not in ran:
+                mixed = of_experts(root, f"{path}.{reader}")
+                if ran is not None and mixed is None and last not in ran:
                     break
                 holder = names[0].rpartition(".")[0]
                 if kind == "mlp":
-                    found.append(_mlp_candidates(model, holder, names, last, number))
+                    found.append(_mlp_candidates(model, holder, names, last, number, mixed))
                 else:
                     found.append(_attention_candidates(model, holder, names, last, number, unit))
                 break
@@ -429,7 +492,7 @@ def _played(
 
 def _candidates(model: nn.Module, layer: str, number: int, kind: str, unit: str) -> list[Part] | Refusal:
     """The first that plays the role of a kind in one layer (`_played`)."""
-    return next(iter(_played(model, layer, number, kind, unit)))
+    return next(iter(_played(model, layer, number, kind, unit)), Refusal(layer, "it has no experts"))
 
 
 def _inside(module: nn.Module, path: str) -> object:
@@ -452,10 +515,6 @@ def _stranger(root: nn.Module, layer: str, kind: str) -> Refusal:
     strangers = [name for name, module in root.named_modules() if isinstance(module, nn.Linear) or is_linear(module)]
     first = next((name for name in strangers if ("attn" in name or "attention" in name) == (kind != "mlp")), None)
     stranger = f"{layer}.{first}" if first else layer
-    if first is not None and "kv_a" in " ".join(strangers):
-        said = "its attention reads keys and values from a common latent vector, which is left alone"
-        if kind == "attention":
-            return Refusal(stranger, said)
     if first is not None and not is_linear(root.get_submodule(first)):
         kind_of = type(root.get_submodule(first)).__name__
         return Refusal(stranger, f"it is a {kind_of}, which computes something else than its weight times its input")
@@ -489,7 +548,7 @@ def _ran(layer: nn.Module, name: str, call: Call, model: nn.Module) -> frozenset
 
 
 def _mlp_candidates(
-    model: nn.Module, parent: str, writers: Sequence[str], reader: str, number: int
+    model: nn.Module, parent: str, writers: Sequence[str], reader: str, number: int, mixed: Experts | None = None
 ) -> list[Part] | Refusal:
     neurons = input_size(model.get_submodule(reader))
     own = torch.arange(neurons)[:, None]
@@ -506,17 +565,62 @@ def _mlp_candidates(
             _group(reader, neurons, [Slot(n, i) for n, i in zip(writers, index, strict=True)], Slot(reader, own)),
             "mlp",
             number,
-            "hidden neuron",
+            "hidden neuron" if mixed is None else "hidden neuron of an expert",
             parent,
+            share=1.0 if mixed is None else min(1.0, _chosen(model, parent.rpartition(".")[0]) / mixed.num_experts),
         )
         for index in layouts
     ]
+
+
+def _chosen(model: nn.Module, experts: str) -> int:
+    """How many experts the router gives a token: what it, its block or the configuration says."""
+    block = model.get_submodule(experts.rpartition(".")[0])
+    holders = [*block.children(), block, getattr(block, "config", None), model.config.get_text_config()]
+    values = (getattr(holder, name, None) for holder in holders for name in _CHOSEN)
+    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), 1)
+
+
+def _expert_candidates(model: nn.Module, name: str, number: int) -> list[Part] | Refusal:
+    """The experts of a layer with the rows of their router."""
+    experts = model.get_submodule(name)
+    assert isinstance(experts, Experts)
+    parent, count = name.rpartition(".")[0], experts.num_experts
+    block = model.get_submodule(parent)
+    every = torch.arange(count)[:, None]
+    followers, rows = [Slot(name, every)], False
+    for path, module in block.named_modules(prefix=parent):
+        if path == name or path.startswith(f"{name}.") or (path != parent and not _ROUTER.search(path.rpartition(".")[2])):
+            continue
+        if isinstance(module, nn.Linear):
+            if module.out_features == count:
+                followers.append(Slot(path, every))
+                rows = True
+            continue
+        for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.dim() in (1, 2) and len(tensor) == count:
+                followers.append(Slot(f"{path}.{leaf}", every))
+                rows = rows or tensor.dim() == 2
+        held = integers(module)
+        followers += [Slot(f"{path}.{leaf}", every) for leaf in _EXPERT_COUNTS if held.get(leaf) == count]
+    if not rows:
+        return Refusal(name, "whole experts stay: no router with a row for each of them stands beside them")
+    runs = next((n for m in (*block.children(), block) for key in _ROUTER_GROUPS if (n := integers(m).get(key, 1)) > 1), 1)
+    reader = f"{name}.mix"
+    group = ComponentGroup(reader, count, (), tuple(followers), (Slot(reader, every),), runs)
+    least = _chosen(model, name)
+    return [Part(group, "experts", number, "expert with its row of the router", parent, least=max(least, 2 * runs))]
 
 
 def _attention_candidates(
     model: nn.Module, parent: str, writers: Sequence[str], reader: str, number: int, unit: str
 ) -> list[Part] | Refusal:
     module = model.get_submodule(parent)
+    across = _norm_across_heads(module)
+    if across is not None:
+        return Refusal(parent, f"{across} normalises all its heads together, so that none of them can go")
+    if writers[-1].endswith("kv_b_proj"):  # as `_is_latent`
+        return _latent_candidates(model, parent, writers, reader, number)
     dim = next((d for d in (getattr(module, n, None) for n in _HEAD_SIZES) if isinstance(d, int)), None)
     width = input_size(model.get_submodule(reader))
     if dim is None or width % dim:
@@ -558,19 +662,62 @@ def _attention_candidates(
         else:
             slots, consumed, count = [Slot(names[0], queries)], query, heads
             said = f"query head, the same number of each of {kv_heads} KV heads"
-        group = _group(reader, count, slots, Slot(reader, consumed), balanced=1 if whole else kv_heads)
+        # What attention's answer is multiplied with, head by head.
+        for leaf in _GATES if len(writers) == 3 else ():
+            gate = getattr(module, leaf, None)
+            if is_linear(gate) and output_size(gate) == width:
+                slots.append(Slot(f"{parent}.{leaf}", consumed))
+        # A number for each head that the module holds itself, such as attention's sinks.
+        held = [leaf for leaf, tensor in module.named_parameters(recurse=False) if tuple(tensor.shape) == (heads,)]
+        followers = [Slot(f"{parent}.{leaf}", torch.arange(heads).view(count, -1)) for leaf in held]
+        group = _group(reader, count, slots, Slot(reader, consumed), followers, balanced=1 if whole else kv_heads)
         parts.append(Part(group, "attention", number, said, parent, heads, kv_heads))
     return parts
 
 
+def _norm_across_heads(module: nn.Module) -> str | None:
+    """Name of a normalisation of queries or keys that is as wide as all of them."""
+    for name in ("q_norm", "k_norm", "query_norm", "q_layernorm"):
+        norm = getattr(module, name, None)
+        writer = getattr(module, f"{name[0]}_proj", None)
+        weight = getattr(norm, "weight", None)
+        dim = next((d for d in (getattr(module, n, None) for n in _HEAD_SIZES) if isinstance(d, int)), None)
+        if isinstance(writer, nn.Linear) and isinstance(weight, Tensor) and dim is not None and weight.dim() == 1:
+            if len(weight) == writer.out_features > dim:
+                return name
+    return None
+
+
+def _latent_candidates(
+    model: nn.Module, parent: str, writers: Sequence[str], reader: str, number: int
+) -> list[Part] | Refusal:
+    """Heads that each unfold their keys and values from one latent vector (multi-head latent attention)."""
+    module = model.get_submodule(parent)
+    heads = next((h for h in (getattr(module, n, None) for n in ("num_heads", "num_attention_heads")) if isinstance(h, int)),
+                 getattr(getattr(module, "config", None), "num_attention_heads", 0))  # fmt: skip
+    width = input_size(model.get_submodule(reader))
+    sizes = [output_size(model.get_submodule(name)) for name in writers]
+    if not heads or any(size % heads for size in (width, *sizes)):
+        return Refusal(parent, f"its projections have {sizes} outputs and its reader {width}, not so many for each of {heads} heads")
+    slots = [Slot(name, torch.arange(size).view(heads, -1)) for name, size in zip(writers, sizes, strict=True)]
+    group = _group(reader, heads, slots, Slot(reader, torch.arange(width).view(heads, -1)))
+    return [Part(group, "attention", number, "head", parent, heads, heads)]
+
+
 def _group(
-    reader: str, count: int, producers: Sequence[Slot], consumer: Slot, *, balanced: int = 1
+    reader: str,
+    count: int,
+    producers: Sequence[Slot],
+    consumer: Slot,
+    followers: Sequence[Slot] = (),
+    *,
+    balanced: int = 1,
 ) -> ComponentGroup:
     merged: dict[str, list[Tensor]] = {}
     for slot in producers:
         merged.setdefault(slot.module, []).append(slot.index)
     slots = tuple(Slot(name, torch.cat(indices, 1)) for name, indices in merged.items())
-    return ComponentGroup(reader, count, slots, (), (consumer,), balanced)
+    return ComponentGroup(reader, count, slots, tuple(followers), (consumer,), balanced)
 
 
 def _touches(part: Part, asked: str) -> bool:
@@ -597,17 +744,23 @@ def check_part(layer: nn.Module, prefix: str, part: Part, call: Call, *, seed: i
         if getattr(getattr(module, "config", None), "_experts_implementation", None) is not None:
             module.config._experts_implementation = "eager"
     randomise_(dense, seed=seed)
-    home = _Rooted(prefix, dense)
+    home = _rooted(prefix, dense)
+    if part.kind == "experts":
+        return _check_experts(dense, home, prefix, part, call.to(cpu, torch.float64), generator)
     removed = _drawn(part, generator)
     kept = torch.ones(part.components, dtype=torch.bool)
     kept[removed] = False
     width = output_size(home.get_submodule(part.consumer.module))
     hidden = torch.randn(1, 8, width, generator=generator, dtype=torch.float64)
     call = call.to(cpu, torch.float64)
+    mixed = of_experts(home, part.consumer.module)
+    if mixed is not None:  # it must be asked
+        place = mixed.numbers.index(int(part.consumer.module.split(".")[-2]))
+        mixed.register_forward_pre_hook(lambda _, args: (args[0], args[1].index_fill(1, torch.tensor([0]), place), args[2]))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), KeepsDouble():
             before = run_layer(dense, hidden, call)
-            narrow = _Rooted(prefix, copy.deepcopy(dense))
+            narrow = _rooted(prefix, copy.deepcopy(dense))
             reader = home.get_submodule(part.consumer.module)
             gone = part.consumer.index[removed].flatten()
             if isinstance(reader, nn.Linear):
@@ -626,16 +779,81 @@ def check_part(layer: nn.Module, prefix: str, part: Part, call: Call, *, seed: i
     return Verdict(float((sliced - zeroed).abs().max()) / scale, float((zeroed - before).abs().max()) / scale)
 
 
-class _Rooted(nn.Module):
+def _check_experts(
+    dense: nn.Module, home: nn.Module, prefix: str, part: Part, call: Call, generator: torch.Generator
+) -> Verdict:
+    """Experts before their law: without one, tokens go as where the router never chooses it.
+
+    All tokens are the same one, so that rows of the router can be set to choose none of the removed experts.
+    """
+    experts = home.get_submodule(part.group.followers[0].module)
+    width = experts.expert(experts.numbers[0]).down_proj.out_features
+    verdict = Verdict(float("inf"), 0.0, "its router chooses as many experts as there are")
+    if part.components - part.components // (3 * part.balanced) * part.balanced < part.least:
+        return verdict
+    try:
+        with torch.no_grad(), KeepsDouble():
+            for _ in range(8):  # until one of the removed experts was a chosen one
+                removed = _drawn(part, generator)
+                kept = torch.ones(part.components, dtype=torch.bool)
+                kept[removed] = False
+                hidden = torch.randn(1, 1, width, generator=generator, dtype=torch.float64).repeat(1, 8, 1)
+                never = _rooted(prefix, copy.deepcopy(dense))
+                before = _never_chosen_(never, prefix, part, removed, hidden, call)
+                zeroed = run_layer(never.get_submodule(prefix), hidden, call)
+                narrow = _rooted(prefix, copy.deepcopy(dense))
+                slice_part_(narrow, Layout(narrow, [part.group]), part, kept.nonzero().flatten())
+                sliced = run_layer(narrow.get_submodule(prefix), hidden, call)
+                scale = float(before.abs().max().clamp(min=1e-300))
+                differs, moves = float((sliced - zeroed).abs().max()) / scale, float((zeroed - before).abs().max()) / scale
+                verdict = Verdict(differs, moves)
+                if verdict.holds or differs > verdict.tolerance:
+                    break
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
+        told = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        return Verdict(float("inf"), 0.0, f"its code does not run with fewer ({told})")
+    return verdict
+
+
+def _never_chosen_(
+    home: nn.Module, prefix: str, part: Part, removed: Tensor, hidden: Tensor, call: Call
+) -> Tensor:
+    """Set the router so that it never chooses some experts for a token, in place; the layer's answer before that."""
+    seen: dict[str, Tensor] = {}
+    routers = {}
+    for slot in part.group.followers[1:]:
+        target = part_of(home, slot.module)
+        owner = target if isinstance(target, nn.Module) else target.owner
+        routers[slot.module if isinstance(target, nn.Module) else slot.module.rpartition(".")[0]] = owner
+
+    def look(name: str) -> Callable[..., None]:
+        def keep(_: nn.Module, args: tuple) -> None:
+            if args and isinstance(args[0], Tensor):
+                seen[name] = args[0].reshape(-1, args[0].shape[-1])[0]
+
+        return keep
+
+    handles = [owner.register_forward_pre_hook(look(name)) for name, owner in routers.items()]
+    before = run_layer(home.get_submodule(prefix), hidden, call)
+    for handle in handles:
+        handle.remove()
+    for name, owner in routers.items():
+        for tensor in (*owner.parameters(recurse=False), *owner.buffers(recurse=False)):
+            if tensor.dim() == 1 and len(tensor) == part.components:
+                tensor[removed] -= _NEVER
+            elif tensor.dim() == 2 and len(tensor) == part.components and name in seen:
+                token = seen[name]
+                tensor[removed] = -_NEVER * token / token.square().sum().clamp(min=1e-30)
+    return before
+
+
+def _rooted(prefix: str, layer: nn.Module) -> nn.Module:
     """One decoder layer under the name that it has in its network."""
-
-    def __init__(self, prefix: str, layer: nn.Module) -> None:
-        super().__init__()
-        self._prefix, self.layer = prefix, layer
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """As `nn.Module.get_submodule`, with names of the network."""
-        return self.layer.get_submodule(target.removeprefix(self._prefix).removeprefix("."))
+    for name in reversed(prefix.split(".")):
+        owner = nn.Module()
+        owner.add_module(name, layer)
+        layer = owner
+    return layer
 
 
 def _lawful(layer: nn.Module, prefix: str, candidates: Sequence[Part], call: Call) -> int | str:
@@ -644,6 +862,10 @@ def _lawful(layer: nn.Module, prefix: str, candidates: Sequence[Part], call: Cal
         verdict = check_part(layer, prefix, part, call)
         if verdict.holds:
             return number
+    biased = next((key for key, value in call.kwargs.items() if "alibi" in key or "position_bias" in key
+                   if isinstance(value, Tensor)), None)  # fmt: skip
+    if candidates[0].kind == "attention" and biased is not None:
+        return f"its network hands the layer a bias for each of its heads ({biased}), so that none of them can go"
     reason = verdict.failure or f"sliced and zeroed hidden states differ by {verdict.difference:.1e} of their scale"
     return f"it fails the slicing law: {reason}"
 
@@ -651,7 +873,7 @@ def _lawful(layer: nn.Module, prefix: str, candidates: Sequence[Part], call: Cal
 def _drawn(part: Part, generator: torch.Generator) -> Tensor:
     """A third of the components, the same number of each run where they must be balanced."""
     each = part.components // part.balanced
-    count = max(1, each // 3)
+    count = max(1, min(each // 3, (part.components - part.least) // part.balanced))
     runs = [torch.randperm(each, generator=generator)[:count] + run * each for run in range(part.balanced)]
     return torch.cat(runs).sort().values
 

@@ -162,7 +162,8 @@ def _unfit(model: nn.Module, link: Link, trace: Trace) -> str | None:
     """Why the module of a link cannot be cut, or None."""
     if link.dim in _HELD:
         return None
-    follows = link.dim == "both" and isinstance(model.get_submodule(link.module), nn.modules.conv._ConvNd)
+    kinds = nn.modules.conv._ConvNd | nn.GroupNorm  # no statistics of the past
+    follows = link.dim == "both" and isinstance(model.get_submodule(link.module), kinds)
     if link.module in trace.reused and not (link.module in trace.visits or follows):
         return "runs more than once in one forward, so its channels are shared; stack its inputs in one batch"
     if link.module not in trace.visits and link.module not in trace.reused:

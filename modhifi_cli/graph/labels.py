@@ -13,6 +13,7 @@ How rows of channels part (a view as heads and their features, a shuffle) is dec
 one label of each row by then, rows go as wholes; otherwise the same place of each row goes.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modhifi_cli.graph.answers import tensors_of
+from modhifi_cli.graph.components import is_linear
 from modhifi_cli.graph.heads import COUNTS, forget_tables_, head_count, per_head
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.parts import integers, size_names
@@ -64,6 +66,7 @@ _NEW = frozenset(
     "zeros zeros_like new_zeros empty empty_like new_empty full full_like new_full ones ones_like new_ones".split()
 )
 _CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution _convolution".split())
+_RECURRENCES = "lstm gru rnn_tanh rnn_relu mkldnn_rnn_layer _cudnn_rnn lstm_cell gru_cell".split()
 _PRODUCTS = frozenset("matmul bmm mm addmm baddbmm mv dot addmv inner".split())
 _ATTENTION = frozenset(
     "scaled_dot_product_attention _native_multi_head_attention _transformer_encoder_layer_fwd "
@@ -114,12 +117,16 @@ def label(model: nn.Module, example: Tensor) -> Labelling:
         RuntimeError, TypeError, ValueError, …: Whatever the network's own forward raises.
     """
     flow = _Flow(model)
-    handles = []
+    handles, rewritten = [], []
     forget_tables_(model)
     try:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(flow.entering(name)))
             handles.append(module.register_forward_hook(flow.leaving(name)))
+        rewritten = [module for module in model.modules() if type(module).forward is not nn.Linear.forward
+                     and isinstance(module, nn.Linear) and is_linear(module) and "forward" not in vars(module)]  # fmt: skip
+        for module in rewritten:  # a product that somebody wrote out is read as the library's own
+            module.forward = functools.partial(nn.Linear.forward, module)
         with torch.inference_mode():
             image = example[:1].clone()
             with flow:
@@ -127,6 +134,8 @@ def label(model: nn.Module, example: Tensor) -> Labelling:
     finally:
         for handle in handles:
             handle.remove()
+        for module in rewritten:
+            del module.forward
         forget_tables_(model)
     return flow.result(tensors_of(output))
 
@@ -330,6 +339,7 @@ class _Flow(TorchDispatchMode):
         single = {
             "linear": self._linear, "batch_norm": self._batch_norm, "group_norm": self._group_norm,
             "layer_norm": self._layer_norm, "rms_norm": self._layer_norm, "instance_norm": self._instance_norm,
+            "glu": self._glu, **dict.fromkeys(_RECURRENCES, self._recurrence),
             "constant_pad_nd": self._pad, "pad": None, "im2col": self._im2col, "copy_": self._copy,
         }  # fmt: skip
         if name in single:
@@ -631,8 +641,35 @@ class _Flow(TorchDispatchMode):
         self._give(result, shadow)
 
     def _instance_norm(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
-        self._spoil(self._read(args[0]), "is an instance normalisation")
-        self._give(result, self._read(args[0]))
+        shadow = self._read(args[0])
+        if shadow is None:
+            return
+        owner = self._modules[-1] if self._modules else ("", None)
+        if not isinstance(owner[1], nn.modules.instancenorm._InstanceNorm) or args[3] is not None:
+            self._spoil(shadow, "is an instance normalisation with statistics of the past, or without a module")
+            self._give(result, shadow)
+            return
+        labels = self._channels(shadow, 1)
+        self._link(owner[0], "both", labels)
+        self._give(result, _along(labels, 1, result.shape))
+
+    def _glu(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        """One half times the sigmoid of the other: the same place of both goes."""
+        shadow = self._read(args[0])
+        if shadow is None:
+            return
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+        value, gate = shadow.chunk(2, dim)
+        if self._varies(shadow, dim % shadow.dim()):
+            value = self._labels.join(value, gate, f"{self._here()} splits them from what always stays")
+        self._give(result, value)
+
+    def _recurrence(self, name: str, args: tuple, kwargs: dict, result: object) -> None:
+        kind = type(self._modules[-1][1]).__name__ if self._modules else "recurrence"
+        for tensor in tensors_of(args[0]):
+            self._spoil(self._shadow(tensor), f"is a {kind}, whose gates are left alone; a linear layer in between can be cut")
+        for tensor in tensors_of(result):
+            self._give(tensor, torch.zeros((), dtype=torch.int64).expand(tensor.shape))
 
     def _across(self, shadow: Tensor) -> None:
         kind = type(self._modules[-1][1]).__name__ if self._modules else "normalisation"

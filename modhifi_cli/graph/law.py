@@ -70,7 +70,7 @@ def randomise_(model: nn.Module, *, seed: int = SEED) -> None:
     forget_tables_(model)
     with torch.no_grad():
         for module in model.modules():
-            norm = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm)
+            norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm)
             for name, parameter in module.named_parameters(recurse=False):
                 if name == "bias":
                     normal_(parameter, 0.0, 0.3)
@@ -231,11 +231,11 @@ def _kind(model: nn.Module, group: ComponentGroup) -> tuple | None:
 
 @torch.no_grad()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    with _KeepsDouble():
+    with KeepsDouble():
         return flattened(model(images))
 
 
-class _KeepsDouble(TorchFunctionMode):
+class KeepsDouble(TorchFunctionMode):
     """Leaves float64 tensors as they are where a forward asks for float32, as attention does that guards its sums.
 
     Rounding to float32 in the middle would hide whether slicing is exact.

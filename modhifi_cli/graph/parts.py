@@ -20,7 +20,7 @@ _CUT = "_cut_parts"  # where a module remembers which of its own parts were cut
 
 @dataclass(frozen=True)
 class BareTensor:
-    """A parameter or buffer that its module uses by itself, with one dimension longer than one.
+    """A parameter or buffer that its module uses by itself, with one dimension longer than one, or a matrix by its rows.
 
     Attributes:
         owner: Module that holds it.
@@ -37,8 +37,8 @@ class BareTensor:
 
     @property
     def size(self) -> int:
-        """Its number of channels."""
-        return self.tensor.numel()
+        """Its number of channels: of a matrix its rows."""
+        return self.tensor.shape[wide_dim(self.tensor) or 0] if self.tensor.dim() else 1
 
     @property
     def parameters(self) -> int:

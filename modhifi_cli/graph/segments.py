@@ -139,7 +139,7 @@ class Segments:
             start: The cut whose output `inputs` is, or None.
             looks: Module name → function called with that module's first input.
             outputs: Module name → function called with that module's output. A layer that runs more than once gives
-                all its rows together, at its last run.
+                all its rows together, at its last run; a convolution a list of its maps, which may differ in size.
             until: The cut whose output is returned, or None where only looks are wanted.
 
         Returns:
@@ -158,7 +158,7 @@ class Segments:
                     runs.append(tensor.clone())
                     if len(runs) < calls:
                         return
-                    tensor = _together(runs)
+                    tensor = _together(runs) if isinstance(self.model.get_submodule(name), nn.Linear) else runs
                 look(tensor)
                 waiting.discard((side, name))
                 if not waiting and until is None:

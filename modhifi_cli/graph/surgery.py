@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError, UnsupportedModelError
 from modhifi_cli.graph.components import is_transposed, is_upsampling
+from modhifi_cli.graph.experts import Experts
 from modhifi_cli.graph.heads import adopt_, head_count, slice_heads_
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.parts import Part, cut_parts, is_part, part_of
@@ -21,7 +22,7 @@ from modhifi_cli.records import Edit, ModuleEdit
 _ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.modules.conv._ConvNd, ("in_channels", "out_channels", "groups")),
     (nn.Linear, ("in_features", "out_features")),
-    (nn.modules.batchnorm._BatchNorm, ("num_features",)),
+    (nn.modules.batchnorm._NormBase, ("num_features",)),
     (nn.GroupNorm, ("num_channels", "num_groups")),
     (ChannelPadShortcut, ("in_channels", "out_channels")),
 )
@@ -36,8 +37,8 @@ def slice_module_(module: nn.Module | Part, *, outputs: Tensor | None = None, in
     """Keep only the given channels or features of one module, in place.
 
     Args:
-        module: Convolution, linear layer, BatchNorm, GroupNorm, option-A shortcut, attention (its heads are its
-            outputs), or a bare tensor or number that follows channels.
+        module: Convolution, linear layer, BatchNorm, InstanceNorm, GroupNorm, option-A shortcut, attention (its heads are its
+            outputs), experts likewise, or a bare tensor or number that follows channels.
         outputs: Kept output positions, ``[kept]`` int64 sorted, or None for all. For a grouped convolution or a
             GroupNorm they must be whole groups; the inputs of a removed convolution group go with it. A grouped
             convolution may keep as many outputs of every group instead, and all its inputs.
@@ -49,10 +50,13 @@ def slice_module_(module: nn.Module | Part, *, outputs: Tensor | None = None, in
     if is_part(module):
         if outputs is not None:
             module.keep_(outputs)
+    elif isinstance(module, Experts):
+        if outputs is not None:
+            module.keep_(outputs)
     elif isinstance(module, ChannelPadShortcut):
         device = module.source.device
         module.slice_(outputs=_on(outputs, device), inputs=_on(inputs, device))
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+    elif isinstance(module, nn.modules.batchnorm._NormBase):  # of a batch, or of instances
         if outputs is not None:
             _select_(module, ("weight", "bias", "running_mean", "running_var"), 0, outputs)
             module.num_features = outputs.numel()
@@ -191,6 +195,8 @@ def apply_module_edit_(model: nn.Module, edit: ModuleEdit) -> None:
 def _size(module: nn.Module | Part, dim: int) -> int:
     if is_part(module):
         return module.size
+    if isinstance(module, Experts):
+        return module.num_experts
     names = _OUTPUTS if dim == 0 else _INPUTS
     return next((getattr(module, name) for name in names if hasattr(module, name)), head_count(module) or 0)
 
@@ -232,6 +238,10 @@ def restore_widths_(model: nn.Module, widths: Mapping[str, Mapping[str, int]]) -
     """
     if dict(widths) != describe_widths(model):
         adopt_(model)
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):  # those that are left are named
+            left = [place for place, one in enumerate(module.numbers) if f"{name}.{one}.down_proj" in widths]
+            module.keep_(torch.tensor(left, dtype=torch.int64))
     for name, attributes in widths.items():
         try:
             module = part_of(model, name)

@@ -28,8 +28,8 @@ class Trace:
     """Order and data flow of the modules of one network.
 
     Attributes:
-        visits: Module name → its (only) visit, in order of entry. Of the modules that ran more than once linear layers
-            are in here, with their last visit.
+        visits: Module name → its (only) visit, in order of entry. Of the modules that ran more than once linear layers and
+            convolutions without groups are in here, with their last visit.
         reused: Names of modules that ran more than once in one forward.
         cuts: Names of the cuts in order of leaving, outermost name of each tensor.
         norm_of: Conv or linear name → name of the BatchNorm that reads exactly its output.
@@ -135,8 +135,8 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
 
 
 def _runs_often(module: nn.Module) -> bool:
-    """Whether a layer may run more than once in a forward and still be cut: what it reads is rows of features."""
-    return isinstance(module, nn.Linear)
+    """Whether a layer may run more than once in a forward and still be cut: what it reads is rows, of all its runs."""
+    return isinstance(module, nn.Linear) or isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1
 
 
 def _parents(node: object) -> list[object]:

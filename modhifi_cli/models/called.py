@@ -91,6 +91,10 @@ class Form:
         moving = [tensor for leaf, tensor in parts if leaf.constant is None]
         return torch.cat([tensor.reshape(len(tensor), -1).to(wide) for tensor in moving], 1)
 
+    def shaped(self, packed: Tensor) -> Tensor:
+        """``[batch, numbers]`` in the shape in which it travels: a lone floating tensor has its own."""
+        return packed.reshape(-1, *self._tree.shape) if self.alone else packed
+
     def unpack(self, packed: Tensor) -> Any:
         """The batch again; floating tensors in the packed one's type, whole numbers within what was seen."""
         if self.alone:
@@ -145,6 +149,51 @@ class Called(nn.Module):
         else:
             answer = self.network(batch)
         return side_by_side(answer, len(packed))
+
+
+class Sent(Called):
+    """The same where everything that is not an image travels as one, ``[batch, 1, 1, numbers]``: what a run keeps and shows.
+
+    Args:
+        network: The network; it is held, not copied.
+        batch: A batch as it comes from the user's data.
+        function: As of `Called`.
+
+    Attributes:
+        numbers: How many there are for each sample.
+    """
+
+    def __init__(self, network: nn.Module, batch: Any, function: Callable[[nn.Module, Any], Any] | None = None) -> None:
+        self._names = () if function is not None else named_inputs(network, batch)
+        super().__init__(network, Form(_read_of(batch, self._names, function)), function)
+        self.numbers = self.packed(batch)[0].shape[-1]
+
+    def forward(self, packed: Tensor) -> Tensor:
+        """``[batch, 1, 1, numbers]`` → everything the network says, ``[batch, numbers]``."""
+        return super().forward(self._form.shaped(packed.flatten(1)))
+
+    def packed(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """A batch as the wrapper takes it, and its labels.
+
+        Raises:
+            DataError: If it has another form than the first.
+        """
+        sent = self._form.pack(_read_of(batch, self._names, self._function))
+        return sent.reshape(len(sent), 1, 1, -1), labels_of(batch)
+
+
+def _read_of(batch: Any, names: Sequence[str], function: Callable[[nn.Module, Any], Any] | None) -> Any:
+    """What of a batch is read: all of it by a function, inputs by name, or the inputs alone."""
+    if function is not None:
+        return batch
+    if not names:
+        return parted(batch, None)[0]
+    if not isinstance(batch, Mapping) or any(name not in batch for name in names):
+        raise DataError(
+            f"batches: expected dictionaries with {', '.join(names)} as in the first batch, got {type(batch).__name__}; "
+            "give all batches one form."
+        )
+    return {name: batch[name] for name in names}
 
 
 def side_by_side(answer: Any, samples: int) -> Tensor:

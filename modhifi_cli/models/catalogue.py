@@ -1,4 +1,4 @@
-"""Which image networks the libraries offer: names by library and kind, and one small network for each file of timm."""
+"""Which networks the libraries offer: names by library and kind, and one small network for each file of timm."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from modhifi_cli.errors import ConfigError, nearest
 from modhifi_cli.records import Progress
 
-LIBRARIES = ("torchvision", "timm")
+LIBRARIES = ("torchvision", "timm", "transformers")
 
 
 def kinds(library: str) -> dict[str, str]:
@@ -26,6 +26,10 @@ def kinds(library: str) -> dict[str, str]:
         import timm
 
         return {name: file for file in timm.list_modules() for name in timm.list_models(module=file)}
+    if library == "transformers":
+        from modhifi_cli.models.transformers import names as families
+
+        return families()
     raise ConfigError(f"library: there is no library '{library}' here, {nearest(library, LIBRARIES)}")
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, need_packages
-from modhifi_cli.graph.decoder import attention_attributes, shape_of
+from modhifi_cli.graph.decoder import attention_attributes, decoder_layers, shape_of
+from modhifi_cli.graph.experts import closed, open_experts_
 from modhifi_cli.graph.surgery import describe_widths, restore_widths_, set_attribute_
 from modhifi_cli.models import uneven
 from modhifi_cli.models.vocabulary import cut_vocabulary_, read_texts
@@ -28,6 +29,12 @@ from modhifi_cli.records import LoadedModel, TextInput
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+_SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")  # of the MLP beside the experts
+_WIDTH_KEYS = {
+    "neurons": _MLP_WIDTHS,
+    "expert_neurons": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+}
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 BUILDER = "modhifi_cli.models.hf.build"
@@ -93,6 +100,7 @@ def load(
         else:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
             account = f"{gguf or path} ({_digest(place) if place.exists() else _revision(source, revision)})"
+    open_experts_(model)
     if gguf is not None:
         _forget_quantisation_(model)
     words = _tokenizer(tokenizer or source, {} if tokenizer else options)
@@ -156,7 +164,9 @@ def outline(
         config = AutoConfig.from_pretrained(source, **options)
         _refuse_unsuitable(config, gguf=False)
         wanted = config.dtype if dtype in (None, "auto") else DTYPES[dtype]
-        return AutoModelForCausalLM.from_config(config, dtype=wanted).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted).eval().requires_grad_(False)
+        open_experts_(model)
+        return model
 
 
 def build(*, config: Mapping[str, Any], dtype: str = "float32") -> nn.Module:
@@ -182,6 +192,7 @@ def build(*, config: Mapping[str, Any], dtype: str = "float32") -> nn.Module:
             raise DataError(
                 f"the saved configuration cannot be built ({_first_line(error)}); restore the run folder."
             ) from error
+    open_experts_(model)
     return model.eval().requires_grad_(False)
 
 
@@ -208,9 +219,9 @@ def native_config(model: nn.Module) -> Any | None:
     the family's configuration cannot say the shapes (such widths, a bias that was added, head counts that its
     validation refuses or ties to the width).
     """
-    shapes = [shape_of(model, number) for number in range(model.config.num_hidden_layers)]
-    with _quiet():
-        config = _with_shapes(model.config, shapes)
+    shapes = [shape_of(model, number) for number in range(len(decoder_layers(model)))]
+    with _quiet(), closed(model) as fits:
+        config = _with_shapes(model.config, shapes) if fits else None
         return config if config is not None and _same_shapes(config, model) else None
 
 
@@ -242,9 +253,10 @@ def will_open(model: nn.Module, *, even: bool) -> Opening:
         even: Whether all layers will keep the same widths.
     """
     shape = shape_of(model, 0)
-    narrow = shape | {"neurons": shape["neurons"] - 1} if shape.get("neurons", 0) > 1 else shape
+    key = next((key for key in ("neurons", "expert_neurons") if shape.get(key, 0) > 1), None)
+    narrow = shape if key is None else shape | {key: shape[key] - 1}
     known = model.config.model_type in uneven.FAMILIES
-    shapes = [narrow if even or number == 0 else shape for number in range(model.config.num_hidden_layers)]
+    shapes = [narrow if even or number == 0 else shape for number in range(len(decoder_layers(model)))]
     if even:
         with _quiet():
             config = _with_shape(model.config, narrow)
@@ -258,7 +270,7 @@ def _other_opening(model: nn.Module, shapes: Sequence[Mapping[str, int]], coded:
     kind = model.config.model_type
     if any(shape != shapes[0] for shape in shapes):
         why = "its layers differ in width" + ("" if coded else f", and there is no file of code of ours for {kind}")
-    elif "neurons" not in shapes[0] or not any(hasattr(model.config, key) for key in _MLP_WIDTHS):
+    elif not {"neurons", "expert_neurons"} & shapes[0].keys() or not any(hasattr(model.config, key) for key in _MLP_WIDTHS):
         why = f"the configuration of {kind} has no key for the width of the MLPs"
     else:
         why = f"the configuration of {kind} cannot say these widths, head counts or biases"
@@ -272,7 +284,9 @@ def _builds(config: Any, shape: Mapping[str, int]) -> bool:
     config = copy.deepcopy(config)
     try:
         with torch.device("meta"):
-            return shape_of(AutoModelForCausalLM.from_config(config), 0) == shape
+            built = AutoModelForCausalLM.from_config(config)
+            open_experts_(built)
+            return shape_of(built, 0) == shape
     except Exception:  # families refuse in their constructors
         return False
 
@@ -303,11 +317,11 @@ def save(model: nn.Module, directory: Path, text: TextInput) -> tuple[bool, dict
     """
     native = native_config(model)
     dense = model.config
-    shapes = [shape_of(model, number) for number in range(dense.num_hidden_layers)]
+    shapes = [shape_of(model, number) for number in range(len(decoder_layers(model)))]
     code = uneven.code(model) if native is None else None
     opens = Opening("transformers") if native is not None else _other_opening(model, shapes, code is not None)
     described = {"widths": describe_widths(model), "attributes": attention_attributes(model), "opens": vars(opens)}
-    with _quiet():
+    with _quiet(), closed(model) if native is not None else contextlib.nullcontext():
         try:
             model.config = dense if native is None else native
             # The tensors' present names for ourselves; for others those that the family's checkpoints have on the hub.
@@ -345,6 +359,7 @@ def restore(directory: Path, architecture: Mapping[str, Any], described: Mapping
             # The folder may come from a stranger: nothing is fetched, unpickled or imported because of it.
             options = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
             found = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
+            open_experts_(found)
             return found.eval().requires_grad_(False)
     model = build_architecture(architecture)
     try:
@@ -543,28 +558,49 @@ def _first_line(error: Exception) -> str:
 
 def _with_shape(config: Any, shape: Mapping[str, int]) -> Any | None:
     """A copy of a configuration with other widths, or None where it has no key for them or refuses them."""
-    plain = copy.deepcopy(config).to_dict()
-    if "neurons" in shape:
-        key = next((key for key in _MLP_WIDTHS if hasattr(config, key)), None)
-        if key is None:
-            return None
-        plain[key] = shape["neurons"]
-    if "heads" in shape and shape["heads"] != config.num_attention_heads:
-        heads_key = next(key for key in ("num_attention_heads", "n_head") if key in plain)
-        plain[heads_key] = shape["heads"]
-        plain["head_dim"] = shape["head_dim"]
-    if "kv_heads" in shape and "num_key_value_heads" in plain:
-        plain["num_key_value_heads"] = shape["kv_heads"]
+    told = _said(config, shape)
+    return None if told is None else _with(config, told)
+
+
+def _with(config: Any, told: Mapping[str, Any]) -> Any | None:
     try:
-        return type(config).from_dict(plain)
+        return type(config).from_dict(copy.deepcopy(config).to_dict() | dict(told))
     except Exception:  # families validate in their own ways
         return None
 
 
+def _said(config: Any, shape: Mapping[str, int]) -> dict[str, int] | None:
+    """What a family's configuration calls the widths of a layer → what they are; None where it has no key for them."""
+    plain = config.to_dict()
+    told: dict[str, int] = {}
+    for ours, keys in _WIDTH_KEYS.items():
+        if ours in shape:
+            shared = ours == "neurons" and "experts" in shape
+            key = next((key for key in (*_SHARED_WIDTHS, *keys) if key in plain) if shared else
+                       (key for key in keys if hasattr(config, key)), None)  # fmt: skip
+            if key is None:
+                return None
+            told[key] = shape[ours]
+    if "heads" in shape and shape["heads"] != config.num_attention_heads:
+        told[next(key for key in ("num_attention_heads", "n_head") if key in plain)] = shape["heads"]
+        if "head_dim" in shape:
+            told["head_dim"] = shape["head_dim"]
+    if "kv_heads" in shape and "num_key_value_heads" in plain:
+        told["num_key_value_heads"] = shape["kv_heads"]
+    return told
+
+
 def _with_shapes(config: Any, shapes: Sequence[Mapping[str, int]]) -> Any | None:
     """A copy of a configuration with widths for every layer, or None where it has no way to say them."""
-    if all(shape == shapes[0] for shape in shapes):
-        return _with_shape(config, shapes[0])
+    every = [_said(config, shape) for shape in shapes]
+    if any(told is None for told in every):
+        return None
+    values: dict[str, set[int]] = {}
+    for told in every:
+        for key, value in (told or {}).items():
+            values.setdefault(key, set()).add(value)
+    if all(len(found) == 1 for found in values.values()):  # layers of different kinds may each have keys of their own
+        return _with(config, {key: found.pop() for key, found in values.items()})
     layers = [_with_shape(config, shape) for shape in shapes]
     if any(layer is None for layer in layers):
         return None

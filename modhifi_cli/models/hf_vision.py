@@ -89,6 +89,8 @@ def load(
     """
     folder = Path(path).expanduser()
     config = _json(folder / "config.json", needed=True)
+    config.pop("_name_or_path", None)  # where it lay before
+    config.pop("text_config", None)  # of the other tower, which a classifier of images does not have
     kinds = config.get("architectures")
     if "model_type" not in config or not isinstance(kinds, list) or not kinds or not isinstance(kinds[0], str):
         raise DataError(f"{folder / 'config.json'}: names no model_type and architectures; copy the folder again.")

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError, nearest
 from modhifi_cli.graph.folded import copied, fold_
 from modhifi_cli.graph.inputs import check_images
+from modhifi_cli.models.called import Called, Form, Sent
 from modhifi_cli.models.preprocessing import adjusted, named_classes
 from modhifi_cli.models.weights import load_weights_, seeded_initialisation
 from modhifi_cli.records import LoadedModel, Preprocess
@@ -35,6 +36,8 @@ def build(
     kwargs: Mapping[str, Any] | None = None,
     file: str | None = None,
     sha256: str | None = None,
+    example: str | None = None,
+    forward: str | None = None,
     allow: str | bool = False,
 ) -> nn.Module:
     """The network that a saved run's factory makes, in evaluation mode, with whatever weights it gives it.
@@ -44,12 +47,19 @@ def build(
         kwargs: Its arguments.
         file: Where its code lay when the run was made, for messages.
         sha256: Of that file; `changed_code` compares it.
+        example, forward: As of `load`; both are code of the module that holds the factory.
         allow: The name of the factory once more, from the one who calls and not from the folder, or True for whatever
             the folder names: importing it runs its code.
 
     Raises:
         DataError: If its code was not allowed, cannot be imported, or no longer makes a network.
     """
+    beside = [name for name in (example, forward) if name and name.partition(":")[0] != factory.partition(":")[0]]
+    if allow == factory and beside:
+        raise DataError(
+            f"the saved network also runs code named {beside[0]}, of another module than the {factory} that was allowed: if "
+            "you know that code, say so with load_model(folder, allow=True) or model.trust=true."
+        )
     if allow is not True and allow != factory:
         other = f", not {allow}" if allow else ""
         raise DataError(
@@ -59,7 +69,7 @@ def build(
     try:
         model = _made(factory, kwargs or {}, exactly(factory))
         fold_(model)
-        return model
+        return _called(model, example, forward)[0]
     except ConfigError as error:
         raise DataError(
             f"the saved network is made by {factory}{f' (it lay in {file})' if file else ''}, and that does not work "
@@ -76,6 +86,8 @@ def load(
     preprocess: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
     name: str | None = None,
+    example: str | None = None,
+    forward: str | None = None,
 ) -> LoadedModel:
     """A network of the user's own.
 
@@ -90,13 +102,17 @@ def load(
             (pixels) are needed, ``resize`` and ``interpolation`` are not.
         classes: Names of the classes in the order of the logits, or None.
         name: Short name for tables and folders; None takes the factory's.
+        example: ``package.module:name`` of a function without arguments that gives a batch as the data will: a tensor of any
+            shape, a tuple, a dictionary. It stands for images and their preprocessing where the network reads anything else.
+        forward: ``package.module:name`` of a function of network and batch that gives its answer, ``function(model, batch)``:
+            for several inputs, masks, or what of the answer counts. None: the network is called with what is read of a batch.
 
     Raises:
         ConfigError: If a setting is wrong, or the factory cannot be found, fails or makes no network.
         DataError: If the weights' file cannot be read or does not fit.
         UnsupportedModelError: If the network does not take an image batch or cannot be traced.
     """
-    wanted = preprocess_of(preprocess)
+    wanted = preprocess_of(preprocess) if example is None or preprocess is not None else None
     make = _found(factory)  # before the seed: what the import itself draws, it draws at the first load only
     with seeded_initialisation(seed):
         model = _made(factory, kwargs or {}, make)
@@ -109,21 +125,69 @@ def load(
     account = {None: "weights of the factory", "random": f"random (seed {seed})"}.get(weights)
     account = load_weights_(model, weights) if account is None else account
     account = "; ".join([account, *fold_(model)])
-    size = wanted.size
-    example = torch.randn((2, len(wanted.mean), *size), generator=torch.Generator().manual_seed(0))
+    model, sample = _called(model, example, forward)
+    if wanted is None:
+        assert sample is not None
+        wanted = _read_as_it_is(sample)
+    elif sample is None:
+        sample = torch.randn((2, len(wanted.mean), *wanted.size), generator=torch.Generator().manual_seed(0))
     parameter = next(model.parameters(), None)
-    logits = check_images(model, example if parameter is None else example.to(parameter.dtype))
+    logits = check_images(model, sample if parameter is None else sample.to(parameter.dtype))
     return LoadedModel(
         model=model,
         name=name or factory.rpartition(":")[2],
         preprocess=wanted,
         architecture={
             "builder": BUILDER,
-            "kwargs": {"factory": factory, "kwargs": dict(kwargs or {}), "file": str(code), "sha256": digest},
+            "kwargs": {"factory": factory, "kwargs": dict(kwargs or {}), "file": str(code), "sha256": digest}
+            | {key: value for key, value in (("example", example), ("forward", forward)) if value is not None},
         },
         weights=f"{account}, made by {factory} (imported from {code}, sha256 {digest[:12]})",
         classes=named_classes(classes, logits.shape[1]),
     )
+
+
+def _called(model: nn.Module, example: str | None, forward: str | None) -> tuple[nn.Module, Tensor | None]:
+    """The network as one that takes one tensor, and an example of it where there is one; itself where it is such a one."""
+    function = None if forward is None else _named(forward, "model.forward")
+    if example is None:
+        if function is None:
+            return model, None
+        # Images alone travel as they are, whatever their size.
+        return Called(model, Form(torch.zeros(2, 1, 1, 1)), function).eval(), None
+    give = _named(example, "model.example")
+    try:
+        batch = give()
+    except Exception as error:  # the user's own code may raise anything
+        text = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+        raise ConfigError(
+            f"model.example={example}: it failed with {type(error).__name__}: {text}; it is called without arguments and "
+            "returns one batch."
+        ) from error
+    try:
+        if function is None and isinstance(batch, Tensor) and batch.dim() == 4 and batch.is_floating_point():
+            return model, _two(batch)
+        sent = Sent(model, batch, function).eval()
+        return sent, _two(sent.packed(batch)[0])
+    except DataError as error:
+        raise ConfigError(f"model.example={example}: {str(error).removeprefix('batches: ')}") from error
+
+
+def _two(samples: Tensor) -> Tensor:
+    return samples if len(samples) > 1 else torch.cat([samples, samples])
+
+
+def _named(name: str, key: str) -> Callable[..., Any]:
+    try:
+        return exactly(name)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.factory", key)) from error
+
+
+def _read_as_it_is(sample: Tensor) -> Preprocess:
+    """Of samples that come as the network reads them, ``[batch, channels, height, width]``."""
+    channels, height, width = sample.shape[1:]
+    return Preprocess((height, width), (0.0,) * channels, (1.0,) * channels)
 
 
 def described(

@@ -1,7 +1,8 @@
 """Cross moments of a layer's input rows with the outputs wanted there, and the regression on a dense target (M9).
 
 The second moment S of the inputs is gathered as for every layer. What a target adds is E[t xᵀ] alone: the sum that a
-convolution's weight gradient is, with t in place of the gradient.
+convolution's weight gradient is, with t in place of the gradient. Outputs and inputs whose mean lies far above their
+spread are summed around the mean of the first batch, as S is; what was taken off is put back in float64.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch.nn.grad import conv2d_weight
 
 from modhifi_cli.errors import NumericsError
 from modhifi_cli.numerics.linalg import at_least_float32, exact_products
-from modhifi_cli.numerics.moments import second_moment
+from modhifi_cli.numerics.moments import far_mean, second_moment
 from modhifi_cli.numerics.regression import Regression
 from modhifi_cli.records import Statistics
 
@@ -50,6 +51,7 @@ class CrossMoments:
         self._cross: Tensor | None = None
         self._mean: Tensor | None = None
         self._energy: Tensor | None = None
+        self._off: tuple[Tensor, Tensor] | None = None  # float32, taken off every output and every input; None: not known
 
     @exact_products
     def update(self, inputs: Tensor, targets: Tensor) -> None:
@@ -65,12 +67,14 @@ class CrossMoments:
         if len(inputs) == 0:
             return
         inputs, targets = at_least_float32(inputs), at_least_float32(targets)
-        if not isinstance(self._layer, nn.Conv2d):
-            rows = targets.flatten(0, -2)
-            cross = rows.T @ inputs.flatten(0, -2)
-        else:
-            rows = targets.movedim(1, -1).flatten(0, -2)
-            cross = self._conv_cross(inputs, targets)
+        maps = isinstance(self._layer, nn.Conv2d)
+        if not maps:
+            inputs, targets = inputs.flatten(0, -2), targets.flatten(0, -2)
+        if self._off is None:
+            self._off = tuple(far_mean(each.transpose(0, 1).flatten(1))[:, 0] for each in (targets, inputs))  # type: ignore
+        targets, inputs = (self._beside_ones(each, off) for each, off in zip((targets, inputs), self._off, strict=True))
+        cross = self._conv_cross(inputs, targets) if maps else targets.T @ inputs
+        rows = (targets[:, : len(self._off[0])] if self._shifted else targets).movedim(1, -1).flatten(0, -2)
         mean = rows.sum(0, dtype=torch.float64)
         if not bool(torch.isfinite(mean).all()):
             raise NumericsError(
@@ -83,6 +87,29 @@ class CrossMoments:
         self._mean = mean if self._mean is None else self._mean.add_(mean)
         self._energy = energy if self._energy is None else self._energy.add_(energy)
 
+    @property
+    def _shifted(self) -> bool:
+        """Whether anything is taken off; then outputs and inputs have a constant one beside them."""
+        return self._off is not None and any(bool(off.any()) for off in self._off)
+
+    def _beside_ones(self, each: Tensor, off: Tensor) -> Tensor:
+        if not self._shifted:
+            return each
+        beyond = (1,) * (each.dim() - 2)
+        return torch.cat([each - off.view(-1, *beyond), each.new_ones(len(each), 1, *each.shape[2:])], 1)
+
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of t xᵀ, of t and of t², as they would be if nothing had been taken off."""
+        if not self._shifted:
+            return self._cross, self._mean, self._energy
+        aims, seen = (off.double() for off in self._off)
+        # With t = t' + a, x = x' + m u (u is 1 inside the image): t'x' and t'u, x' and u each stand in this one sum.
+        every = self._cross.view(len(aims) + 1, len(seen) + 1, -1)
+        with_inputs = every[:, :-1] + seen[None, :, None] * every[:, -1:]
+        cross = with_inputs[:-1] + aims[:, None, None] * with_inputs[-1:]
+        energy = self._energy + 2 * aims * self._mean + self._rows * aims.square()
+        return cross.flatten(1), self._mean + self._rows * aims, energy
+
     def result(self) -> CrossStatistics:
         """Means over everything so far.
 
@@ -91,7 +118,7 @@ class CrossMoments:
         """
         if not self._rows:
             raise NumericsError(f"{self._name}: no row was seen; the calibration data is empty.")
-        return CrossStatistics(self._rows, self._cross / self._rows, self._mean / self._rows, self._energy / self._rows)
+        return CrossStatistics(self._rows, *(total / self._rows for total in self._sums()))
 
     def _conv_cross(self, inputs: Tensor, targets: Tensor) -> Tensor:
         conv = self._layer

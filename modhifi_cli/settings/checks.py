@@ -17,8 +17,8 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "round_to": ("a whole number from 1, or auto", lambda v: v == "auto" or (is_whole(v) and v >= 1)),
     "tolerance": ("a number above 0 and at most 0.1", lambda v: _is_number(v) and 0 < v <= 0.1),
     "components": (
-        "mlp, attention or both, such as [mlp,attention]",
-        lambda v: isinstance(v, list) and len(v) > 0 and all(one in ("mlp", "attention") for one in v),
+        "mlp, attention, experts or several, such as [mlp,attention]",
+        lambda v: isinstance(v, list) and len(v) > 0 and all(one in ("mlp", "attention", "experts") for one in v),
     ),
     "batchnorm": ("reestimate or stored", lambda v: v in ("reestimate", "stored")),
     "classifier": ("keep, refit or auto", lambda v: v in ("keep", "refit", "auto")),

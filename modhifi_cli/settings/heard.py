@@ -140,7 +140,7 @@ def _code_in(node: Any, path: str) -> list[tuple[str, Any]]:
         found = [
             (f"{path}.{key}" if path else str(key), value)
             for key, value in node.items()
-            if value and (key in ("factory", "function") and isinstance(value, str) or key == "trust_remote_code")
+            if value and (key in ("factory", "function", "example", "forward") and isinstance(value, str) or key == "trust_remote_code")
         ]
         return found + [one for key, value in node.items() for one in _code_in(value, f"{path}.{key}" if path else str(key))]
     if isinstance(node, list):

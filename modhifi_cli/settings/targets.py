@@ -63,7 +63,7 @@ _GIVEN_LATER: Mapping[str, tuple[str, ...]] = {
 
 # Arguments that the run gives to those that take them, and that no YAML may set.
 _GIVEN_IF_TAKEN: Mapping[str, tuple[str, ...]] = {
-    "data": ("making",), "sources": ("making",), "target": ("measured", "stopwatch"),
+    "data": ("making", "found", "packed"), "evaluation_data": ("found", "packed"), "sources": ("making",), "target": ("measured", "stopwatch"),
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def coverage(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
     environment = artifacts.environment(command, "cpu")
     asked = {
         "version": _VERSION, "library": library, "share": settings["share"], "onnx": settings["onnx"],
-        "packages": {name: environment["packages"].get(name) for name in ("modhifi", "torch", "torchvision", "timm")},
+        "packages": {name: environment["packages"].get(name) for name in ("modhifi", "torch", library)},
     }  # fmt: skip
     again = _listed(settings["again"])
     results: dict[str, dict[str, Any]] = {}
@@ -249,10 +249,12 @@ def examine(name: str, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     from modhifi_cli.engine import coverage as task
     from modhifi_cli.graph.answers import flattened
     from modhifi_cli.models.weights import undrawn_weights
-    from modhifi_cli.records import Edit
+    from modhifi_cli.records import Edit, TextInput
 
     loaded = _load(asked["library"], name)
     model = loaded.model
+    if isinstance(loaded.preprocess, TextInput):
+        return _examine_decoder(name, kind, asked, loaded)
     channels = len(loaded.preprocess.mean)
     own = loaded.preprocess.size
     sizes = [own] if _fixed(model) else [*((s, s) for s in _SMALL if s < max(own)), own]
@@ -261,21 +263,7 @@ def examine(name: str, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     cuts: list[task.Cut] = []
     edits = [step for step in task.cut_(model, example, share=asked["share"], cuts=cuts) if isinstance(step, Edit)]
     (cut,) = cuts
-    found: dict[str, Any] = {
-        "name": name,
-        "kind": kind,
-        "input": list(example.shape[1:]),
-        "parameters": cut.parameters,
-        "groups": cut.groups,
-        "components": cut.components,
-        "edits": len(edits),
-        "carried": cut.carried,
-        "removed": cut.removed,
-        "law_dtype": cut.law_dtype,
-        "difference": cut.difference,
-        "refused": [vars(refusal) for refusal in cut.refused],
-        "asked": dict(asked),
-    }
+    found = _told(name, kind, asked, cut) | {"input": list(example.shape[1:]), "edits": len(edits)}
     with tempfile.TemporaryDirectory() as temporary:
         artifacts.save_model(Path(temporary), loaded, model)
         if asked["onnx"]:
@@ -288,6 +276,49 @@ def examine(name: str, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
             again = artifacts.load_model(temporary)
         with torch.inference_mode():
             logits = flattened(again(example))
+    return _judged(found, cut, logits)
+
+
+def _examine_decoder(name: str, kind: str, asked: Mapping[str, Any], loaded: Any) -> dict[str, Any]:
+    """The same of a causal decoder; of its layers, whose widths the vocabulary would drown."""
+    import torch
+
+    from modhifi_cli.engine import coverage as task
+
+    cut = task.cut_decoder_(loaded.model, share=asked["share"])
+    found = _told(name, kind, asked, cut) | {"input": [16], "edits": cut.groups}
+    with tempfile.TemporaryDirectory() as temporary:
+        artifacts.save_model(Path(temporary), loaded, loaded.model)
+        again = artifacts.load_model(temporary)
+        found["native"] = bool(artifacts.read_object(Path(temporary) / "architecture.json", "a saved model")["native"])
+    tokens = torch.arange(16)[None] % loaded.preprocess.vocabulary
+    with torch.inference_mode():
+        logits = again(input_ids=tokens, use_cache=False).logits
+    return _judged(found, cut, logits)
+
+
+def _told(name: str, kind: str, asked: Mapping[str, Any], cut: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": kind,
+        "parameters": cut.parameters,
+        "groups": cut.groups,
+        "components": cut.components,
+        "carried": cut.carried,
+        "removed": cut.removed,
+        "law_dtype": cut.law_dtype,
+        "difference": cut.difference,
+        "refused": [vars(refusal) for refusal in cut.refused],
+        "asked": dict(asked),
+    }
+
+
+def _judged(found: dict[str, Any], cut: Any, logits: Any) -> dict[str, Any]:
+    """The same with what reading it back gave, and whether it counts."""
+    import torch
+
+    from modhifi_cli.engine import coverage as task
+
     scale = float(cut.logits.abs().max().clamp(min=1e-30))
     found["reload"] = float((logits - cut.logits).abs().max()) / scale if logits.shape == cut.logits.shape else None
     found["finite"] = bool(torch.isfinite(cut.logits).all())

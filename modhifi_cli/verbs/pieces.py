@@ -22,6 +22,8 @@ from modhifi_cli.data.making import Making
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError, NumericsError, is_out_of_memory
 from modhifi_cli.files import artifacts, cache
 from modhifi_cli.files.exports.written import ExportReport, Intent
+from modhifi_cli.models.called import Sent
+from modhifi_cli.models.module import exactly
 from modhifi_cli.pages import figures, many, terms
 from modhifi_cli.pages import page as pages
 from modhifi_cli.pages import run as run_pages
@@ -99,6 +101,10 @@ def image_source(
         )
     if "known" in inspect.signature(build).parameters:
         given["known"] = Known(loaded.classes, lambda: _logits_of(loaded))
+    if "found" in inspect.signature(build).parameters and not reads_text:
+        given["found"] = exactly
+        if isinstance(loaded.model, Sent):
+            given["packed"] = loaded.model.packed
     source = build(preprocess=loaded.preprocess, labelled=labelled, **given)
     if console is not None and "labels" in source.protocol:
         console.note(f"{key}: {source.protocol['labels']}")

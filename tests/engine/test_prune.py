@@ -85,6 +85,39 @@ def test_a_layer_that_runs_twice_is_repaired_as_least_squares_over_all_its_rows(
     assert len(kept) == 18
 
 
+def test_a_convolution_that_runs_twice_is_repaired_as_least_squares_over_all_its_rows():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.again = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 4, 3, padding=1)
+            self.head = torch.nn.Linear(4, 5)
+
+        def forward(self, images):
+            maps = torch.relu(self.stem(images))
+            both = [self.again(maps).mean((2, 3)), self.again(maps[:, :, ::2, ::2]).mean((2, 3))]
+            return self.head(both[0] * both[1])
+
+    torch.manual_seed(0)
+    model, images = Twice().eval(), Images(torch.randn(24, 3, 8, 8))
+    dense = copy.deepcopy(model)
+    edits, _ = run(
+        model, images, target="components", sparsity=0.25, exclude=["head"], scoring=Magnitude(),
+        selection=TopK(), compensation=Joint(ridge=1e-3),
+    )  # fmt: skip
+    (edit,) = [each for each in edits if each.name == "stem"]
+    rows = []
+
+    def unfolded(seen):
+        rows.append(torch.nn.functional.unfold(seen.double(), 3, padding=1).transpose(1, 2).flatten(0, 1))
+
+    with torch.no_grad(), inputs_seen(dense, {"again": unfolded}):
+        dense(images.images)
+    weight = dense.again.weight.detach().double().flatten(1)
+    features = [9 * one + tap for one in edit.kept.tolist() for tap in range(9)]
+    expected = reference.joint_weight(torch.cat(rows), weight, features, ridge=1e-3, centred=True)
+    assert torch.allclose(model.again.weight.detach().double().flatten(1), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", networks.SMALL)
 def test_a_run_narrows_every_kind_of_network_and_its_edits_replay_to_equal_weights(name):
     model, images = setting(name)
@@ -169,6 +202,24 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(name, iterati
         rest, _ = run(again, images, iterations=iterations, done=edits[:stop])
         assert len(rest) == len(edits) - stop
         assert weights_hash(again) == weights_hash(model)
+
+
+def test_a_run_resumes_over_a_part_that_was_left_alone_and_says_so_again():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 12, 3), torch.nn.ReLU(), torch.nn.Conv2d(12, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 12, 3),
+        torch.nn.BatchNorm2d(12), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(12, 4),
+    ).eval()  # fmt: skip
+    model[2].bias.data.fill_(-100.0)  # dead on every image
+    dense, images = copy.deepcopy(model), Images(torch.randn(24, 3, 12, 12))
+    edits, events = run(model, images)
+    empty = [number for number, edit in enumerate(edits) if "left_alone" in edit.facts]
+    assert empty and edits[empty[0]].removed.numel() == 0 and len(edits) > len(empty)
+    for stop in range(1, len(edits) + 1):
+        again = copy.deepcopy(dense)
+        rest, later = run(again, images, done=edits[:stop])
+        assert len(rest) == len(edits) - stop and weights_hash(again) == weights_hash(model)
+        assert later[-1].warnings == events[-1].warnings and "left alone after all: 4: " in str(later[-1].warnings)
 
 
 def test_edits_of_other_settings_are_not_taken_up():

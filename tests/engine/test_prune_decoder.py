@@ -179,7 +179,7 @@ def test_memory_is_told_before_and_after():
 def test_wrong_settings_are_named():
     with pytest.raises(ConfigError, match="cannot be reached: the groups that may be pruned give at most"):
         prune(tiny("llama"), options=DecoderOptions(components=("attention",)), sparsity=0.9)
-    with pytest.raises(ConfigError, match="must name mlp, attention or both"):
+    with pytest.raises(ConfigError, match="must name some of mlp, attention and experts"):
         DecoderOptions(components=("heads",))
     edits, _ = prune(tiny("llama"))
     with pytest.raises(DataError, match="does not fit these settings"):

@@ -83,13 +83,13 @@ def test_a_module_without_a_known_role_is_refused_by_its_name():
     assert found.refused[0].name.startswith("model.layers.1.") and "roles of a mlp" in found.refused[0].reason
 
 
-def test_a_norm_over_all_heads_fails_the_law_and_is_refused():
+def test_a_norm_over_all_heads_is_named_as_the_reason():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model("olmo2", **(FAMILIES["llama"]))
     found = decoder.find_parts(AutoModelForCausalLM.from_config(config).eval())
     assert {part.kind for part in found.parts} == {"mlp"}
-    assert "fails the slicing law" in found.refused[0].reason
+    assert found.refused[0].reason == "q_norm normalises all its heads together, so that none of them can go"
 
 
 def test_excluded_modules_are_left_alone_and_unknown_ones_named():

@@ -20,7 +20,7 @@ def made(config) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def test_attention_beside_experts_is_pruned_and_experts_are_left_alone_by_name():
+def test_attention_beside_fused_experts_is_found_and_these_are_left_alone_by_name_until_they_are_taken_apart():
     model = made(transformers.MixtralConfig(**GATED, num_local_experts=4, num_experts_per_tok=2))
     before = copy.deepcopy(model.config._experts_implementation)
     found = find_parts(model)
@@ -77,3 +77,44 @@ def test_what_computes_a_product_with_its_weight_is_linear_and_what_does_more_is
 
     assert all(is_linear(kind(4, 6).eval()) for kind in (nn.Linear, Written, Named))
     assert not is_linear(Rounded(4, 6).eval()) and not is_linear(nn.Conv1d(4, 6, 1))
+
+
+@pytest.mark.parametrize("config, kinds", [
+    (lambda: transformers.DeepseekV3Config(
+        **{**GATED, "num_key_value_heads": 4}, pad_token_id=0, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8), {"mlp", "attention"}),  # keys and values from a latent vector
+    (lambda: transformers.GptOssConfig(**{**GATED, "num_hidden_layers": 1}, pad_token_id=0, head_dim=8, num_local_experts=4,
+                                       num_experts_per_tok=2), {"attention"}),  # a sink for each head
+    (lambda: transformers.BambaConfig(**{**GATED, "num_hidden_layers": 2}, pad_token_id=0, attn_layer_indices=[1],
+                                      mamba_d_state=8, mamba_n_heads=8, mamba_d_head=8), {"mlp", "attention"}),
+])  # fmt: skip
+def test_unusual_attention_is_cut_where_it_is_lawful(config, kinds):
+    found = find_parts(made(config()), components=["mlp", "attention"])
+    assert {part.kind for part in found.parts} == kinds
+
+
+def test_heads_that_a_bias_of_the_whole_network_counts_are_left_alone_with_that_reason():
+    config = transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=64)
+    found = find_parts(made(config), components=["mlp", "attention"])
+    assert {part.kind for part in found.parts} == {"mlp"}
+    assert found.refused[0].reason == (
+        "its network hands the layer a bias for each of its heads (alibi), so that none of them can go"
+    )
+
+
+def test_a_decoder_made_small_is_cut_whole_and_answers_as_one_with_zeroed_readers():
+    from modhifi_cli.engine import coverage
+
+    cut = coverage.cut_decoder_(made(transformers.MixtralConfig(**GATED, num_local_experts=4, num_experts_per_tok=2)))
+    assert cut.carried > 0.9 and 0.2 < cut.removed < 0.5 and cut.difference < 1e-10 and cut.groups == 5
+
+
+def test_families_are_listed_once_and_made_small_by_the_names_of_their_sizes():
+    from modhifi_cli.models import transformers as families
+
+    known = families.names()
+    assert known["LlamaForCausalLM"] == families.DECODER and known["ViTForImageClassification"] == families.CLASSIFIER
+    assert not any(name.endswith("ForConditionalGeneration") for name, kind in known.items() if kind == families.DECODER)
+    for name in ("LlamaForCausalLM", "GPTNeoForCausalLM"):
+        model = families.load(name=name).model
+        assert type(model).__name__ == name and sum(p.numel() for p in model.parameters()) < 1_000_000

@@ -94,19 +94,82 @@ def test_a_stream_through_layer_norm_is_refused_with_the_module():
     assert refusal.reason == "norm is a LayerNorm across these channels"
 
 
-def test_a_module_that_runs_twice_is_refused():
-    class Twice(nn.Module):
+class Twice(nn.Module):
+    """A convolution that reads its own output, and maps of two sizes."""
+
+    def __init__(self, norm: type[nn.Module] = nn.Identity):
+        super().__init__()
+        self.stem, self.again, self.norm = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1), norm(6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, images):
+        once = self.norm(self.again(self.stem(images)))
+        return self.head(torch.relu(self.norm(self.again(once[:, :, ::2, ::2]))).mean((2, 3)))
+
+
+def test_a_convolution_that_runs_twice_is_cut_and_a_batch_normalisation_that_does_is_refused():
+    images = torch.randn(2, 3, 16, 16)
+    groups, refused = groups_of(Twice().eval(), images)
+    (group,) = groups.values()
+    assert not refused and modules(group.producers) == {"stem", "again"} and modules(group.consumers) == {"again", "head"}
+    assert check(Twice().eval(), [group], images).holds
+    groups, refused = groups_of(Twice(nn.BatchNorm2d).eval(), images)
+    assert not groups
+    assert any("norm runs more than once" in refusal.reason for refusal in refused)
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, lambda width: nn.InstanceNorm2d(width, affine=True)])
+def test_an_instance_normalisation_follows_its_channels(norm):
+    images = torch.randn(2, 3, 12, 12)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                          nn.Flatten(), nn.Linear(6, 3)).eval()  # fmt: skip
+    groups, refused = groups_of(model, images)
+    assert not refused and modules(groups["0"].followers) == {"1"}
+    assert check(model, list(groups.values()), images).holds
+    slice_groups_(model, list(groups.values()), [torch.tensor([0, 3])] * 2)
+    assert model[1].num_features == 6 and model(images).shape == (2, 3)
+
+
+def test_an_instance_normalisation_with_statistics_of_the_past_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, track_running_stats=True), nn.Conv2d(8, 6, 3), nn.Flatten(),
+                          nn.Linear(384, 3)).eval()  # fmt: skip
+    groups, (refusal,) = groups_of(model, torch.randn(2, 3, 12, 12))
+    assert refusal.reason == "1 is an instance normalisation with statistics of the past, or without a module"
+
+
+def test_both_halves_of_a_gated_linear_unit_go_together():
+    images = torch.randn(2, 3, 12, 12)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GLU(1), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(6, 3)).eval()  # fmt: skip
+    groups, refused = groups_of(model, images)
+    group = groups["0"]
+    assert not refused and group.components == 8 and group.producers[0].index[2].tolist() == [2, 10]
+    assert check(model, list(groups.values()), images).holds
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_what_a_recurrence_reads_is_left_alone_in_one_sentence(kind):
+    class Read(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.again = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1)
-            self.head = nn.Linear(6, 5)
+            self.stem, self.read, self.head = nn.Conv2d(3, 8, 3), kind(8, 5, batch_first=True), nn.Linear(5, 3)
 
         def forward(self, images):
-            return self.head(self.again(self.again(self.stem(images))).mean((2, 3)))
+            return self.head(self.read(self.stem(images).mean(2).transpose(1, 2))[0][:, -1])
 
-    groups, refused = groups_of(Twice().eval(), torch.randn(2, 3, 16, 16))
-    assert not groups
-    assert any("runs more than once" in refusal.reason for refusal in refused)
+    groups, (refusal,) = groups_of(Read().eval(), torch.randn(2, 3, 12, 12))
+    assert refusal.reason == f"read is a {kind.__name__}, whose gates are left alone; a linear layer in between can be cut"
+
+
+def test_a_linear_layer_whose_product_is_written_out_is_cut_like_the_librarys_own():
+    class Written(nn.Linear):
+        def forward(self, rows):
+            return rows @ self.weight.T + self.bias
+
+    model = nn.Sequential(nn.Flatten(), Written(12, 8), nn.ReLU(), Written(8, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    images = torch.randn(2, 3, 2, 2)
+    groups, refused = groups_of(model, images)
+    assert set(groups) == {"1", "3"} and not refused and check(model, list(groups.values()), images).holds
 
 
 def test_a_linear_layer_that_runs_twice_is_cut_where_all_that_it_reads_may_go():

@@ -109,3 +109,20 @@ def test_targets_that_are_not_finite_name_the_layer():
 def test_no_rows_are_an_error_that_names_the_layer():
     with pytest.raises(NumericsError, match="layer1.conv2: no row was seen"):
         CrossMoments(nn.Linear(2, 1), name="layer1.conv2").result()
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_cross_moments_about_the_means_stay_exact_where_these_are_far_above_the_spread(padding):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, 3, padding=padding)
+    inputs = torch.randn(8, 3, 9, 9) * 0.01 + torch.tensor([100.0, 0.0, -30.0]).view(3, 1, 1)
+    targets = torch.randn(8, 5, 7 + 2 * padding, 7 + 2 * padding) * 0.01 + 50
+    moments = CrossMoments(conv)
+    for part in range(0, 8, 4):
+        moments.update(inputs[part : part + 4], targets[part : part + 4])
+    found = moments.result()
+    rows = nn.functional.unfold(inputs.double(), 3, padding=padding).transpose(1, 2).flatten(0, 1)
+    aims = targets.double().flatten(2).transpose(1, 2).flatten(0, 1)
+    expected = (aims - aims.mean(0)).T @ rows / len(rows)
+    torch.testing.assert_close(found.cross - torch.outer(found.mean, rows.mean(0)), expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(found.energy - found.mean**2, aims.var(0, correction=0), rtol=1e-5, atol=0)
