@@ -2,12 +2,16 @@
 
     python scripts/what_people_bring.py [name …]     # names: only these, printed, no page
 
+A run that is interrupted goes on where it stopped (outputs/what_people_bring.json).
+
 Every network is tiny and untrained; what is tried is whether it is understood. A network counts as pruned if parameters
 are gone, every group that was cut passed the slicing law on the way, and the edits, replayed on a copy of the dense
 network, give the very answers of the pruned one. Decoders count if the law holds for parts of every layer.
 """
 
 import copy
+import functools
+import json
 import logging
 import sys
 import warnings
@@ -28,13 +32,14 @@ from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.models.called import Called, Form, named_inputs, parted
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "what_people_bring.md"
+KEPT = Path("outputs") / "what_people_bring.json"
 HEAD = """# What people bring
 
 Written by `scripts/what_people_bring.py`: small untrained networks of the kinds that people ask about, 25 % of their
 parameters asked for (`modhifi_cli.prune(…, preset="fast")`, 48 samples). *Pruned* means that every group that was cut
 passed the slicing law, and that the edits replayed on the dense network give the same answers bit by bit. Language models
 are only looked at: the parts of their layers that pass the law on a randomised float64 copy. Where nothing is pruned the
-sentence is shown that a user gets.
+sentence is shown that a user gets. The kind *written to fail* was made after the rest, to find what breaks.
 
 | kind | network | outcome |
 |---|---|---|
@@ -489,6 +494,11 @@ def looked_at(config: Callable[[], Any]) -> tuple[bool, str]:
     return len({part.layer for part in found.parts}) == len(found.layers), f"{kinds} pass the law{left}"
 
 
+def tried() -> dict[str, tuple[bool, str]]:
+    """What an interrupted run of this script has found: kind and name → outcome."""
+    return {key: tuple(found) for key, found in json.loads(KEPT.read_text()).items()} if KEPT.is_file() else {}
+
+
 def main(only: list[str]) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -498,20 +508,34 @@ def main(only: list[str]) -> None:
     input_cases()
     adversary_cases()
     library_cases()
-    rows: list[tuple[str, str, bool, str]] = []
+    every: list[tuple[str, str, Callable[[], tuple[bool, str]]]] = []
     for kind, name, make, batches, options in CASES:
-        if not only or name in only:
-            rows.append((kind, name, *pruned(make, batches(), options)))
-            print(*rows[-1], flush=True)
-    for name, config in DECODERS:
-        if not only or name in only:
-            rows.append(("language models", name, *looked_at(config)))
-            print(*rows[-1], flush=True)
+        every.append((kind, name, functools.partial(brought, make, batches, options)))
+    every += [("language models", name, functools.partial(looked_at, config)) for name, config in DECODERS]
+    known = {} if only else tried()
+    for kind, name, outcome in every:
+        key = f"{kind}: {name}"
+        if key not in known and (not only or name in only):
+            known[key] = outcome()
+            print(key, *known[key], flush=True)
+            if not only:
+                KEPT.parent.mkdir(parents=True, exist_ok=True)
+                KEPT.write_text(json.dumps(known))
     if only:
         return
+    rows = [(kind, name, *known[f"{kind}: {name}"]) for kind, name, _ in every]
     good = sum(row[2] for row in rows)
     lines = [f"| {kind} | {name} | {'pruned' if ok else '**not pruned**'}: {said} |" for kind, name, ok, said in rows]
     PAGE.write_text(HEAD + "\n".join(lines) + f"\n\n{good} of {len(rows)} are pruned.\n", encoding="utf-8")
+    KEPT.unlink()
+
+
+def brought(make: Callable[[], nn.Module], batches: Callable[[], Any], options: dict[str, Any]) -> tuple[bool, str]:
+    """As `pruned`; a network that cannot even be made so is told like one that cannot be pruned."""
+    try:
+        return pruned(make, batches(), options)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, KeyError) as error:
+        return False, f"CRASH {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 if __name__ == "__main__":

@@ -161,9 +161,13 @@ def _cut_parts(walk: Walk) -> list[ComponentGroup]:
 
 
 def _left_alone(walk: Walk, part: ComponentGroup, iteration: int, reason: str) -> Edit:
-    """The edit of a part of which the calibration data say nothing: none, but a run that goes on must know."""
+    """The edit of a part of which the calibration data say nothing: none, but a run that goes on must know.
+
+    The look at the part may have brought statistics in front of it up to date; these belong to it.
+    """
     alive = torch.arange(walk.layout.alive(part).numel())
-    return Edit(part.name, iteration, (), alive, alive[:0], facts={"left_alone": reason}, state=walk.state)
+    refreshed = tensor_edits(walk.model, list(dict.fromkeys(walk.take_refreshed_())))
+    return Edit(part.name, iteration, refreshed, alive, alive[:0], facts={"left_alone": reason}, state=walk.state)
 
 
 def _apply_done_(walk: Walk, stop: Stop, part: ComponentGroup, iteration: int, keep: int, edit: Edit) -> None:
