@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.engine.memory import free_memory
 from modhifi_cli.engine.team import Team
+from modhifi_cli.evaluation.visiting import free_memory
 from modhifi_cli.graph.decoder import Call, enter, run_layer
 from modhifi_cli.records import ImageSource, Progress
 

@@ -11,28 +11,11 @@ from pathlib import Path
 import torch
 
 from modhifi_cli.engine.gathering import Gathering
+from modhifi_cli.evaluation.visiting import free_memory
 
 # A network holds the activations it stands at, those it goes on to, and the images; as much again is left to forwards,
 # statistics and solves.
 _SHARES = 6
-
-
-def free_memory(device: torch.device | str = "cpu") -> float:
-    """Bytes that tensors on a device can take now.
-
-    On a card this is what its driver says is free and what torch has reserved without using it; on the host what the
-    operating system estimates.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + unused)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return float(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 8e9  # systems without /proc: a modest laptop
 
 
 def limit_bytes(gathering: Gathering, device: torch.device | str, *, networks: int = 1) -> float:

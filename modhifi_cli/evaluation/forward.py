@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError, NumericsError, UnsupportedModelError
+from modhifi_cli.evaluation.visiting import fits, visits
 from modhifi_cli.records import ImageSource, Progress
 
 
@@ -19,7 +20,8 @@ from modhifi_cli.records import ImageSource, Progress
 def ready_to_measure(models: Mapping[str, nn.Module], device: torch.device) -> Iterator[None]:
     """Hold the networks on `device` in evaluation mode; then give them back as they were.
 
-    Device and the training mode of every module are restored, after an exception too.
+    Device and the training mode of every module are restored, after an exception too. A network that a card has no room
+    for stays on the host, and its parts visit the card (`visiting`).
 
     Args:
         models: The networks by name.
@@ -29,7 +31,11 @@ def ready_to_measure(models: Mapping[str, nn.Module], device: torch.device) -> I
         for model in models.values():
             home = next(_tensors(model), torch.empty(0)).device
             restore.callback(_give_back, model, home, [(module, module.training) for module in model.modules()])
-            model.to(device).eval()
+            model.eval()
+            if fits(model, device):
+                model.to(device)
+            else:
+                restore.enter_context(visits(model, device))
         yield
 
 

@@ -34,7 +34,7 @@ _TORCH = os.path.dirname(torch.__file__)
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 # Operators as CUDA treats them. These may read one place and write the other:
-_CROSSING = {"_to_copy", "set_", "resize_", "_local_scalar_dense"}
+_CROSSING = {"_to_copy", "set_", "resize_", "_local_scalar_dense", "_has_compatible_shallow_copy_type"}
 # These take a number that lies on the processor although they are not pointwise:
 _TAKE_NUMBERS = {
     "masked_fill", "masked_fill_", "index_put", "index_put_", "_index_put_impl_", "fill_", "fill", "where",
