@@ -43,29 +43,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 2 something the user can mend, 130 interrupted, 141 nobody reads the output any more.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    with _outliving_terminal():
+    _open_standard_streams()
+    with _outliving() as out:
         try:
             with _ended_like_ctrl_c():
                 code = _run(words)
                 sys.stdout.flush()  # here, where a closed pipe can still be said; at exit it is too late
-                return code
         except ModHiFiError as error:
             if not isinstance(error, EndedElsewhere):
                 print(f"error: {_sentence(error)}", file=sys.stderr)
-            return USER_ERROR
+            code = USER_ERROR
         except KeyboardInterrupt as interrupt:
-            print(f"interrupted. {interrupt}".strip(), file=sys.stderr)
-            return INTERRUPTED
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return PIPE_CLOSED
+            why = "nobody reads the output any more." if out.unread else "interrupted."
+            print(f"{why} {interrupt}".strip(), file=sys.stderr)
+            code = PIPE_CLOSED if out.unread else INTERRUPTED
+        if out.lost and code == 0:
+            reason = out.lost.strerror or out.lost
+            print(f"error: done, but the output could not be written ({reason}); send it elsewhere.", file=sys.stderr)
+            code = USER_ERROR
+    return code
 
 
 class _Outliving:
-    """A stream that goes silent when its terminal is gone, so that a run under nohup ends as if somebody looked on."""
+    """Standard output that a run outlives: what becomes of the text never ends the work, save that nobody reads it.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._gone = stream, False
+    Where the terminal is gone it goes silent, so that a run under nohup ends as if somebody looked on. Where the text
+    cannot be written (a full disk) it goes silent too, and `lost` says why at the end. A closed pipe is taken like
+    Ctrl-C: whoever types ``| head`` has seen enough.
+
+    Attributes:
+        unread: Whether the reader of a pipe has left.
+        lost: Why text was lost, or None.
+    """
+
+    def __init__(self, stream: TextIO, *, ends: bool) -> None:
+        self._stream, self._ends, self._gone = stream, ends, False
+        self.unread = False
+        self.lost: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -78,31 +92,56 @@ class _Outliving:
         """As the stream's own."""
         self._kept(self._stream.flush)
 
+    def silence(self) -> None:
+        """Let the interpreter's last flush succeed, if nothing can be written any more."""
+        if self._gone:
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), self._stream.fileno())
+
     def _kept(self, act: Callable[[], Any]) -> Any:
         if self._gone:
             return None
         try:
             return act()
+        except BrokenPipeError:
+            self._gone = self.unread = True
+            if self._ends:
+                raise KeyboardInterrupt from None
         except OSError as error:
-            if error.errno not in (errno.EIO, errno.ENXIO, errno.EBADF):
-                raise
             self._gone = True
-            return None
+            if error.errno not in (errno.EIO, errno.ENXIO, errno.EBADF):
+                self.lost = error
+        return None
 
 
 @contextlib.contextmanager
-def _outliving_terminal() -> Iterator[None]:
+def _outliving() -> Iterator[_Outliving]:
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Outliving(sys.stdout), _Outliving(sys.stderr)  # type: ignore[assignment]
+    out, words = _Outliving(before[0], ends=True), _Outliving(before[1], ends=False)
+    sys.stdout, sys.stderr = out, words  # type: ignore[assignment]
     try:
-        yield
+        yield out
     finally:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        gone = sys.stdout._gone
+        with contextlib.suppress(KeyboardInterrupt):
+            out.flush()
+        words.flush()
+        out.silence(), words.silence()
         sys.stdout, sys.stderr = before
-        if gone:  # the interpreter flushes once more when it ends
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _open_standard_streams() -> None:
+    """Open those of the streams 0 to 2 that whoever started us has closed (``>&-``): a file would take their number.
+
+    Else the output of a library would end up in the first file that is written.
+    """
+    while True:
+        number = os.open(os.devnull, os.O_RDWR)
+        if number > 2:
+            os.close(number)
+            break
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The command line: help, exit codes, and one sentence for everything a user can get wrong before work begins."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -133,3 +134,68 @@ def test_a_request_to_end_is_taken_like_ctrl_c(monkeypatch, capsys):
     assert cli.main(["prune"]) == cli.INTERRUPTED
     assert "interrupted." in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Streams:
+    """Places for what a command prints that do not take it."""
+
+    @staticmethod
+    def full(monkeypatch, name="stdout"):
+        monkeypatch.setattr(sys, name, open("/dev/full", "w"))  # noqa: SIM115
+
+    @staticmethod
+    def unread(monkeypatch):
+        reader, writer = os.pipe()
+        os.close(reader)
+        monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+
+
+SMALL_RUN = [
+    "prune", "data=digits", "data.num_samples=24", "scoring=energy", "selection=top_k", "compensation=none", "evaluation=[]",
+    "evaluation_data=none", "check_data=false", "measure_dense=false", "batchnorm=stored", "sparsity=0.3", "console=plain",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [["list"], ["--help"], ["prune", "--cfg", "job"]])
+def test_output_that_cannot_be_written_is_one_sentence(words, monkeypatch, capsys):
+    Streams.full(monkeypatch)
+    assert main(words) == 2
+    assert "the output could not be written (No space left on device)" in capsys.readouterr().err
+
+
+def test_a_run_whose_output_cannot_be_written_is_finished_all_the_same(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    Streams.full(monkeypatch)
+    assert main(SMALL_RUN) == 2
+    (run,) = (tmp_path / "outputs/prune/embedded").iterdir()
+    assert not run.name.endswith(".incomplete")
+    assert "error: done, but the output could not be written" in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_can_be_told_keeps_its_exit_code(monkeypatch):
+    Streams.full(monkeypatch, "stderr")
+    assert main(["prune", "sparsity=9"]) == 2
+
+
+@pytest.mark.parametrize("words", [["list"], ["prune", "--cfg", "job"]])
+def test_a_closed_pipe_ends_quietly_with_its_own_exit_code(words, monkeypatch, capsys):
+    Streams.unread(monkeypatch)
+    assert main(words) == 141
+    assert capsys.readouterr().err == "nobody reads the output any more.\n"
+
+
+def test_a_run_that_nobody_listens_to_leaves_no_empty_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    Streams.unread(monkeypatch)
+    assert main(SMALL_RUN) == 141
+    assert not list((tmp_path / "outputs/prune/embedded").iterdir())
+    assert "Nothing was made yet" in capsys.readouterr().err
+
+
+def test_streams_that_the_shell_has_closed_are_opened_before_a_file_takes_their_number(tmp_path):
+    code = "import sys; from modhifi_cli.cli import main; code = main(['list']); open('file', 'w').write(str(code))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    ended = subprocess.run(
+        ["/bin/sh", "-c", f'exec {sys.executable} -c "{code}" >&- 2>&-'], cwd=tmp_path, env=environment, check=False
+    )
+    assert ended.returncode == 0 and (tmp_path / "file").read_text() == "0"

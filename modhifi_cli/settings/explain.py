@@ -1,6 +1,7 @@
 """One sentence of ours in place of the errors of Hydra and OmegaConf."""
 
 import re
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ _LAUNCHERS = {
     "joblib": "hydra_plugins.hydra_joblib_launcher",
     "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
 }
+_COMPOSERS = ("hydra", "omegaconf", "antlr4", "yaml")
+_NAMES = re.compile(r"[^=]+=\[?[A-Za-z_][\w/,. -]*\]?")  # one name, or a list of names
 _NO_CHOICE = "Config group override must be"  # how Hydra begins to say that a group was given null or a number
 
 
@@ -23,15 +26,13 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
         MissingConfigException,
         OverrideParseException,
     )
+    from omegaconf.errors import OmegaConfBaseException
 
     if not is_hydra_error(error):
         return error
     text = str(error)
-    if text.startswith(_NO_CHOICE):
-        return ConfigError(
-            f"modhifi {verb}: a group takes the name of one of its choices (modhifi list group=NAME), not null or a number; "
-            "leave it out for the default."
-        )
+    if text.startswith(_NO_CHOICE) or not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return _inside_hydra(error, verb, overrides)
     if isinstance(error, OverrideParseException):
         written = getattr(error, "override", "") or ""
         return ConfigError(
@@ -76,13 +77,35 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
 
 
 def is_hydra_error(error: Exception) -> bool:
-    """Whether an error comes from Hydra or OmegaConf."""
+    """Whether an error comes from Hydra or OmegaConf: one of their kinds, or any other that a value broke inside them."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    if isinstance(error, ValueError) and str(error).startswith(_NO_CHOICE):
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
         return True
-    return isinstance(error, (HydraException, OmegaConfBaseException))
+    if isinstance(error, (ImportError, OSError, MemoryError)):  # a missing launcher or a full disk is no value's doing
+        return False
+    passed = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # Composing calls nothing of ours; a job is called from in there, and its errors are its own.
+    ours = [at for at, name in enumerate(passed) if name.partition(".")[0] == "modhifi_cli"]
+    below = passed[ours[-1] + 1 :] if ours else passed
+    return bool(below) and below[0].partition(".")[0] in _COMPOSERS
+
+
+def _inside_hydra(error: Exception, verb: str, overrides: Sequence[str]) -> ConfigError:
+    """What to say where a value broke Hydra: the groups that were given something else than names, or all words."""
+    names = groups()
+    odd = [word for word in overrides if word.lstrip("+").partition("=")[0] in names and not _NAMES.fullmatch(word)]
+    if odd or str(error).startswith(_NO_CHOICE):
+        told = f"{', '.join(spelled(verb, odd, for_people=True))}: " if odd else ""
+        return ConfigError(
+            f"modhifi {verb}: {told}a group takes the name of one of its choices (modhifi list group=NAME), not null, a "
+            "number or a nested list; leave it out for the default."
+        )
+    return ConfigError(
+        f"modhifi {verb}: these settings cannot be put together ({type(error).__name__}: {first_line(error):.100}): "
+        f"{' '.join(overrides):.300}; write each as key=value and leave out what is not needed."
+    )
 
 
 def _known_keys(verb: str, overrides: Sequence[str]) -> list[str]:

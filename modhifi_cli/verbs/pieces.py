@@ -621,7 +621,12 @@ def kept_for_resume(
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_resume(verb, place, facts)) from None
+        if not resumed:
+            place.discard_if_empty()
+        kept = place.path.is_dir()
+        raise KeyboardInterrupt(
+            how_to_resume(verb, place, facts) if kept else "Nothing was made yet: the same command starts again."
+        ) from None
     except (ModHiFiError, RuntimeError) as error:
         if not isinstance(error, ModHiFiError) and not is_out_of_memory(error) and not cards.ended_elsewhere(error):
             raise

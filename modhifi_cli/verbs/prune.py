@@ -66,24 +66,9 @@ def prune(
         artifacts.write_json(place.path / "calibration.json", calibration.protocol)
     done, healed_before = healing.apart(pieces.edits_so_far(place, dense_hash, calibration) if resumed else ())
     place.log(command)
-    what = "sequences" if pieces.is_decoder(settings) else "images"
     price = config.build(settings["target"])
-    goal = price.goal(settings["sparsity"])
-    console.note(
-        f"{loaded.name}: {goal}; {loaded.weights}, {len(calibration)} calibration {what}; working in {place.path}"
-    )
-    if pieces.is_decoder(settings):
-        from modhifi_cli.models.hf import will_open
-
-        even = not getattr(config.build(settings["allocation"]), "needs_curves", False)
-        console.note(str(will_open(loaded.model, even=even)))
-    shared_text = pieces.told_overlap(settings, calibration, evaluation, console, place)
-    if calibration.protocol.get("skipped"):
-        console.warning(
-            f"{calibration.protocol['skipped']} images that cannot be decoded were skipped (data.skip_corrupt), "
-            f"{calibration.protocol['skipped_files'][0]} the first"
-        )
     with pieces.kept_for_resume("prune", place, facts, resumed=bool(resumed), console=console):
+        shared_text = _announce(settings, loaded, calibration, evaluation, console, place)
         with steps("prune"):
             model = pieces.placed(loaded.model, settings, device)
             settings, seen = quality.before_the_run(
@@ -143,6 +128,30 @@ def prune(
         final = place.finish()
     _show_outcome(console, final, summary, measurements)
     return final
+
+
+def _announce(
+    settings: Mapping[str, Any], loaded: LoadedModel, calibration: ImageSource, evaluation: ImageSource | None, console: Console,
+    place: artifacts.RunDirectory,
+) -> tuple[str, ...]:
+    """Say what is about to be done, on what and where; warnings about shared text, for the record."""
+    what = "sequences" if pieces.is_decoder(settings) else "images"
+    goal = config.build(settings["target"]).goal(settings["sparsity"])
+    console.note(
+        f"{loaded.name}: {goal}; {loaded.weights}, {len(calibration)} calibration {what}; working in {place.path}"
+    )
+    if pieces.is_decoder(settings):
+        from modhifi_cli.models.hf import will_open
+
+        even = not getattr(config.build(settings["allocation"]), "needs_curves", False)
+        console.note(str(will_open(loaded.model, even=even)))
+    shared_text = pieces.told_overlap(settings, calibration, evaluation, console, place)
+    if calibration.protocol.get("skipped"):
+        console.warning(
+            f"{calibration.protocol['skipped']} images that cannot be decoded were skipped (data.skip_corrupt), "
+            f"{calibration.protocol['skipped_files'][0]} the first"
+        )
+    return shared_text
 
 
 def _follow(settings: Mapping[str, Any]) -> None:

@@ -63,9 +63,9 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
         artifacts.write_json(place.path / "calibration.json", calibration.protocol)
     done = pieces.edits_so_far(place, dense_hash, calibration) if resumed else ()
     place.log(command)
-    console.note(f"{loaded.name}: {loaded.weights}; {labels.account}; working in {place.path}")
-    console.note(f"to be forgotten: {', '.join(class_name(cls, loaded.classes) for cls in forget)}")
     with pieces.kept_for_resume("unlearn", place, facts, resumed=bool(resumed)):
+        console.note(f"{loaded.name}: {loaded.weights}; {labels.account}; working in {place.path}")
+        console.note(f"to be forgotten: {', '.join(class_name(cls, loaded.classes) for cls in forget)}")
         with steps("quality"):
             _, seen = quality.before_the_run(
                 model, calibration, settings, loaded.preprocess, device, console, place

@@ -1,6 +1,8 @@
 """Commands in forked children: torch and Hydra are imported once, and a child costs what its work costs."""
 
 import contextlib
+import gc
+import io
 import os
 import signal
 import sys
@@ -37,6 +39,29 @@ class Ended:
         if self.code == _TRACEBACK or "Traceback (most recent call last)" in self.output:
             return "traceback"
         return None if self.code in (0, 2, 130, 141) else f"exit code {self.code}"
+
+
+def warm(commands: Sequence[Sequence[str]], folder: Path) -> None:
+    """Run commands in this very process, so that its children find everything imported.
+
+    Args:
+        commands: What the children will be like.
+        folder: A place for what they write.
+    """
+    from modhifi_cli.cli import main
+
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        for words in commands:
+            told = io.StringIO()
+            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+                code = main(list(words))
+            assert code == 0, f"{words}: {told.getvalue()[-500:]}"
+    finally:
+        os.chdir(here)
+    gc.collect()
+    gc.freeze()  # else the first collection of every child copies all that was imported
 
 
 def begin(act: Callable[[], int | None], folder: Path, log: Path) -> int:

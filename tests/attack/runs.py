@@ -18,6 +18,12 @@ def make(folder: Path, *words: str) -> Path:
     return only(folder)
 
 
+def readers(run: Path) -> list[list[str]]:
+    """Commands that read a run, within a second each."""
+    evaluate = ["evaluate", f"run={run}", "evaluation=[size]", "measure_dense=false", "console=plain"]
+    return [evaluate, ["replay", f"run={run}", "console=plain"], ["report", f"run={run}", "console=plain"]]
+
+
 def only(folder: Path, pattern: str = "prune/embedded/*") -> Path:
     """The only run below a folder."""
     (found,) = folder.glob(pattern)

@@ -102,3 +102,14 @@ def test_what_an_experiment_says_to_another_verb_is_left_out():
 def test_a_key_of_another_verb_is_said_to_be_so():
     with pytest.raises(ConfigError, match="modhifi prune has no key 'method', which is for modhifi unlearn"):
         config.compose("prune", ["method=contrast"])
+
+
+@pytest.mark.parametrize("word", ["console=[[1]]", "statistics=[1,2]", "evaluation=[[top1]]", "data=5", "experiment=[1]"])
+def test_a_group_that_is_given_no_name_is_told_what_it_takes(word):
+    with pytest.raises(ConfigError, match=re.escape(word) + ".*takes the name of one of its choices"):
+        config.compose("prune", [word])
+
+
+def test_what_breaks_hydra_itself_is_one_sentence():
+    with pytest.raises(ConfigError, match="cannot be put together"):
+        config.compose("prune", ["data.num_samples=" + "[" * 400 + "]" * 400])
