@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -41,7 +41,8 @@ def main() -> int:
 
         with contextlib.redirect_stdout(io.StringIO()):
             finished = runs.make(Path(place) / "attacked")
-        forked.warm(runs.readers(finished), Path(place))
+        if asked.kinds != ["reading"]:
+            forked.warm(runs.readers(finished), Path(place))
         for kind in asked.kinds:
             attacks = ATTACKS[kind](finished, Path(place) / kind, asked.count or COUNTS[kind], asked)
             bad += _report(kind, attacks, asked.minutes * 60)
@@ -157,43 +158,17 @@ def _places(finished: Path, room: Path, count: int, asked: argparse.Namespace) -
 
 def _reading(finished: Path, room: Path, count: int, asked: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
     """The time of reading saved networks with and without the checks, turn by turn in one process."""
-    import torch
+    from modhifi_cli.files import artifacts
+    from tests.attack import reading
 
-    from modhifi_cli import models
-    from modhifi_cli.files import artifacts, manifest
-
-    def prepared(name: str) -> Path:
-        from modhifi_cli.models import torchvision
-
-        loaded = torchvision.load(name=name, weights="random")
-        artifacts.save_model(room / name / "model", loaded, loaded.model)
-        return room / name
-
-    def timed(act: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        act()
-        return time.perf_counter() - began
-
-    assert models and torch
-    folders = {"embedded": finished, **{name: prepared(name) for name in ("resnet18", "resnet50")}}
+    folders = {"embedded": finished / "model"}
+    for loaded in reading.networks():
+        folders[loaded.name] = room / loaded.name / "model"
+        artifacts.save_model(folders[loaded.name], loaded, loaded.model)
     for name, folder in folders.items():
-        bare = manifest.Checked(folder / "model", None)
-        ours, without = [], []
-        checked = manifest.checked
-        for turn in range(count):
-            for way in (0, 1) if turn % 2 else (1, 0):
-                if way:
-                    ours.append(timed(lambda: artifacts.load_model(folder)))
-                else:
-                    manifest.checked = lambda *_, **__: bare
-                    try:
-                        without.append(timed(lambda: artifacts.load_model(folder)))
-                    finally:
-                        manifest.checked = checked
-        ours.sort(), without.sort()
-        ratio = ours[len(ours) // 4] / without[len(without) // 4]
-        print(f"reading {name}: {1000 * ours[len(ours) // 4]:.1f} ms with the checks, {1000 * without[len(without) // 4]:.1f} ms "
-              f"without (lower quartiles of {count} turns), ratio {ratio:.3f}", flush=True)  # fmt: skip
+        told = reading.costs(folder, count)
+        print(f"reading {name}: {1000 * told['checked']:.1f} ms with the checks, {1000 * told['unchecked']:.1f} ms without "
+              f"(medians of {count} turns), median ratio of a turn {told['ratio']:.3f}", flush=True)  # fmt: skip
         yield name, None
 
 

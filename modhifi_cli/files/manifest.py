@@ -11,7 +11,9 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from modhifi_cli.files.disk import (
 NAME = "checksums.json"
 _KEY_BYTES = 32
 _WEIGHTS = re.compile(r"(weights|model(-\d+-of-\d+)?)\.safetensors")  # files of a saved network's weights
+_WORTH_A_THREAD = 4 * 2**20  # bytes; fewer are hashed in less time than a busy machine takes to start one
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,44 @@ class Checked:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """As `bytes_of`, a safetensors file's."""
         return as_tensors(self.bytes_of(name), self.folder / name)
+
+    @contextmanager
+    def tensors_meanwhile(self, name: str) -> Iterator[dict[str, Tensor]]:
+        """As `tensors`, compared in another thread while the block works with them.
+
+        Building a network and hashing its weights take about as long, and hashing needs no lock of the interpreter. What
+        the block makes counts only if it is left without an error.
+
+        Raises:
+            DataError: As `bytes_of`, at the end of the block, and instead of what damaged tensors made the block raise.
+        """
+        path = self.folder / name
+        if not os.path.lexists(path) or os.lstat(path).st_size < _WORTH_A_THREAD:
+            yield self.tensors(name)
+            return
+        content = read_bytes(path)
+        with self._meanwhile(lambda: self._compare(name, hashlib.sha256(content).hexdigest())):
+            yield as_tensors(content, path)
+
+    @contextmanager
+    def checked_meanwhile(self, names: Iterable[str]) -> Iterator[None]:
+        """As `check`, in another thread while the block reads the same files; errors as `tensors_meanwhile`."""
+        with self._meanwhile(lambda: self.check(names)):
+            yield
+
+    @contextmanager
+    def _meanwhile(self, compare: Callable[[], None]) -> Iterator[None]:
+        if self.digests is None:
+            yield
+            return
+        with ThreadPoolExecutor(1) as other:
+            comparison = other.submit(compare)
+            try:
+                yield
+            except Exception:
+                comparison.result()
+                raise
+            comparison.result()
 
     def check(self, names: Iterable[str] | None = None) -> None:
         """Compare files with the list.

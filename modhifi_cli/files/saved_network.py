@@ -152,18 +152,25 @@ def _described(told: Mapping[str, Any]) -> LoadedModel:
 
 def _filled(files: manifest.Checked, architecture: Mapping[str, Any], widths: Any, allow: str | bool) -> nn.Module:
     """The network that a description stands for, with its saved widths and weights."""
+    with files.tensors_meanwhile(_WEIGHTS) as state:
+        return _built(files.folder, architecture, widths, state, allow)
+
+
+def _built(
+    folder: Path, architecture: Mapping[str, Any], widths: Any, state: Mapping[str, Tensor], allow: str | bool
+) -> nn.Module:
     from modhifi_cli.graph.surgery import restore_widths_
     from modhifi_cli.models import build_architecture
 
-    state = files.tensors(_WEIGHTS)
-    # A dense network is some times as wide as what was saved of it, not a thousand times.
-    widest = max((max(tensor.shape, default=1) for tensor in state.values()), default=1)
+    # A dense network is some times as wide as what was saved of it, not a thousand times. An empty tensor may claim any
+    # width.
+    widest = max((max(tensor.shape, default=1) for tensor in state.values() if tensor.numel()), default=1)
     model = build_architecture(architecture, allow=allow, largest=max(8192, 8 * widest))
     try:
         restore_widths_(model, widths)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise DataError(
-            f"{files.folder / _ARCHITECTURE}: damaged, its widths do not fit ({type(error).__name__}: {error}); restore "
+            f"{folder / _ARCHITECTURE}: damaged, its widths do not fit ({type(error).__name__}: {error}); restore "
             "the run folder."
         ) from error
     floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
@@ -176,7 +183,7 @@ def _filled(files: manifest.Checked, architecture: Mapping[str, Any], widths: An
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
         raise DataError(
-            f"{files.folder}: weights.safetensors does not fit architecture.json ({detail}); the run folder is damaged."
+            f"{folder}: weights.safetensors does not fit architecture.json ({detail}); the run folder is damaged."
         ) from error
     return model.eval()
 
@@ -225,7 +232,8 @@ def _load_text(files: manifest.Checked, described: Mapping[str, Any]) -> LoadedM
     from modhifi_cli.models import hf
 
     folder = files.folder
-    files.check()
+    weight_files = {name for name in files.digests or () if name.endswith(".safetensors")}
+    files.check(name for name in files.digests or () if name not in weight_files)
     refuse_reaching(files)
     try:
         architecture = {"builder": described["builder"], "kwargs": described["kwargs"]}
@@ -238,7 +246,8 @@ def _load_text(files: manifest.Checked, described: Mapping[str, Any]) -> LoadedM
         raise DataError(
             f"{folder / _ARCHITECTURE}: damaged, {error} is missing or of the wrong type; restore the run folder."
         ) from error
-    model = hf.restore(folder, architecture, described)
+    with files.checked_meanwhile(weight_files):
+        model = hf.restore(folder, architecture, described)
     return LoadedModel(
         model=model,
         name=name,
