@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, help="attacks of each kind, at most")
     parser.add_argument("--minutes", type=float, default=1e9, help="for each kind, at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--whole", type=int, default=20, help="every so many command lines may begin its work")
+    parser.add_argument("--whole", type=int, default=100, help="every so many command lines may begin its work")
     parser.add_argument("--verbs", nargs="*", help="only these are killed")
     asked = parser.parse_args()
     bad = 0
@@ -42,7 +42,8 @@ def main() -> int:
         with contextlib.redirect_stdout(io.StringIO()):
             finished = runs.make(Path(place) / "attacked")
         if asked.kinds != ["reading"]:
-            forked.warm(runs.readers(finished), Path(place))
+            forked.compose_once()
+            forked.warm(runs.readers(finished).values(), Path(place))
         for kind in asked.kinds:
             attacks = ATTACKS[kind](finished, Path(place) / kind, asked.count or COUNTS[kind], asked)
             bad += _report(kind, attacks, asked.minutes * 60)

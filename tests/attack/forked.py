@@ -1,6 +1,7 @@
 """Commands in forked children: torch and Hydra are imported once, and a child costs what its work costs."""
 
 import contextlib
+import copy
 import gc
 import io
 import os
@@ -8,10 +9,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+_PLACES = ("run=", "resume=", "output_dir=")
+_DEFAULTS = {"resume": None, "output_dir": "outputs"}
 _TRACEBACK = 99  # exit code of a child whose function raised
 
 
@@ -41,7 +45,44 @@ class Ended:
         return None if self.code in (0, 2, 130, 141) else f"exit code {self.code}"
 
 
-def warm(commands: Sequence[Sequence[str]], folder: Path) -> None:
+def compose_once() -> None:
+    """Let a command whose settings were composed before take them from memory: Hydra costs more than most attacks.
+
+    What `cli.main` does around it stays: words, signals, streams, exit codes. Only folders may differ from the first time.
+    For a process that attacks and does nothing else.
+    """
+    from modhifi_cli import cli, verbs
+    from modhifi_cli.settings import config
+
+    known: dict[tuple[str, ...], dict[str, Any]] = {}
+    compose = config.run_hydra
+
+    def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], None]) -> None:
+        places = dict(word.split("=", 1) for word in overrides if word.startswith(_PLACES))
+        same = (verb, *(word for word in overrides if not word.startswith(_PLACES)))
+        if "-m" in overrides:
+            compose(verb, overrides, job)
+        elif same not in known:
+            def remembering(verb: str, settings: dict[str, Any], facts: dict[str, Any]) -> None:
+                known[same] = copy.deepcopy(settings) | {key: value for key, value in _DEFAULTS.items() if key in settings}
+                run(verb, settings, facts)
+
+            run, verbs.run = verbs.run, remembering
+            try:
+                compose(verb, overrides, job)
+            finally:
+                verbs.run = run
+        else:
+            facts = {"verb": verb, "overrides": list(overrides), "sweep": None, "swept": [], "number": 0, "parallel": False}
+            try:
+                verbs.run(verb, copy.deepcopy(known[same]) | places, facts)
+            except Exception as error:
+                cli._outcome.append(error)
+
+    config.run_hydra = run_hydra
+
+
+def warm(commands: Iterable[Sequence[str]], folder: Path) -> None:
     """Run commands in this very process, so that its children find everything imported.
 
     Args:

@@ -182,6 +182,7 @@ def attack(hostile: Hostile, run: Path, room: Path) -> str | None:
 
     from tests.attack.forked import run as forked
     from tests.attack.forked import watched
+    from tests.attack.runs import readers
 
     outside, folder, here = room / "outside", room / "folder", room / "here"
     for place in (outside, here):
@@ -205,7 +206,6 @@ def attack(hostile: Hostile, run: Path, room: Path) -> str | None:
         worst = 0
         with watched(allowed) as seen:
             for verb in hostile.verbs:
-                words = [verb, f"run={folder}", "console=plain", "output_dir=out"]
                 if verb == "load":
                     try:
                         load_model(folder)
@@ -218,7 +218,7 @@ def attack(hostile: Hostile, run: Path, room: Path) -> str | None:
                     except ModHiFiError:
                         worst = max(worst, 2)
                     continue
-                worst = max(worst, main([*words, *(["evaluation=[size]"] if verb == "evaluate" else [])]))
+                worst = max(worst, main([*readers(folder)[verb], "output_dir=out"]))
         for one in seen:
             print("REACHED", one)
         return worst

@@ -18,10 +18,10 @@ def make(folder: Path, *words: str) -> Path:
     return only(folder)
 
 
-def readers(run: Path) -> list[list[str]]:
+def readers(run: Path) -> dict[str, list[str]]:
     """Commands that read a run, within a second each."""
-    evaluate = ["evaluate", f"run={run}", "evaluation=[size]", "measure_dense=false", "console=plain"]
-    return [evaluate, ["replay", f"run={run}", "console=plain"], ["report", f"run={run}", "console=plain"]]
+    own = {"evaluate": ["evaluation=[size]"], "replay": [], "report": []}
+    return {verb: [verb, f"run={run}", "console=plain", *words] for verb, words in own.items()}
 
 
 def only(folder: Path, pattern: str = "prune/embedded/*") -> Path:

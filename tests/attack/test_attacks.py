@@ -18,7 +18,7 @@ SHARE = 5  # every so many of the hostile things
 def finished(tmp_path_factory):
     room = tmp_path_factory.mktemp("attacked")
     run = runs.make(room)
-    warm(runs.readers(run), room)
+    warm(runs.readers(run).values(), room)
     return run
 
 
