@@ -245,23 +245,25 @@ def _sweep(verb: str, overrides: Sequence[str], flags: Sequence[str]) -> int:
     return USER_ERROR if sweeps.summarise_sweep(folder, given.get("console", "rich")) else 0
 
 
-def job(composed: Any) -> None:
+def job(composed: Any) -> tuple[float, float] | None:
     """One job, called by Hydra with its config object; a parallel launcher calls it in another process.
 
-    In a sweep a failure is written to the job's record and the sweep goes on; otherwise `main` reports it.
+    In a sweep a failure is written to the job's record and the sweep goes on; otherwise `main` reports it. What a sweep's
+    job returns is for a sweeper that searches.
     """
     from modhifi_cli import verbs
     from modhifi_cli.verbs import sweeps
 
     facts = config.job_facts()
     if facts["sweep"] is not None:
-        sweeps.run_sweep_job(composed, facts)
+        found = sweeps.run_sweep_job(composed, facts)
         _release_memory()
-        return
+        return found
     try:
         verbs.run(facts["verb"], config.settings(facts["verb"], composed), facts)
     except Exception as error:
         _outcome.append(error)
+    return None
 
 
 def _sort_words(verb: str, words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -49,6 +49,8 @@ EXTRAS: Mapping[str, str] = {
     "openvino": "openvino",
     "hydra_plugins.hydra_joblib_launcher": "launchers",
     "hydra_plugins.hydra_submitit_launcher": "launchers",
+    "hydra_plugins.hydra_optuna_sweeper": "search",
+    "tensorboard": "tracker",
     "torch_pruning": "rivals",
 }
 

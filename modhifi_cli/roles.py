@@ -5,11 +5,12 @@ caller has to know beforehand is an attribute of the class.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from modhifi_cli.records import Consumer, ImageSource
+from modhifi_cli.records import Consumer, ImageSource, Results
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -126,6 +127,13 @@ class Source(ImageSource, Protocol):
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Batches of inputs with labels or None, always in the same order."""
+
+
+class Tracker(Protocol):
+    """Shows the metrics of many runs side by side. Named in configs/tracker; what it needs is asked for when it is made."""
+
+    def write(self, run: Path, results: Results, words: Mapping[str, str]) -> Path:
+        """Take in a finished run, its results and the settings of its command; where that was written."""
 
 
 class Measure(Protocol):

@@ -1,6 +1,7 @@
 """What README and docs/ say is true: links lead somewhere, commands compose or run, marks have their formula.
 
-A fenced block under ``<!-- run -->`` is run as it stands. Every other command names files, hubs or hours that a test does
+A fenced block under ``<!-- run -->`` is run as it stands: with ``with PACKAGES`` where they are installed, with ``slowly`` by
+.ci/long. Every other command names files, hubs or hours that a test does
 not have; it is composed with all its settings checked, which is what happens before a run reads its first file.
 """
 
@@ -21,7 +22,7 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "modhifi_cli" / "README.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-_BLOCK = re.compile(r"(?P<run><!-- run -->\n)?^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
+_BLOCK = re.compile(r"(?P<run><!-- run(?P<how>[^>]*) -->\n)?^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
 _MARK = re.compile(r"method\.md[ ,(]+(M\d+|D\d'?|section \d|\d)\b(?!\.)")
 
 
@@ -32,7 +33,7 @@ def name(path: Path) -> str:
 def blocks():
     for page in PAGES:
         for found in _BLOCK.finditer(page.read_text(encoding="utf-8")):
-            yield page, found["kind"], found["body"], bool(found["run"])
+            yield page, found["kind"], found["body"], "" if not found["run"] else "run" + found["how"]
 
 
 def commands(body: str) -> list[str]:
@@ -50,7 +51,11 @@ COMPOSED = sorted(
     }
 )
 RUN = sorted({(name(page), line) for page, kind, body, run in blocks() if run for line in commands(body)})
-SNIPPETS = [(name(page), body) for page, kind, body, run in blocks() if run and kind == "python"]
+SNIPPETS = [
+    pytest.param(name(page), body, run, id=f"{name(page)}:{number}", marks=[pytest.mark.slow] if run == "run slowly" else [])
+    for number, (page, kind, body, run) in enumerate(blocks())
+    if run and kind == "python"
+]
 
 
 @pytest.mark.parametrize(("page", "command"), COMPOSED, ids=lambda value: value)
@@ -76,8 +81,10 @@ def test_a_command_marked_to_run_runs(page, command, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=[page for page, _ in SNIPPETS])
-def test_a_snippet_marked_to_run_runs(page, code, tmp_path):
+@pytest.mark.parametrize(("page", "code", "how"), SNIPPETS)
+def test_a_snippet_marked_to_run_runs(page, code, how, tmp_path):
+    for package in how.partition(" with ")[2].split():
+        pytest.importorskip(package, reason="not among the project's own packages")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

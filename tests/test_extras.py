@@ -19,6 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 INDEX_NAMES = {
     "hydra_plugins.hydra_joblib_launcher": "hydra-joblib-launcher",
     "hydra_plugins.hydra_submitit_launcher": "hydra-submitit-launcher",
+    "hydra_plugins.hydra_optuna_sweeper": "hydra-optuna-sweeper",
 }
 
 
@@ -82,13 +83,14 @@ def test_an_export_without_its_package_is_refused_before_the_run(kind, package, 
         config.compose("prune", [f"export=[{kind}]"])
 
 
-@pytest.mark.parametrize("launcher, package", [
-    ("joblib", "hydra_plugins.hydra_joblib_launcher"),
-    ("submitit_slurm", "hydra_plugins.hydra_submitit_launcher"),
+@pytest.mark.parametrize("group, choice, package", [
+    ("hydra/launcher", "joblib", "hydra_plugins.hydra_joblib_launcher"),
+    ("hydra/launcher", "submitit_slurm", "hydra_plugins.hydra_submitit_launcher"),
+    ("hydra/sweeper", "optuna", "hydra_plugins.hydra_optuna_sweeper"),
 ])  # fmt: skip
-def test_a_launcher_without_its_plugin_names_the_extra(launcher, package):
+def test_a_launcher_or_sweeper_without_its_plugin_names_the_extra(group, choice, package):
     from hydra.errors import MissingConfigException
 
-    error = MissingConfigException(f"no {launcher}", f"hydra/launcher/{launcher}")
-    said = str(explain(error, "prune", ["hydra/launcher=per_gpu"]))
-    assert said == str(package_missing("this hydra/launcher", package)) and "'modhifi[launchers]'" in said
+    error = MissingConfigException(f"no {choice}", f"{group}/{choice}")
+    said = str(explain(error, "prune", [f"{group}=ours"]))
+    assert said == str(package_missing(f"this {group}", package)) and f"'modhifi[{EXTRAS[package]}]'" in said

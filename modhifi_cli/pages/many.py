@@ -262,7 +262,7 @@ def page(
     )  # fmt: skip
     over = "Mean ± standard deviation over draws and, where a run forgets, over forgotten classes."
     main: list[Block] = [as_table(lines(rows, dense, head=head)), Text(over, "note")] if rows else []
-    found = finding(rows, dense)
+    found = [text for text in (finding(rows, dense), best_trades(rows)) if text]
     everything = _every_number(rows)
     places = tuple((run.method, percent(run.budget), placeless(run.folder)) for run in runs)
     return Page(
@@ -270,7 +270,7 @@ def page(
         lead=f"{len({row.method for row in rows})} {head}s" + (f", {len(budgets)} budgets." if any(budgets) else "."),
         facts=(),
         sections=sections(
-            Section("What was found", (Text(found),)) if found else None,
+            Section("What was found", tuple(Text(text) for text in found)) if found else None,
             Section("Numbers", tuple(main)) if main else None,
             Section("Figures", shown) if shown else None,
             Section("Failed", (Listing(tuple(failed), "warning"),)) if failed else None,
@@ -307,6 +307,50 @@ def finding(rows: Sequence[Row], dense: Mapping[str, float] | None = None) -> st
             f"next comes {second.method} with {numbers[1]}{told_close}."
         )
     return " ".join(sentences)
+
+
+WORST = (0.0, -1e9)  # the objectives of a run that failed: worse than any other
+
+
+def objectives(results: Results) -> tuple[float, float]:
+    """What a search over runs makes as large as it can: the share removed of the target, %, and quality.
+
+    Quality is top-1, else perplexity with its sign turned, else agreement with the dense network; of an unlearning run
+    retain accuracy, and what is removed is forget accuracy.
+    """
+    run = run_of(results, (), "")
+    if results.forget:
+        return 100.0 - run.values.get("forget_accuracy", 100.0), run.values.get("retain_accuracy", WORST[1])
+    quality = next((name for name, _, _ in _QUALITIES if name in run.values), None)
+    if quality is None:
+        return WORST
+    more = next(more for name, _, more in _QUALITIES if name == quality)
+    removed = run.values.get(f"removed_{results.target}", 0.0)
+    return removed, run.values[quality] if more else -run.values[quality]
+
+
+def best_trades(rows: Sequence[Row]) -> str:
+    """The rows that no other row beats in share removed and quality alike, as a sentence; "" where that says nothing."""
+    quality = _quality(rows)
+    cost = next((key for _, key, _ in _COSTS if any(key in row.mean for row in rows)), None)
+    if quality is None or cost is None or len({row.runs[0].model for row in rows}) > 1:
+        return ""
+    term, label, more = quality
+    own = [row for row in rows if {term, cost} <= row.mean.keys()]
+
+    def beaten(row: Row) -> bool:
+        gains = [
+            (other.mean[cost] - row.mean[cost], (other.mean[term] - row.mean[term]) * (1 if more else -1)) for other in own
+        ]
+        return any(min(gain) >= 0 and max(gain) > 0 for gain in gains)
+
+    front = sorted((row for row in own if not beaten(row)), key=lambda row: row.mean[cost])
+    if len(own) < 3 or len({row.budget for row in own}) < 2 or len(front) == len(own):
+        return ""
+    named = ", ".join(
+        f"{row.method} at {percent(row.budget)} ({_rounded(row.mean[term], None, term)})" for row in front
+    )
+    return f"Nothing else is better both in {label.partition(',')[0]} and in what is removed than: {named}."
 
 
 def _forgotten(rows: Sequence[Row]) -> str:

@@ -56,7 +56,7 @@ def for_network(verb: str, overrides: Sequence[str]) -> list[str]:
             words.append(f"preset={default[1]}")
     chosen = ((word, word.partition("=")) for word in words)
     return [
-        f"preset={','.join(_of_language(name) for name in value.split(','))}" if key == "preset" else word
+        "preset=" + re.sub(r"\w+", lambda name: _of_language(name[0]), value) if key == "preset" else word
         for word, (key, _, value) in chosen
     ]
 
@@ -169,6 +169,8 @@ def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], None]) -
     import hydra
 
     overrides = for_network(verb, overrides)
+    if "hydra/sweeper=search" in overrides:
+        _quiet_search()
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["modhifi", *spelled(verb, overrides)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a text of its own and exits 1 before we can explain
@@ -184,6 +186,16 @@ def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], None]) -
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _quiet_search() -> None:
+    """The library behind the search tells of every study on standard error; what it finds is told by us."""
+    import importlib.util
+
+    if importlib.util.find_spec("optuna") is not None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def job_facts() -> dict[str, Any]:
@@ -270,6 +282,8 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
         plain["audit"] = plain.get("audit") or None  # audit=none leaves an empty mapping
     if not plain.get("healing"):
         plain.pop("healing", None)  # healing=none leaves an empty mapping, and runs from before there was any have none
+    if not plain.get("tracker"):
+        plain.pop("tracker", None)  # as healing=none
     resolve_auto_data(plain, makes_data=verb in _MAKES_DATA)
     resolve_mixed_data(plain)
     resolve_compared_sources(plain)

@@ -9,10 +9,11 @@ from modhifi_cli.errors import ConfigError, nearest, package_missing
 from modhifi_cli.settings.words import first_line, flatten, spelled
 from modhifi_cli.settings.yamls import config_directory, groups, top_level_keys, verbs
 
-# Launchers of plugins, which our own launchers build on, and the package of each.
-_LAUNCHERS = {
+# What our own launchers and sweeper build on, by the name that plugins give it, and the package of each.
+_PLUGINS = {
     "joblib": "hydra_plugins.hydra_joblib_launcher",
     "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
+    "optuna": "hydra_plugins.hydra_optuna_sweeper",
 }
 _COMPOSERS = ("hydra", "omegaconf", "antlr4", "yaml")
 _NAMES = re.compile(r"[^=]+=\[?[A-Za-z_][\w/,. -]*\]?")  # one name, or a list of names
@@ -42,8 +43,8 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
     absent = error if isinstance(error, MissingConfigException) else error.__cause__
     if isinstance(absent, MissingConfigException) and absent.missing_cfg_file:
         group, _, choice = str(absent.missing_cfg_file).rpartition("/")
-        if group == "hydra/launcher" and choice in _LAUNCHERS:
-            return package_missing("this hydra/launcher", _LAUNCHERS[choice])
+        if group in ("hydra/launcher", "hydra/sweeper") and choice in _PLUGINS:
+            return package_missing(f"this {group}", _PLUGINS[choice])
         known = groups().get(group, ())
         hint = nearest(choice, known) if known else "the group is empty."
         (told,) = spelled(verb, [f"{group}={choice}"], for_people=True)

@@ -114,6 +114,7 @@ _ROLES: Mapping[str, Role] = {
     "audit": Role("a part of an audit", ("auditing",), plain=True),
     "outside": Role("an outside pruner", ("rivals",), name="*"),
     "export": Role("an export", ("files.exports",), methods=("__call__",)),
+    "tracker": Role("a tracker", ("files.trackers",), methods=("write",)),
 }
 # Groups without a line above hold settings of the engine.
 _SETTINGS = Role("a dataclass of settings", ("numerics", "engine", "unlearning", "auditing"), plain=True)

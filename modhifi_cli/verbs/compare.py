@@ -31,7 +31,7 @@ _SET_HERE = {
     "preset": "methods", "sparsity": "budgets", "data.seed": "seeds", "outside": "methods", "resume": None,
     "measure_dense": None, "dry_run": None,
 }  # fmt: skip
-_NOT_IN_NAMES = ("console", "output_dir", "resume")  # settings that change no result
+_NOT_IN_NAMES = ("console", "output_dir", "resume", "tracker")  # settings that change no result
 _GRID = ("methods=", "budgets=", "seeds=", "sources=")
 _NOT_IN_FOLDER = (*_GRID, "console", "output_dir=", "hydra")
 _DISTANCE = "distance_of_batchnorm_statistics_from_the_stored"
@@ -229,8 +229,9 @@ def _write(
         f"{_model_name(settings)}, mean ± standard deviation over seeds",
         many.lines(rows, own, leave_out=other, head=head),
     )
-    if found := many.finding(rows, own):
-        console.note(found)
+    for found in (many.finding(rows, own), many.best_trades(rows)):
+        if found:
+            console.note(found)
     console.note(f"the page is {folder / 'comparison.html'}; the same as text and numbers: comparison.md, comparison.csv")
     if figures:
         console.note("figures: " + ", ".join(f"{name} (png, svg)" for name in figures))

@@ -11,13 +11,14 @@ from modhifi_cli.engine.memory import peaks
 from modhifi_cli.files import artifacts
 from modhifi_cli.records import Results
 from modhifi_cli.settings import config
-from modhifi_cli.verbs import pieces
+from modhifi_cli.verbs import pieces, tracking
 from modhifi_cli.verbs.opened import OpenedRun, open_run
 
 _MADE = tuple(f"modhifi_cli.data.{name}." for name in ("synthetic", "inversion", "class_inversion", "generated", "mixed"))
 
 
 def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
+    tracking.foresee(settings)
     asked, settings = settings, dict(settings)
     of = settings  # whose ``model`` the networks are
     device = pieces.device_of(settings)
@@ -66,5 +67,6 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
     final = place.finish(edits=False)
     pieces.show_measurements(console, measurements)
     console.note(f"results lie in {final}")
+    tracking.track(settings, final, console)
     console.result({"folder": str(final), "measurements": results["measurements"]})
     return final

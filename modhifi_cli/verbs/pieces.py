@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from modhifi_cli.verbs.shared import Shared
 
 # Settings that may differ between a run and its continuation; the audit looks at the network and changes nothing.
-_NOT_COMPARED = ("resume", "console", "output_dir", "audit")
+_NOT_COMPARED = ("resume", "console", "output_dir", "audit", "tracker")
 _OF_MEMORY = (
     ("runtime", "batch_size"), ("runtime", "threads"), ("statistics", "carry_gigabytes"),
     ("statistics", "offload"), ("decoder", "offload"),

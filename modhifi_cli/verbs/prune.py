@@ -16,7 +16,7 @@ from modhifi_cli.files import artifacts
 from modhifi_cli.pages import terms
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress, Results
 from modhifi_cli.settings import config
-from modhifi_cli.verbs import drop, dry_run, healing, pieces, quality, timing
+from modhifi_cli.verbs import drop, dry_run, healing, pieces, quality, timing, tracking
 from modhifi_cli.verbs.shared import Shared
 
 _STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
@@ -36,6 +36,7 @@ def prune(
         return dry_run.show(settings, console)
     command = pieces.command_line("prune", facts["overrides"])
     pieces.foresee_exports(settings)
+    tracking.foresee(settings)
     if pieces.team_of(settings)[0] > 0:
         return _follow(settings)
     resumed = settings["resume"]
@@ -127,6 +128,7 @@ def prune(
         pieces.write_card(place.path)
         final = place.finish()
     _show_outcome(console, final, summary, measurements)
+    tracking.track(settings, final, console)
     return final
 
 

@@ -44,8 +44,8 @@ def _runs_inside(folder: Path) -> list[Path]:
     )
 
 
-def write_comparison(place: Path, folders: Sequence[Path], command: str) -> None:
-    """Write ``report.md|html`` with figures of several finished runs.
+def write_comparison(place: Path, folders: Sequence[Path], command: str) -> list[many.Row]:
+    """Write ``report.md|html`` with figures of several finished runs, and return its rows.
 
     Raises:
         DataError: If none of them has measurements.
@@ -60,3 +60,4 @@ def write_comparison(place: Path, folders: Sequence[Path], command: str) -> None
         raise DataError(f"runs: none of the {len(runs)} runs has measurements to compare; evaluate them first.")
     artifacts.make_folder(place)
     pieces.write_many(place, "report", rows, command=command)
+    return rows

@@ -14,7 +14,9 @@ from typing import Any
 from modhifi_cli.console import open_console
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.files import artifacts, kept
+from modhifi_cli.pages import many
 from modhifi_cli.pages.many import csv_text
+from modhifi_cli.records import Results
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces, run
 from modhifi_cli.verbs.report import write_comparison
@@ -37,12 +39,16 @@ _SHOWN = {
 }
 
 
-def run_sweep_job(composed: Any, facts: Mapping[str, Any]) -> None:
+def run_sweep_job(composed: Any, facts: Mapping[str, Any]) -> tuple[float, float]:
     """One job of a sweep: skipped if it is finished, continued if it was interrupted, recorded if it fails.
 
     Args:
         composed: Hydra's config object of the job.
         facts: `config.job_facts()` with the sweep's folder.
+
+    Returns:
+        What a search makes as large as it can: share removed of the target, and quality (`many.objectives`). A job that
+        failed is worse in both than any other, so that the search goes on without it.
     """
     sweep = Path(facts["sweep"])
     own = [word for word in facts["overrides"] if not word.startswith(("console", "output_dir="))]
@@ -65,8 +71,10 @@ def run_sweep_job(composed: Any, facts: Mapping[str, Any]) -> None:
         kept.keep_job(final, path, about, make, resumable=facts["verb"] in _RESUMED, known=known)
     finally:
         record = artifacts.read_object(path, "the record of a job")
+        done = record["status"] in kept.FINISHED
         told = f"job {record['number']} {record['status']}: {record['folder']} {record['message']}"
         open_console(composed.console.style).note(told.rstrip())
+    return many.objectives(Results.read(artifacts.read_results(final))) if done else many.WORST
 
 
 def slurm_script(launcher: Mapping[str, Any], folder: Path) -> str:
@@ -135,6 +143,8 @@ def summarise_sweep(folder: Path, style: str) -> int:
         Number of jobs that did not finish.
     """
     records = [json.loads(artifacts.read_text(path)) for path in sorted((folder / "jobs").glob("*.json"))]
+    # A search asks for the same run again where it promises most; it counts once.
+    records = list({record["folder"]: record for record in reversed(records)}.values())[::-1]
     keys = list(dict.fromkeys(word.partition("=")[0] for record in records for word in record["overrides"]))
     rows, measured = [], False
     for record in records:
@@ -172,7 +182,10 @@ def summarise_sweep(folder: Path, style: str) -> int:
     finished = [folder / record["folder"] for record in records if record["status"] in kept.FINISHED]
     page = ""
     if len(finished) > 1 and measured:
-        write_comparison(folder, finished, f"modhifi report run={folder}")
+        rows = write_comparison(folder, finished, f"modhifi report run={folder}")
+        for found in (many.finding(rows), many.best_trades(rows)):
+            if found:
+                console.note(found)
         page = f"; the page with figures is {folder / 'report.html'}"
     console.note(f"all numbers are in {folder / 'summary.csv'}{page}")
     console.result({"folder": str(folder), "jobs": rows})

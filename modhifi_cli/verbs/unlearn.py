@@ -19,7 +19,7 @@ from modhifi_cli.pages import audit as audit_pages
 from modhifi_cli.pages.terms import class_name
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress, Results
 from modhifi_cli.settings import config
-from modhifi_cli.verbs import pieces, quality
+from modhifi_cli.verbs import pieces, quality, tracking
 from modhifi_cli.verbs.audit import audit_measurements, audit_settings, make_audit, show_audit, write_audit
 
 
@@ -30,6 +30,7 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     asked, settings = settings, dict(settings)
     command = pieces.command_line("unlearn", facts["overrides"])
     pieces.foresee_exports(settings)
+    tracking.foresee(settings)
     resumed = settings["resume"]
     place = artifacts.RunDirectory.reopen(resumed) if resumed else None
     if place is not None:
@@ -103,6 +104,7 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
         pieces.write_card(place.path)
         final = place.finish()
     _show_outcome(console, final, settings, forget, summary, measurements, audited)
+    tracking.track(settings, final, console)
     return final
 
 

@@ -11,7 +11,7 @@ from modhifi_cli.settings import config
 
 ROOT = config.config_directory()
 GROUPS = config.groups()
-CHOICES = [(group, choice) for group, choices in GROUPS.items() for choice in choices if group != "hydra/launcher"]
+CHOICES = [(group, choice) for group, choices in GROUPS.items() for choice in choices if not group.startswith("hydra/")]
 COMMANDS = sorted(
     {
         (path.relative_to(ROOT).as_posix(), command)
@@ -32,7 +32,7 @@ def fill(overrides: list[str]) -> list[str]:
     firsts = []
     for word in overrides:
         key, _, value = word.partition("=")
-        value = re.sub(r"^range\((\d+),.*\)$", r"\1", value)
+        value = re.sub(r"^(?:range|interval|choice)\((\w[\w.]*),.*\)$", r"\1", value)
         firsts.append(word if value[:1] in "[{'\"" else f"{key}={value.split(',')[0]}")
     given = {word.partition("=")[0] for word in firsts}
     for word in list(firsts):
@@ -70,7 +70,7 @@ def test_the_command_in_a_header_composes(file, command):
     verb, overrides = words[1], [word for word in words[2:] if not word.startswith("-")]
     if verb == "list":
         return
-    if any(word.startswith(("hydra/launcher", "hydra.launcher")) for word in overrides):
+    if any(word.startswith(("hydra/", "hydra.")) for word in overrides):
         overrides = [word for word in overrides if not word.startswith("hydra")]
     config.compose(verb, fill(overrides))
 
@@ -84,9 +84,10 @@ def test_every_yaml_says_what_it_is_and_how_to_use_it():
     assert not silent
 
 
-@pytest.mark.parametrize("launcher", GROUPS["hydra/launcher"])
-def test_every_launcher_composes(launcher):
-    config.compose("prune", [f"hydra/launcher={launcher}"])
+@pytest.mark.parametrize("kind", ["launcher", "sweeper"])
+def test_every_launcher_and_sweeper_composes(kind):
+    for choice in GROUPS[f"hydra/{kind}"]:
+        config.compose("prune", [f"hydra/{kind}={choice}"])
 
 
 def test_the_command_line_wins_over_a_preset():
