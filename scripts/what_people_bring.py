@@ -456,9 +456,10 @@ def made_by_running(network: nn.Module, inputs: torch.Tensor) -> nn.Module:
 def pruned(make: Callable[[], nn.Module], batches: Any, options: dict[str, Any]) -> tuple[bool, str]:
     """Whether a network was pruned lawfully, and what is said of it."""
     torch.manual_seed(0)
-    dense = make().eval()
+    given = make().eval()
+    dense = getattr(given, "_orig_mod", given)  # a compiled one is given back uncompiled
     try:
-        narrow, result = modhifi_cli.prune(dense, batches, sparsity=0.25, preset="fast", check_data=False, **options)
+        narrow, result = modhifi_cli.prune(given, batches, sparsity=0.25, preset="fast", check_data=False, **options)
     except ModHiFiError as error:
         return False, str(error)
     again = copied(dense)

@@ -203,3 +203,12 @@ def test_a_mask_of_ones_does_not_travel_and_must_stay_one():
     assert packed.shape == (2, 2) and bool((form.unpack(packed * 0)["mask"] == 1).all())
     with pytest.raises(DataError, match="holds nothing but 1 in the first batch and other values later"):
         form.pack({"ids": torch.zeros(2, 2, dtype=torch.int64), "mask": torch.zeros(2, 2, dtype=torch.int64)})
+
+
+def test_a_compiled_network_is_pruned_inside_and_a_scripted_one_is_told_of():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    narrow, _ = modhifi_cli.prune(torch.compile(net), torch.randn(48, 6), sparsity=0.25, check_data=False)
+    assert isinstance(narrow, nn.Sequential) and narrow[0].out_features < 12 and net[0].out_features == 12
+    with pytest.raises(UnsupportedModelError, match="modules of TorchScript cannot be cut; give the module that it was made"):
+        modhifi_cli.prune(torch.jit.script(net), torch.randn(48, 6))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.data.tensors import TensorImages, from_batches
 from modhifi_cli.data.text import SEQUENCES, TokenWindows, of_tokens, windows_of
-from modhifi_cli.errors import ConfigError, DataError, is_whole
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, is_whole
 from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot
 from modhifi_cli.graph.folded import copied, fold_
 from modhifi_cli.graph.inputs import FORWARD_ERRORS, check_images
@@ -108,8 +108,9 @@ def names(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def is_decoder(model: nn.Module) -> bool:
-    """Whether a network is a language model of transformers."""
-    return getattr(model, "config", None) is not None and hasattr(model, "generate")
+    """Whether a network is a causal language model of transformers; one that reads with an encoder is none."""
+    known = getattr(model, "config", None)
+    return known is not None and hasattr(model, "generate") and not getattr(known, "is_encoder_decoder", False)
 
 
 def ready(
@@ -147,6 +148,11 @@ def ready(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: expected a torch.nn.Module, got a {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError("model: modules of TorchScript cannot be cut; give the module that it was made of.")
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):  # what torch.compile was given; the new network is compiled again by whoever wants it
+        model = inner
     if most not in ("auto", None) and (not is_whole(most) or most < 1):
         raise ConfigError(f"num_samples: expected a whole number from 1, auto or None, got {most!r}.")
     place = torch.device(device) if device is not None else _home(model)

@@ -19,9 +19,11 @@ from modhifi_cli.engine.walk import Budget
 from modhifi_cli.engine.widths import NEAR
 from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.components import Layout, input_size, output_size
-from modhifi_cli.graph.decoder import Decoder, component_parameters, slice_part_
+from modhifi_cli.graph.decoder import Decoder, Part, component_parameters, slice_part_
 from modhifi_cli.records import Progress
 from modhifi_cli.roles import Allocation
+
+_FUSED = 8  # numbers of 2 bytes
 
 
 class DecoderCosts:
@@ -102,7 +104,7 @@ class Widths:
         narrow = refuse_narrow(sizes, names, budget.round_to, "neurons") if budget.sparsity > 0 else ()
         self.warnings: list[str] = list(narrow)
         self._steps = [
-            neuron_step(part.components, budget.round_to) if part.kind == "mlp" else part.balanced for part in parts
+            _step(part, budget.round_to) if part.kind == "mlp" else part.balanced for part in parts
         ]
         self._least = [-(-part.least // part.balanced) * part.balanced for part in parts]
         self._price, self._costs = budget.price, DecoderCosts(model, decoder, length=example.shape[1])
@@ -247,6 +249,12 @@ def narrowed_decoder(model: nn.Module, decoder: Decoder, keep: Sequence[int]) ->
         runs = torch.arange(part.components).view(part.balanced, -1)  # the same number of each run stays
         slice_part_(model, layout, part, runs[:, : kept // part.balanced].flatten())
     return model
+
+
+def _step(part: Part, round_to: int | str) -> int:
+    """Steps of neurons: of experts, whose products are one fused product elsewhere, multiples of 16 bytes at least."""
+    step = neuron_step(part.components, round_to)
+    return -(-step // _FUSED) * _FUSED if part.share < 1 and part.components > _FUSED else step
 
 
 def _coarse(curve: Sequence[float], present: int, unit: int) -> list[float]:

@@ -667,7 +667,8 @@ class _Flow(TorchDispatchMode):
     def _recurrence(self, name: str, args: tuple, kwargs: dict, result: object) -> None:
         kind = type(self._modules[-1][1]).__name__ if self._modules else "recurrence"
         for tensor in tensors_of(args[0]):
-            self._spoil(self._shadow(tensor), f"is a {kind}, whose gates are left alone; a linear layer in between can be cut")
+            said = f"is {'an' if kind[0] in 'LR' else 'a'} {kind}, whose gates are left alone; a linear layer in between can be cut"
+            self._spoil(self._shadow(tensor), said)
         for tensor in tensors_of(result):
             self._give(tensor, torch.zeros((), dtype=torch.int64).expand(tensor.shape))
 

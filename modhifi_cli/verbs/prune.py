@@ -365,7 +365,7 @@ def _write_outcome(
             exports=[{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
             calibration=dict(calibration.protocol) | labelled,
             **quality.entries(sample, calibration, seen),
-            widths={name: {key: [counts[key], kept[name][key]] for key in counts} for name, counts in widths.items()},
+            widths={name: {key: [counts[key], kept.get(name, {}).get(key, 0)] for key in counts} for name, counts in widths.items()},
             warnings=[*(seen.warnings if seen else ()), *summary.warnings],
             memory=peaks(settings["runtime"]["device"]),
             seconds=dict(seconds),
