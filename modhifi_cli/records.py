@@ -4,7 +4,8 @@ They hold tensors and plain values only, so that any of them can be saved, compa
 Feature order is component-major everywhere: feature = component × features_per_component + offset (method.md, 1).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -386,6 +387,7 @@ class LoadedModel:
             with untrained weights: ``{"builder": "modhifi_cli.models.X.build", "kwargs": {...}}``.
         weights: Where the weights came from, for the report.
         classes: Class names in the order of the logits, or None where nobody knows them.
+        again: Makes the same network once more without a copy in memory, where its weights stay in their files.
     """
 
     model: nn.Module
@@ -394,6 +396,12 @@ class LoadedModel:
     architecture: Mapping[str, Any]
     weights: str
     classes: tuple[str, ...] | None = None
+    again: Callable[[], nn.Module | None] | None = None
+
+    def twin(self) -> nn.Module:
+        """The same network once more, before the first edit of this one."""
+        found = None if self.again is None else self.again()
+        return copy.deepcopy(self.model) if found is None else found
 
 
 class ImageSource(Protocol):

@@ -12,6 +12,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from modhifi_cli.graph.decoder import attention_attributes, decoder_layers, shap
 from modhifi_cli.graph.experts import closed, open_experts_
 from modhifi_cli.graph.surgery import describe_widths, restore_widths_, set_attribute_
 from modhifi_cli.models import uneven
+from modhifi_cli.models.mapped import mapped
 from modhifi_cli.models.vocabulary import cut_vocabulary_, read_texts
 from modhifi_cli.models.weights import seeded_initialisation
 from modhifi_cli.records import LoadedModel, TextInput
@@ -94,17 +96,22 @@ def load(
         _refuse_unsuitable(config, gguf=gguf is not None)
         wanted: Any = dtype if dtype == "auto" else DTYPES[dtype]
         if weights == "random":
+            again = None
             with seeded_initialisation(seed):
                 model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else wanted)
             account = f"random (seed {seed}), configuration of {source}"
         else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
+            again = partial(_mapped, place, config, wanted) if gguf is None and place.is_dir() else None
+            model = None if again is None or trust_remote_code else again()
+            if model is None:
+                model, again = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options), None
             account = f"{gguf or path} ({_digest(place) if place.exists() else _revision(source, revision)})"
     open_experts_(model)
     if gguf is not None:
         _forget_quantisation_(model)
     words = _tokenizer(tokenizer or source, {} if tokenizer else options)
     if vocabulary is not None:
+        again = None
         words, cut = cut_vocabulary_(model, words, read_texts(vocabulary), least=vocabulary_least)
         account += f"; {cut.account} ({vocabulary})"
     return LoadedModel(
@@ -116,7 +123,16 @@ def load(
             "kwargs": {"config": _described(model.config), "dtype": str(model.dtype).removeprefix("torch.")},
         },
         weights=account,
+        again=again,
     )
+
+
+def _mapped(place: Path, config: Any, dtype: Any) -> nn.Module | None:
+    with _quiet():
+        model = mapped(place, config, dtype)
+        if model is not None:
+            open_experts_(model)
+        return None if model is None else model.eval().requires_grad_(False)
 
 
 def described(model: nn.Module, tokenizer: Any, name: str) -> LoadedModel:

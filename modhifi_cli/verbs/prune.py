@@ -1,6 +1,5 @@
 """`modhifi prune`: from settings to a run folder with the new network, its edits, its page and its numbers."""
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,7 +57,7 @@ def prune(
         healing.refuse(settings, calibration)
         # A second copy of a large language model is made only if somebody will look at it.
         kept = settings["measure_dense"] or not pieces.is_decoder(settings) or settings.get("healing")
-        dense = pieces.placed(copy.deepcopy(loaded.model), settings, device) if kept else None
+        dense = pieces.placed(loaded.twin(), settings, device) if kept else None
         dense_hash, widths = weights_hash(loaded.model), describe_widths(loaded.model)
     if place is None:
         place = artifacts.RunDirectory.create(folder or pieces.new_folder("prune", loaded.name, settings, facts))
@@ -187,7 +186,7 @@ def _edit_(
     from modhifi_cli.evaluation.latency_table import LatencyTable
 
     events = _events(model, settings, calibration, device, done, times.price())
-    edits, summary, warned = list(done), None, set()
+    edits, summary, warned = [_light(edit) for edit in done], None, set()
     predicted: dict[str, float] = {}
     if done:
         console.note(f"{len(done)} edits of the interrupted run are applied again from its folder")
@@ -202,7 +201,7 @@ def _edit_(
             console.note(event.text)
         elif isinstance(event, Edit):
             place.save_edit(event, dense_hash)
-            edits.append(event)
+            edits.append(_light(event))
             counts = f"kept {event.kept.numel()}, removed {event.removed.numel()}"
             place.log(f"edit {event.name}: {counts}" if event.removed.numel() else f"repaired {event.name}")
         elif isinstance(event, LatencyTable):
@@ -216,6 +215,11 @@ def _edit_(
                 console.warning(text)
     assert summary is not None, "the task ended without a summary"
     return summary, edits, predicted
+
+
+def _light(edit: Edit) -> Edit:
+    """An edit that is on disk, without its tensors: all of them together are a second network."""
+    return dataclasses.replace(edit, modules=tuple(dataclasses.replace(part, tensors={}) for part in edit.modules))
 
 
 def _plan(
