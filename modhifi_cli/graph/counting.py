@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 from modhifi_cli.graph.components import ComponentGroup, input_size, is_upsampling, output_size
 from modhifi_cli.graph.heads import head_count, mixes_heads, per_head
+from modhifi_cli.graph.modes import compiler_left_out
 from modhifi_cli.graph.parts import Part, is_part, part_of
 
 
@@ -52,7 +54,13 @@ def _counted(model: nn.Module, example: Tensor) -> FlopCounterMode:
         # Which fused kernels of attention the counter knows changes from one torch to the next, and those it does not
         # know count as nothing. Written out as products of matrices, attention counts the same everywhere.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        mode = getattr(flop_counter, "_FlopCounterMode", FlopCounterMode)
+        with (
+            compiler_left_out(mode),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             model(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

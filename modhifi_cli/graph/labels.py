@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modhifi_cli.graph.answers import tensors_of
 from modhifi_cli.graph.components import is_linear
 from modhifi_cli.graph.heads import COUNTS, forget_tables_, head_count, per_head
+from modhifi_cli.graph.modes import compiler_left_out
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.parts import integers, size_names
 
@@ -129,7 +131,7 @@ def label(model: nn.Module, example: Tensor) -> Labelling:
             module.forward = functools.partial(nn.Linear.forward, module)
         with torch.inference_mode():
             image = example[:1].clone()
-            with flow:
+            with compiler_left_out(_Flow), flow:
                 output = model(image)
     finally:
         for handle in handles:
@@ -178,7 +180,7 @@ class _Labels:
 
     def join(self, one: Tensor, other: Tensor, why: str) -> Tensor:
         """Make labels equal that meet element by element (shapes that broadcast), and return the joined shadow."""
-        shape = torch.broadcast_shapes(one.shape, other.shape)
+        shape = np.broadcast_shapes(one.shape, other.shape)  # torch's loads a package for symbols first, for a second
         one, other = self.roots(one.expand(shape)), self.roots(other.expand(shape))
         a, b = torch.broadcast_tensors(_small(one), _small(other))
         different = a != b
