@@ -94,7 +94,8 @@ class Ablation:
             schedule=functools.partial(geometric, iterations=1),
             seed=cell["seed"],
         )
-        for event in prune_(walk, recipe, Budget(cell["share"], subject.steps["target"])):
+        budget = Budget(cell["share"], *(subject.steps[key] for key in ("target", "round_to", "block")))
+        for event in prune_(walk, recipe, budget):
             if isinstance(event, Progress):
                 yield event
             elif isinstance(event, Summary):

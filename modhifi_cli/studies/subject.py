@@ -42,7 +42,8 @@ class Subject:
         sources: Names of further data sources.
         asked: ``"auto"``, ``"last N"``, or the layers that the user chose (or modules that hold some).
         seeds: For everything that is drawn.
-        steps: The pruning steps by name: scoring, selection, compensation, allocation, statistics; and `target`.
+        steps: The pruning steps by name: scoring, selection, compensation, allocation, statistics; and `target`,
+            `round_to` and `block` of a `Budget`.
         batch_size: Images a forward.
         device: Where the forwards run.
     """

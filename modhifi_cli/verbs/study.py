@@ -78,6 +78,7 @@ def _subject(
     """What the study looks at, and what makes a cell of it the same cell."""
     import torch
 
+    from modhifi_cli.evaluation.runtimes import runtime
     from modhifi_cli.graph.surgery import weights_hash
     from modhifi_cli.models import build_architecture
     from modhifi_cli.studies.subject import Subject
@@ -101,6 +102,7 @@ def _subject(
     steps = {
         key: config.build(settings[key]) for key in ("scoring", "selection", "compensation", "allocation", "statistics")
     }
+    rounding = {"round_to": settings["round_to"], "block": runtime(settings["runtime"]["serve"]).BLOCK}
     subject = Subject(
         model=_placed(loaded.model, settings, device),
         calibration=calibration,
@@ -111,7 +113,7 @@ def _subject(
         sources=tuple(settings["study"].get("sources", ())),
         asked=settings["layers"] if isinstance(settings["layers"], str) else tuple(settings["layers"]),
         seeds=tuple(settings["seeds"]),
-        steps=steps | {"target": config.build(settings["target"]).name},
+        steps=steps | {"target": config.build(settings["target"]).name, **rounding},
         batch_size=settings["runtime"]["batch_size"],
         device=device,
     )
@@ -124,6 +126,7 @@ def _subject(
         "calibration": calibration.protocol.get("sha256"),
         "evaluation": None if evaluation is None else evaluation.protocol.get("sha256"),
         "dtype": settings["runtime"]["dtype"],
+        **rounding,
         **{key: settings[key] for key in same},
     }
     return subject, identity

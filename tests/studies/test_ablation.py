@@ -20,7 +20,7 @@ from tests.studies import helpers
 
 STEPS = {
     "scoring": Singleton(), "selection": Union(), "compensation": PerKernel(), "allocation": Uniform(),
-    "statistics": Gathering(), "target": "params",
+    "statistics": Gathering(), "target": "params", "round_to": 1, "block": 1,
 }  # fmt: skip
 
 
@@ -35,7 +35,8 @@ def test_arms_are_runs_with_the_repair_and_the_statistics_on_and_off(randomise_)
     ):  # fmt: skip
         model = copy.deepcopy(about.model)
         steps = STEPS | {"compensation": compensation, "gathering": STEPS["statistics"]}
-        del steps["statistics"]
+        for key in ("statistics", "block"):
+            del steps[key]
         events = list(
             pruning(
                 model, about.draw("", 0), sparsity=0.3, batchnorm=batchnorm, batch_size=16,
