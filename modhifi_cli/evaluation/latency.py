@@ -147,6 +147,8 @@ def told_speedup(ratio: float, low: float, high: float, *, rounds: int, batch: i
         busy: Whether the machine had other work to do while the wall's clock ran.
     """
     between = f"between {low:.2f} and {high:.2f} times"
+    if rounds == 1:
+        return f"too noisy to tell: {ratio:.2f} times in one round, and {FEWEST_ROUNDS} are needed"
     if rounds < FEWEST_ROUNDS or busy or low < 1 < high and high - low > _NARROW:
         return f"too noisy to tell: {between}"
     if low < 1 < high:

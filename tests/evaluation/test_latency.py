@@ -91,6 +91,7 @@ def test_an_interval_holds_the_median_of_most_draws():
         (1.1, 0.8, 1.3, 20, False, "too noisy to tell: between 0.80 and 1.30 times"),
         (1.5, 1.4, 1.6, 3, False, "too noisy to tell: between 1.40 and 1.60 times"),
         (1.5, 1.4, 1.6, 20, True, "too noisy to tell: between 1.40 and 1.60 times"),
+        (0.99, 0.99, 0.99, 1, False, "too noisy to tell: 0.99 times in one round, and 6 are needed"),
         (1.0, 0.98, 1.02, 20, False, "as fast as before: between 0.98 and 1.02 times, batch 8"),
         (0.6, 0.5, 0.7, 20, False, "0.60 × (0.50 to 0.70), batch 8"),
     ],
