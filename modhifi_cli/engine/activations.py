@@ -6,6 +6,7 @@ beyond that a walk starts further in front, which is slower and gives the same n
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +56,11 @@ class Activations:
         self._images: list[Tensor] | None = None
         self._cut: str | None = None
         self._carried: list[Tensor] | None = None
+        self._held: dict[str, list[Tensor]] = {}
 
     def restart(self) -> None:
         """Go back to the images, for another round over the network."""
-        self._cut, self._carried = None, None
+        self._move(None, None)
 
     def position(self) -> tuple[str | None, list[Tensor] | None]:
         """Where the calibration set stands, for `return_to`; valid as long as nothing in front of it is edited."""
@@ -66,8 +68,46 @@ class Activations:
 
     def return_to(self, position: tuple[str | None, list[Tensor] | None]) -> None:
         """Go back to an earlier position, to try another edit of what lies behind it."""
-        self._cut, self._carried = position
+        self._move(*position)
 
+    def _move(self, cut: str | None, carried: list[Tensor] | None) -> None:
+        self._cut, self._carried, self._held = cut, carried, {}
+
+    def hold(self, names: Sequence[str], *, item: str = "") -> Iterator[Progress]:
+        """Keep what modules behind the present cut give, so that nothing computes it again before the next one.
+
+        Held answers are right as long as nothing in front of those modules is edited, nor they themselves. As many are
+        kept as fit into the memory for one carried activation, the first ones first.
+
+        Args:
+            names: In forward order; what is held already, stands at the cut, or runs more than once is passed over.
+            item: What is at work, for progress.
+        """
+        calls = self.segments.trace.calls
+        names = [name for name in dict.fromkeys(names) if name not in (self._cut, *self._held, *calls)]
+        taken = sum(self._size(outputs[0]) for outputs in self._held.values())
+        fresh: dict[str, list[Tensor]] = {}
+        for number, (batch, done, total) in enumerate(self._batches(self._carried)):
+            given: dict[str, Tensor] = {}
+            if names:
+                self.segments.run(
+                    batch,
+                    start=self._cut,
+                    outputs={name: _keep_in(given, name) for name in names},
+                    answers=self._answers(number),
+                )
+            if number == 0:
+                sizes = accumulate((self._size(given[name]) for name in names), initial=taken)
+                names = [name for name, size in zip(names, list(sizes)[1:], strict=True) if size <= self.limit_bytes]
+            if not names:
+                return
+            for name in names:
+                fresh.setdefault(name, []).append(given[name])
+            yield Progress("images", item, done, total)
+        self._held |= fresh
+
+    def _answers(self, number: int) -> dict[str, Tensor]:
+        return {name: outputs[number] for name, outputs in self._held.items()}
     def only(self, numbers: Tensor) -> "Activations":
         """Some of the images, standing at the same cut; what is done with them leaves these activations alone.
 
@@ -112,6 +152,9 @@ class Activations:
     def advance(self, cut: str | None, *, stale: Sequence[str] = (), item: str = "") -> Iterator[Progress]:
         """Carry the activations forward to `cut`, refreshing the stale BatchNorms in front of it on the way."""
         if cut is None or cut == self._cut:
+            return
+        if cut in self._held and not stale:
+            self._move(cut, self._held[cut])
             return
         end = self.segments.trace.visits[cut].leave
         yield from self._go({}, self._between(stale, end), end + 1, item, advance=cut)
@@ -161,17 +204,23 @@ class Activations:
         Returns:
             For every batch inputs by name, outputs by name, its number from 1, and the number of batches.
         """
-        for batch, done, total in self._batches(self._carried):
+        wanted = [name for name in outputs if name not in self._held and name != self._cut]
+        # Copies: the next layer may overwrite its input in place. A run that ends with its only look goes no further.
+        keep = _keep_in if len(inputs) + len(wanted) > 1 else _keep_as_is
+        for number, (batch, done, total) in enumerate(self._batches(self._carried)):
             read: dict[str, Tensor] = {}
-            given: dict[str, Tensor] = {}
-            # Copies: the next layer may overwrite its input in place.
-            self.segments.run(
-                batch,
-                start=self._cut,
-                looks={name: _keep_in(read, name) for name in inputs},
-                outputs={name: _keep_in(given, name) for name in outputs},
-            )
-            yield read, given, done, total
+            given = {name: outputs[number] for name, outputs in self._held.items()}
+            if self._cut is not None:
+                given[self._cut] = batch
+            if inputs or wanted:
+                self.segments.run(
+                    batch,
+                    start=self._cut,
+                    looks={name: keep(read, name) for name in inputs},
+                    outputs={name: keep(given, name) for name in wanted},
+                    answers=self._answers(number),
+                )
+            yield read, {name: given[name] for name in outputs}, done, total
 
     def _between(self, stale: Sequence[str], end: int) -> list[str]:
         visits = self.segments.trace.visits
@@ -192,8 +241,9 @@ class Activations:
             if stop is None and not seen:
                 continue
             stored: list[Tensor] | None = [] if stop is not None else None
-            for batch, done, total in self._batches(carried):
-                output = self.segments.run(batch, start=cut, looks=seen, until=stop)
+            for number, (batch, done, total) in enumerate(self._batches(carried)):
+                answers = self._answers(number)
+                output = self.segments.run(batch, start=cut, looks=seen, until=stop, answers=answers)
                 if stored is not None and output is not None:
                     kept = self._kept(output)
                     stored = None if kept is None else [*stored, kept]
@@ -202,8 +252,8 @@ class Activations:
                 yield Progress("images", item, done, total)
             if stored is not None:
                 cut, carried = stop, stored
-        if advance is not None:
-            self._cut, self._carried = cut, carried
+        if advance is not None and cut != self._cut:
+            self._move(cut, carried)
 
     def _stops(
         self, here: int, end: int, events: Sequence[str], advance: str | None
@@ -230,20 +280,24 @@ class Activations:
     ) -> Iterator[Progress]:
         module = self.model.get_submodule(name)
         moments = BatchNormMoments(module.num_features, name=name)
-        for batch, done, total in self._batches(carried):
-            self.segments.run(batch, start=cut, looks={name: moments.update})
+        for number, (batch, done, total) in enumerate(self._batches(carried)):
+            self.segments.run(batch, start=cut, looks={name: moments.update}, answers=self._answers(number))
             yield Progress("images", item, done, total)
         set_statistics_(module, self.team.mean(moments.result()))
 
     def _kept(self, output: Tensor) -> Tensor | None:
         """One batch where all of them may wait: on the device, on the host, or nowhere."""
-        size = output.numel() * output.element_size() / output.shape[0] * self.samples
+        size = self._size(output)
         if size <= self.limit_bytes:
             return output
         if size > self._host_bytes:
             return None
         host = output.to("cpu")
         return host.pin_memory() if output.device.type == "cuda" else host
+
+    def _size(self, output: Tensor) -> float:
+        """Bytes over all images, of an output for some of them."""
+        return output.numel() * output.element_size() / output.shape[0] * self.samples
 
     def _batches(self, carried: list[Tensor] | None) -> Iterator[tuple[Tensor, int, int]]:
         total = -(-self.samples // self._batch_size)
@@ -304,6 +358,13 @@ def _rebatched(parts: Iterator[Tensor], batch_size: int) -> Iterator[Tensor]:
 def _keep_in(found: dict[str, Tensor], name: str) -> Look:
     def look(tensor: Tensor) -> None:
         found[name] = tensor.clone()
+
+    return look
+
+
+def _keep_as_is(found: dict[str, Tensor], name: str) -> Look:
+    def look(tensor: Tensor) -> None:
+        found[name] = tensor
 
     return look
 

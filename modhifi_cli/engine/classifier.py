@@ -57,15 +57,16 @@ def find_classifier(
 
 @dataclass(frozen=True)
 class Aims:
-    """What the last layer shall give: the dense network's logits, taken before anything is edited.
+    """What the last layer shall give: the dense network's logits.
 
     Attributes:
         layer: Name of the classifier.
-        logits: On all calibration images, ``[images, classes]``.
+        logits: On all calibration images, ``[images, classes]``; None where the dense network is kept and can be asked
+            at the end.
     """
 
     layer: str
-    logits: Tensor
+    logits: Tensor | None
 
 
 def aims_of(walk: Walk, classifier: str) -> Generator[Progress, None, tuple[Aims | None, tuple[Refusal, ...]]]:
@@ -87,9 +88,17 @@ def aims_of(walk: Walk, classifier: str) -> Generator[Progress, None, tuple[Aims
             raise
         why = str(error).partition(": ")[2].partition(";")[0]
         return None, (Refusal("classifier", f"kept as it is: {why}"),)
-    found: list[Tensor] = []
-    yield from walk.activations.outputs(layer, found.append, item="dense logits")
-    return Aims(layer, walk.activations.team.gather(torch.cat(found))), ()
+    return Aims(layer, None if walk.keeps_dense else (yield from _logits(walk, layer))), ()
+
+
+def _logits(walk: Walk, layer: str) -> Generator[Progress, None, Tensor]:
+    found = []
+    for event in walk.dense_answers(layer, item="dense logits"):
+        if isinstance(event, Tensor):
+            found.append(event)
+        else:
+            yield event
+    return walk.activations.team.gather(torch.cat(found))
 
 
 def refit_classifier_(walk: Walk, aims: Aims) -> Generator[Progress, None, Edit]:
@@ -101,9 +110,10 @@ def refit_classifier_(walk: Walk, aims: Aims) -> Generator[Progress, None, Edit]
     rows: list[Tensor] = []
     yield from walk.activations.walk({aims.layer: lambda inputs: rows.append(inputs.clone())}, item="classifier")
     inputs = walk.activations.team.gather(torch.cat(rows))
+    logits = aims.logits if aims.logits is not None else (yield from _logits(walk, aims.layer))
     layer = walk.model.get_submodule(aims.layer)
     held_out = held_out_images(torch.arange(len(inputs), device=inputs.device))
-    found = refit(inputs, aims.logits, layer.weight.detach(), layer.bias.detach(), held_out=held_out)
+    found = refit(inputs, logits, layer.weight.detach(), layer.bias.detach(), held_out=held_out)
     with torch.no_grad():
         layer.weight.copy_(found.weight)
         layer.bias.copy_(found.bias)

@@ -6,17 +6,22 @@ precision, on the device or offloaded. What lies in front of the layer at work i
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modhifi_cli.engine.team import Team
 from modhifi_cli.evaluation.visiting import free_memory
+from modhifi_cli.graph.answers import mapped
 from modhifi_cli.graph.decoder import Call, enter, run_layer
 from modhifi_cli.records import ImageSource, Progress
 
 TOKENS_AT_ONCE = 8192  # of one forward through a layer
 Look = Callable[[Tensor], None]
+
+
+_SHARE = 8  # of the free memory at most is taken for what modules of one layer give
 
 
 class _Seen(Exception):
@@ -76,11 +81,13 @@ class Flow:
         self.batch_size = batch_size
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._hidden: list[Tensor] = []
+        self._kept: list[dict[str, Any]] = []  # of each batch, what modules of the layer at work give
+        self._resumes: dict[tuple[str, ...], bool] = {}
         self.tokens = 0
 
     def restart(self) -> Iterator[Progress]:
         """Stand in front of the first layer."""
-        self._hidden, self.tokens = [], 0
+        self._hidden, self._kept, self.tokens = [], [], 0
         total, number = self._behind - self.first, 0
         for batch, _ in self._source.batches(self.batch_size):
             own = batch[max(self.first - number, 0) : max(self._behind - number, 0)]
@@ -96,7 +103,7 @@ class Flow:
         """Another flow standing at the same place, for the dense network beside the edited one."""
         other = object.__new__(Flow)
         other.__dict__ |= self.__dict__
-        other._hidden = list(self._hidden)
+        other._hidden, other._kept = list(self._hidden), []
         return other
 
     @contextmanager
@@ -156,21 +163,28 @@ class Flow:
     ) -> Iterator[Progress]:
         """Show looks the inputs of modules of one layer, over all tokens; the layer stops when all have seen.
 
+        On a processor, whose memory is large and whose time is short, what the layer's own parts (its attention, norms)
+        have given by then is kept, so that `advance` need not compute it again.
+
         Args:
             layer: The layer at work.
             number: Its number.
             looks: For each module who looks at its input, ``[batch, length, features]``.
             item: For progress.
         """
+        self._kept = []
+        kept = [name for name, _ in layer.named_children()] if self.device.type == "cpu" else []
         for hidden, call, done in self.batches(number):
+            given: dict[str, Any] = {}
             seen: dict[nn.Module, Tensor] = {}
 
-            def keep(module: nn.Module, inputs: tuple, seen: dict = seen, shape: tuple = hidden.shape[:2]) -> None:
+            def keep_input(module: nn.Module, inputs: tuple, seen: dict = seen, shape: tuple = hidden.shape[:2]) -> None:
                 seen[module] = rows_read(module, inputs[0], shape)
                 if len(seen) == len(looks):
                     raise _Seen
 
-            handles = [module.register_forward_pre_hook(keep) for module in looks]
+            handles = [module.register_forward_pre_hook(keep_input) for module in looks]
+            handles += [layer.get_submodule(name).register_forward_hook(_giving(given, name)) for name in kept]
             try:
                 run_layer(layer, hidden, call)
             except _Seen:
@@ -178,6 +192,10 @@ class Flow:
             finally:
                 for handle in handles:
                     handle.remove()
+            if kept and done == 1 and self.parts * sum(map(_bytes, given.values())) > free_memory() / _SHARE:
+                kept, given = [], {}
+            if kept:
+                self._kept.append(given)
             for module, show in looks.items():
                 show(seen[module])
             yield Progress("tokens", item, done, self.parts)
@@ -185,9 +203,36 @@ class Flow:
     @torch.no_grad()
     def advance(self, layer: nn.Module, number: int, item: str) -> Iterator[Progress]:
         """Go on to behind a layer, as it is now."""
+        kept, self._kept = self._kept or [{}] * self.parts, []
         for place, (hidden, call, done) in enumerate(self.batches(number)):
-            self._hidden[place] = run_layer(layer, hidden, call).to(self._store)
+            given, kept[place] = kept[place], {}
+            if given and not self._can_resume(layer, hidden, call, given):
+                given = {}
+            with _answering(layer, given):
+                behind = run_layer(layer, hidden, call)
+            self._hidden[place] = behind.to(self._store)
             yield Progress("tokens", item, done, self.parts)
+
+    def edited(self, modules: Sequence[str]) -> None:
+        """Forget what is kept of modules of the layer at work that were edited, by their full names."""
+        for given in self._kept:
+            for name in list(given):
+                if any(f".{name}." in f"{module}." for module in modules):
+                    del given[name]
+
+    def _can_resume(self, layer: nn.Module, hidden: Tensor, call: Call, given: Mapping[str, Any]) -> bool:
+        """Whether a layer whose modules answer at once gives what it gives without; tried once for each set of modules."""
+        names = tuple(sorted(given))
+        if names not in self._resumes:
+            own = run_layer(layer, hidden, call)
+            try:
+                with _answering(layer, {name: mapped(answer, Tensor.clone) for name, answer in given.items()}):
+                    resumed = run_layer(layer, hidden, call)
+                near = 1e-4 if own.dtype == torch.float32 else 2e-2
+                self._resumes[names] = bool((resumed - own).abs().max() <= near * own.abs().max())
+            except (RuntimeError, TypeError, ValueError, AttributeError):
+                self._resumes[names] = False  # slower, not wrong
+        return self._resumes[names]
 
     @property
     def parts(self) -> int:
@@ -212,3 +257,35 @@ class Flow:
         wanted = torch.isin(own, numbers).split([len(hidden) for hidden in self._hidden])
         rows = [hidden[some.to(hidden.device)] for hidden, some in zip(self._hidden, wanted, strict=True)]
         return torch.cat(rows).to(self.device)
+
+
+def _giving(found: dict[str, Any], name: str) -> Callable:
+    """A hook that keeps what a module gives; of one that runs twice in a layer nothing, since it gives two answers."""
+    runs = 0
+
+    def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+        nonlocal runs
+        runs += 1
+        found[name] = output
+        if runs > 1:
+            del found[name]
+
+    return hook
+
+
+@contextmanager
+def _answering(layer: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
+    """Within it modules of a layer give at once what they are known to give."""
+    patched = [layer.get_submodule(name) for name in given]
+    try:
+        for module, answer in zip(patched, given.values(), strict=True):
+            module.forward = lambda *_, answer=answer, **__: answer
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+
+
+def _bytes(answer: Any) -> int:
+    parts = answer if isinstance(answer, (tuple, list)) else (answer,)
+    return sum(part.numel() * part.element_size() for part in parts if isinstance(part, Tensor))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.engine.activations import Activations, set_statistics_
 from modhifi_cli.engine.class_features import MapSummaries, map_summaries
-from modhifi_cli.engine.gathering import DepthwiseMoments, Gathering, LayerMoments, TargetMoments
+from modhifi_cli.engine.gathering import DepthwiseMoments, Gathered, Gathering, LayerMoments, TargetMoments
 from modhifi_cli.engine.impact import Impact, images_for
 from modhifi_cli.engine.labelling import Labels, image_labels
 from modhifi_cli.engine.memory import host_bytes, limit_bytes
@@ -30,7 +30,7 @@ from modhifi_cli.graph.parts import part_of
 from modhifi_cli.graph.segments import Look, Segments
 from modhifi_cli.graph.surgery import slice_module_
 from modhifi_cli.numerics.batchnorm import input_scale, output_moments
-from modhifi_cli.numerics.linalg import at_least_float32
+from modhifi_cli.numerics.linalg import at_least_float32, feature_index
 from modhifi_cli.numerics.moments import reorder
 from modhifi_cli.numerics.scoring import Place
 from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress
@@ -100,6 +100,9 @@ class ImageWalk:
         self._refreshed: list[str] = []
         self._edits = 0
         self._dense: Activations | None = None
+        self._solving: list[str] = []  # layers that are solved again towards the dense network, in forward order
+        self._keeps_survey = False
+        self._surveyed: dict[str, tuple[Gathered, Tensor]] = {}  # moments, and which inputs the layer had
         self.activations = self._carried(self.model, self.segments, networks=1)
 
     def _carried(self, model: nn.Module, segments: Segments, *, networks: int) -> Activations:
@@ -118,8 +121,13 @@ class ImageWalk:
         """Put the dense network beside this one, and find the images' classes, where the recipe asks for it."""
         if recipe.compensation.reference == "dense":
             untouched = copy.deepcopy(self.model)
-            self._dense = self._carried(untouched, Segments(untouched, self.example), networks=2)
+            twin = Segments(untouched, self.example)
+            twin.know_usable(self.segments)
+            self._dense = self._carried(untouched, twin, networks=2)
             self.activations = self._carried(self.model, self.segments, networks=2)
+            readers = {slot.module for group in self.parts for slot in self.consumers(group)}
+            solved = all(map(self._is_solvable, readers))
+            self._keeps_survey = solved and not self.reestimate
         if recipe.scoring.needs_labels:
             self.labels = yield from _labels(self.model, self._calibration, self.device, self._batch_size)
 
@@ -185,7 +193,14 @@ class ImageWalk:
     # ------------------------------------------------------------------------------------------------------ looking
 
     def gather(self, part: ComponentGroup, slots: Sequence[Slot], *, hold_out: bool, also: Mapping[str, Any]) -> Looking:
-        """Moments of the consumers' inputs, from the last cut in front of everything that is still to change."""
+        """Moments of the consumers' inputs, from the last cut in front of everything that is still to change.
+
+        Where every layer behind a cut is solved again towards the dense network and BatchNorms keep their statistics, the
+        moments of the survey serve: what the layers lack then is what that solve gives back, and a walk for each group
+        brought nothing (docs/results/cost.md).
+        """
+        if self._surveyed and not also:
+            return {slot.module: self._as_surveyed(slot.module) for slot in slots}
         visits = self.segments.trace.visits
         ahead = self.parts[self.parts.index(part) :]
         first = min(visits[name].enter for group in ahead for name in group.modules if name in visits)
@@ -225,17 +240,29 @@ class ImageWalk:
         there are images, on those images. Where fewer than eight images are held out, nothing is surveyed: the curves
         would let the last layers look free.
         """
-        images = self.team.gather(self.activations.held_out_images(images_for(self.samples)))
+        wanted = images_for(self.samples, len(self.parts))
+        images = self.team.gather(self.activations.held_out_images(wanted))
         if len(images) < _FEWEST_HELD_OUT:
             return
         team = self.team if len(images) >= self.team.size else Team()  # too few to be shared: everyone tries them all
         first, behind = team.share(len(images))
         slots = {slot.module: slot for group in self.parts for slot in self.consumers(group)}
         gathered = yield from self.look(tuple(slots.values()), "error curves", hold_out=True)
+        if self._keeps_survey:
+            whole = {name: replace(one, fitted=None) for name, one in gathered.items()}
+            self._surveyed = {name: (one, self.layout.alive_inputs(name)) for name, one in whole.items()}
         gathered = {name: replace(one, statistics=one.fitted or one.statistics) for name, one in gathered.items()}
         trial = Impact(self.segments, images[first:behind], limit_bytes=self.activations.limit_bytes, team=team)
         for group in self.parts:
             yield Surveyed(group, gathered, trial)
+
+    def _as_surveyed(self, name: str) -> Gathered:
+        """Moments of the inputs that a layer still has, as the survey saw them."""
+        found, were = self._surveyed[name]
+        places = torch.searchsorted(were, self.layout.alive_inputs(name))
+        features = feature_index(places, found.statistics.features // were.numel())
+        held_out = None if found.held_out is None else reorder(found.held_out, features)
+        return Gathered(reorder(found.statistics, features), held_out)
 
     def class_looks(self, part: ComponentGroup, scoring: Scoring) -> dict[str, MapSummaries]:
         """What a score of classes has to look at, by module; nothing for any other score.
@@ -353,20 +380,23 @@ class ImageWalk:
             return []
         trace = self.segments.trace
         edited = [slot.module for group in cut for slot in self.consumers(group)]
-        found = []
-        for name in trace.visits:
-            module = self.model.get_submodule(name)
-            plain = type(module) in (nn.Conv2d, nn.Linear) and (
-                getattr(module, "groups", 1) == 1 or is_depthwise(module)
-            )
-            # A convolution that runs several times answers maps of several sizes; its targets would, too.
-            several = name in trace.calls and not isinstance(module, nn.Linear)
-            known = plain and not several and getattr(module, "padding_mode", "zeros") == "zeros"
-            if known and (name in edited or any(trace.depends(name, source) for source in edited)):
-                found.append(name)
+        self._solving = [
+            name
+            for name in trace.visits
+            if self._is_solvable(name)
+            and (name in edited or any(trace.depends(name, source) for source in edited))
+        ]
+        self._surveyed = {}
         self.activations.restart()
         self._dense.restart()
-        return found
+        return list(self._solving)
+
+    def _is_solvable(self, name: str) -> bool:
+        module = self.model.get_submodule(name)
+        plain = type(module) in (nn.Conv2d, nn.Linear) and (getattr(module, "groups", 1) == 1 or is_depthwise(module))
+        # A convolution that runs several times answers maps of several sizes; its targets would, too.
+        several = name in self.segments.trace.calls and not isinstance(module, nn.Linear)
+        return plain and not several and getattr(module, "padding_mode", "zeros") == "zeros"
 
     def pairs(self, name: str) -> Iterator[Progress | Pair]:
         """What a layer reads beside what it gives in the dense network.
@@ -382,6 +412,7 @@ class ImageWalk:
         streams = () if joined is None else (joined,)
         scale = self._stream_scale(norm, alive)
         axis = -1 if reads_features(module) else 1
+        yield from self._hold_dense(name)
         both = zip(
             self.activations.seen(inputs=(name,), outputs=streams),
             self._dense.seen(outputs=(name, *streams)),
@@ -431,6 +462,21 @@ class ImageWalk:
             behind.running_mean.copy_(was - (lacking if module.bias is None else lacking - module.bias.detach().double()))
         return [norm]
 
+    def dense_answers(self, name: str, *, item: str) -> Iterator[Progress | Tensor]:
+        """What a layer gives in the dense network over all samples, batch after batch.
+
+        Where that network is kept beside the edited one it stands far behind by the end, so that this costs next to
+        nothing; before anything is edited, this network is the dense one.
+        """
+        found: list[Tensor] = []
+        yield from (self._dense or self.activations).outputs(name, found.append, item=item)
+        yield from found
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether the dense network is kept beside the edited one."""
+        return self._dense is not None
+
     def residual(self, name: str) -> str | None:
         """What is added to the output of a layer that closes a residual block."""
         return self.segments.trace.joins.get(self.norm_behind(name) or name)
@@ -439,7 +485,7 @@ class ImageWalk:
         """Carry both networks to the last cut in front of a layer and put the BatchNorms between them right."""
         assert self._dense is not None
         visits = self.segments.trace.visits
-        cut = self.segments.last_before(visits[name].enter, also=self._dense.segments)
+        cut = self._cut_before(name)
         if cut is not None:
             yield from self.activations.advance(cut, stale=self.stale, item=name)
             self._forget_refreshed(before=visits[cut].leave)
@@ -447,6 +493,24 @@ class ImageWalk:
         between = [stale for stale in self.stale if visits[stale].enter < visits[name].enter]
         yield from self.activations.refresh(between, item=name)
         self._forget_refreshed(before=visits[name].enter)
+        solved = self._solving[: self._solving.index(name)] if name in self._solving else []
+        yield from self.activations.hold([last for last in solved if self._cut_before(last) == cut], item=name)
+
+    def _cut_before(self, name: str) -> str | None:
+        """The last cut in front of a layer at which both networks can stand."""
+        assert self._dense is not None
+        return self.segments.last_before(self.segments.trace.visits[name].enter, also=self._dense.segments)
+
+    def _hold_dense(self, name: str) -> Iterator[Progress]:
+        """One walk of the dense network for all layers up to the next cut: it does not change while they are solved."""
+        assert self._dense is not None
+        here, visits = self._cut_before(name), self.segments.trace.visits
+        later = self._solving[self._solving.index(name) :] if name in self._solving else [name]
+        beside = [layer for layer in later if self._cut_before(layer) == here]
+        wanted = {*beside, *filter(None, map(self.residual, beside))}
+        behind = later[len(beside) : len(beside) + 1]
+        ordered = sorted(wanted, key=lambda one: visits[one].leave)
+        yield from self._dense.hold([*ordered, *filter(None, map(self._cut_before, behind))], item=name)
 
     def _stream_scale(self, norm: str | None, alive: Tensor | None) -> Tensor:
         """What one unit of the residual stream is worth in the layer's output units: σ_c / γ_c, or 1 without BatchNorm.

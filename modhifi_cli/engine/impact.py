@@ -14,11 +14,16 @@ from modhifi_cli.graph.segments import Segments
 
 TRIAL_DEPTHS = (0.2, 0.5, 0.8)  # shares of a group whose removal is tried
 _BATCH = 64  # images a forward
+_FEWEST = 16  # images of a trial
 
 
-def images_for(samples: int) -> int:
-    """How many of the calibration images a trial runs on: every group costs one forward over them for each depth."""
-    return min(max(samples // 16, 32), 256)
+def images_for(samples: int, parts: int) -> int:
+    """How many of the calibration images a trial runs on: every group costs half a forward over them for each depth.
+
+    All trials together take no longer than one forward over all images, as long as that leaves each of them 16 images.
+    """
+    wanted = min(max(samples // 16, 32), 256)
+    return min(wanted, max(2 * samples // (len(TRIAL_DEPTHS) * max(parts, 1)), _FEWEST))
 
 
 def scaled_curve(errors: Sequence[float], moved: Mapping[int, float]) -> list[float]:

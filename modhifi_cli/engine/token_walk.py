@@ -311,6 +311,7 @@ class TokenWalk:
         own = self._part[part.name]
         self._edits += 1
         outputs, inputs, attributes = slice_part_(self.model, self.layout, own, kept)
+        self.flow.edited(part.modules)
         return Cut(outputs, inputs, {own.parent: attributes} if attributes else {})
 
     def settle_(self, slot: Slot, consumer: Consumer, kept: Tensor, repair: Repair, *, alone: bool) -> list[str]:
@@ -397,6 +398,7 @@ class TokenWalk:
     def settle_dense_(self, name: str, mean: Callable[[], Tensor], moments: Callable[[], Any]) -> list[str]:
         """Put the constant of a reader that was solved again into its bias."""
         reader = self.model.get_submodule(name)
+        self.flow.edited([name])
         if self.centred(name):
             before = 0.0 if reader.bias is None else reader.bias.detach().double()
             self._set_bias_(name, mean() + before, add=False)

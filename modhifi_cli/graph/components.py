@@ -230,6 +230,10 @@ class Layout:
         """Dense output positions that a module still has, ``[alive]`` int64 sorted; None for one in no group."""
         return self._outputs.get(module)
 
+    def alive_inputs(self, module: str) -> Tensor:
+        """Dense input positions that a module of some group still has, ``[alive]`` int64 sorted."""
+        return self._inputs[module]
+
     def outputs(self, slot: Slot, components: Tensor) -> Tensor:
         """Present output positions of the given dense components, ``[components, entries]``."""
         return torch.searchsorted(self._outputs[slot.module], slot.index[components])

@@ -131,6 +131,7 @@ class Segments:
         looks: Mapping[str, Look] | None = None,
         outputs: Mapping[str, Look] | None = None,
         until: str | None = None,
+        answers: Mapping[str, Tensor] | None = None,
     ) -> Tensor | None:
         """Run one batch from `start` (None: from the images), stopping as soon as nothing more is asked for.
 
@@ -141,6 +142,7 @@ class Segments:
             outputs: Module name → function called with that module's output. A layer that runs more than once gives
                 all its rows together, at its last run; a convolution a list of its maps, which may differ in size.
             until: The cut whose output is returned, or None where only looks are wanted.
+            answers: Module name → its output for this batch, where that is known already: it is not computed again.
 
         Returns:
             The output of `until`, or None.
@@ -174,6 +176,7 @@ class Segments:
         try:
             with (
                 self._resumed(start, inputs),
+                self._answered(start, answers or {}),
                 inputs_seen(self.model, {name: seen("input", name, look) for name, look in before.items()}),
                 outputs_seen(self.model, {name: seen("output", name, look) for name, look in behind.items()}),
             ):
@@ -195,6 +198,10 @@ class Segments:
         """
         with self._resumed(start, inputs):
             return self.model(inputs if start is None else self._image(inputs))
+
+    def know_usable(self, other: "Segments") -> None:
+        """Take over which cuts can be resumed from: `other` is of the same network, and each is tried once for both."""
+        self._usable = other._usable
 
     def _image(self, like: Tensor) -> Tensor:
         """An image batch of the right length for a forward whose stem is skipped: broadcast, so it costs nothing."""
@@ -219,6 +226,19 @@ class Segments:
                 self._patch(patched, name, _broadcast(self._answers[name], carried))
             # a clone: an in-place operation behind the cut must not write into what is carried
             self._patch(patched, cut, carried.clone())
+            yield
+        finally:
+            for module in patched:
+                del module.forward
+
+    @contextmanager
+    def _answered(self, start: str | None, answers: Mapping[str, Tensor]) -> Iterator[None]:
+        behind = -1 if start is None else self.trace.visits[start].leave
+        patched: list[nn.Module] = []
+        try:
+            for name, answer in answers.items():
+                if self.trace.visits[name].leave > behind:  # others are in front of the cut, where nothing runs
+                    self._patch(patched, name, answer.clone())
             yield
         finally:
             for module in patched:

@@ -146,5 +146,6 @@ def test_without_a_usable_measurement_the_curve_stays():
     assert scaled_curve([0.0, 0.0, 0.4], {1: 0.2}) == [0.0, 0.0, 0.4]
 
 
-def test_trials_run_on_a_sixteenth_of_the_images_within_bounds():
-    assert [images_for(count) for count in (10, 1024, 100_000)] == [32, 64, 256]
+def test_trials_run_on_a_sixteenth_of_the_images_and_cost_one_forward_at_most_together():
+    assert [images_for(count, 4) for count in (48, 1024, 100_000)] == [16, 64, 256]
+    assert [images_for(count, 40) for count in (48, 1024, 100_000)] == [16, 17, 256]

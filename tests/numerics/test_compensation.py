@@ -8,7 +8,7 @@ import torch
 from modhifi_cli.errors import ConfigError, NumericsError
 from modhifi_cli.numerics import compensation as module
 from modhifi_cli.numerics import contributions, linalg
-from modhifi_cli.numerics.compensation import Joint, NoCompensation, PerKernel, restored_constant
+from modhifi_cli.numerics.compensation import Joint, NoCompensation, PerKernel, downhill, restored_constant
 from modhifi_cli.numerics.fidelity import layer_fidelity
 from modhifi_cli.numerics.linalg import feature_index
 from tests import reference
@@ -312,3 +312,21 @@ def test_a_ridge_towards_zero_knows_its_own_output_alone():
         Joint(towards="zero", reference="dense")
     with pytest.raises(ConfigError, match="compensation.towards must be 'weights' or 'zero', got 'one'"):
         Joint(towards="one")
+
+
+@pytest.mark.parametrize("lowest", range(10))
+def test_going_downhill_finds_the_lowest_ridge_of_ten_without_trying_all(lowest):
+    grid, asked = Joint().grid, []
+
+    def loss(ridge):
+        asked.append(ridge)
+        return abs(sorted(grid).index(ridge) - lowest) + 1.0
+
+    assert downhill(grid, loss) == (sorted(grid)[lowest], 1.0)
+    assert len(asked) == len(set(asked)) <= 3 + abs(lowest - 4)
+
+
+def test_of_equal_losses_the_larger_ridge_is_taken_and_a_loss_that_is_no_number_is_passed_over():
+    assert downhill((1e-3, 1e-2, 1e-1), lambda ridge: 2.0) == (1e-1, 2.0)
+    assert downhill((1e-3, 1e-2, 1e-1), lambda ridge: 2.0 if ridge < 1e-1 else float("nan")) == (1e-2, 2.0)
+    assert downhill((1.0,), lambda ridge: 3.0) == (1.0, 3.0)

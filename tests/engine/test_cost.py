@@ -1,0 +1,111 @@
+"""What a run does not compute twice: walks, answers that are held, ridges that cannot be best, compilers nobody asked for."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from modhifi_cli.engine import flow
+from modhifi_cli.engine.activations import Activations
+from modhifi_cli.engine.image_walk import ImageWalk
+from modhifi_cli.graph.segments import Segments
+from modhifi_cli.graph.surgery import weights_hash
+from modhifi_cli.numerics.allocation import Global
+from modhifi_cli.numerics.compensation import Joint
+from tests.decoders import FAMILIES, tiny
+from tests.engine.test_prune import Images, run, setting
+from tests.engine.test_prune_decoder import prune
+from tests.graph import networks
+
+
+def images_through(model, name, work):
+    """How many images are computed by a module in the meantime; those of a trial or a trace come in other batches."""
+    seen = []
+
+    def hook(module, inputs, output):
+        if len(output) == 20 and output.stride(0):  # else one image's answer for all: the module was passed over
+            seen.append(len(output))
+
+    handle = model.get_submodule(name).register_forward_hook(hook)
+    work()
+    handle.remove()
+    return sum(seen)
+
+
+def test_towards_the_dense_network_the_images_go_through_the_first_layer_three_times_however_many_groups_there_are():
+    model, images = setting("option_a", count=160)
+    settings = {"compensation": Joint(reference="dense"), "allocation": Global(), "batchnorm": "stored", "batch_size": 20}
+    first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    groups = len(ImageWalk(copy.deepcopy(model), images).parts)
+    assert groups > 2
+    # Once for the error curves, and after the cuts once in each of the two networks, while layers are solved again.
+    assert images_through(model, first, lambda: run(model, images, **settings)) == 3 * 160
+
+
+@pytest.mark.parametrize("name", networks.SMALL)
+def test_held_answers_and_answers_computed_again_give_the_same_network(name, monkeypatch):
+    settings = {"compensation": Joint(reference="dense"), "batchnorm": "stored"}
+    model, images = setting(name)
+    again = copy.deepcopy(model)
+    run(model, images, **settings)
+    monkeypatch.setattr(Activations, "hold", lambda self, names, *, item="": iter(()))
+    run(again, images, **settings)
+    assert weights_hash(again) == weights_hash(model)
+
+
+def test_no_more_is_held_than_fits():
+    model, images = setting("option_a")
+    segments = Segments(model, images.images[:2])
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][:3]
+    one = float(segments.run(images.images, until=segments.trace.cuts[0]).numel() * 4)
+    standing = Activations(model, segments, images, batch_size=8, device=torch.device("cpu"), limit_bytes=1.5 * one)
+    list(standing.hold(convolutions))
+    assert list(standing._held) == convolutions[:1]
+    for read, given, *_ in standing.seen(inputs=convolutions[1:2], outputs=convolutions):
+        assert list(read) == convolutions[1:2] and list(given) == convolutions
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoder_that_keeps_what_its_attention_gave_is_cut_as_one_that_computes_it_again(family, monkeypatch):
+    one, other, calls = tiny(family), tiny(family), []
+    answering = flow._answering
+    monkeypatch.setattr(flow, "_answering", lambda layer, given: calls.append(set(given)) or answering(layer, given))
+    prune(one)
+    assert any(calls), "something was kept"
+    monkeypatch.setattr(flow, "free_memory", lambda: 0.0)
+    del calls[:]
+    prune(other)
+    assert not any(calls), "nothing fits"
+    assert weights_hash(one) == weights_hash(other)
+
+
+def test_a_layer_that_cannot_live_with_kept_answers_is_run_whole(monkeypatch):
+    walked, kept = tiny("llama"), tiny("llama")
+    prune(walked)
+    monkeypatch.setattr(flow, "_giving", lambda found, name: lambda module, inputs, output: found.update({name: 0}))
+    prune(kept)
+    assert weights_hash(walked) == weights_hash(kept)
+
+
+def test_groups_are_found_and_operations_counted_without_loading_a_compiler():
+    code = (
+        "import sys, torch\n"
+        "from modhifi_cli.engine.plan import discover\n"
+        "from modhifi_cli.graph.counting import count\n"
+        "from modhifi_cli.models import cifar_resnet\n"
+        "model, images = cifar_resnet.build(depth=8, num_classes=10), torch.randn(2, 3, 16, 16)\n"
+        "assert discover(model, images)[1] and count(model, images).macs > 0\n"
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_images_are_looked_at_group_by_group_where_batchnorm_is_re_estimated():
+    model, images = setting("option_a", count=160)
+    settings = {"compensation": Joint(reference="dense"), "allocation": Global(), "batch_size": 20}
+    walk = ImageWalk(model, Images(images.images), batchnorm="reestimate")
+    first = walk.segments.trace.cuts[0]
+    assert images_through(model, first, lambda: run(model, images, batchnorm="reestimate", **settings)) > 3 * 160
