@@ -21,6 +21,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -78,35 +79,51 @@ def speed(files: list[Path]) -> dict[str, tuple[float, float]]:
 
 
 def measure(name: str, loaded, folder: Path | None, ids: numpy.ndarray, work: Path) -> list[dict[str, str]]:
-    """Rows of one network; its GGUF files stay in `work`."""
-    with torch.inference_mode():
-        ours = torch.cat([loaded.model(input_ids=torch.from_numpy(row)[None]).logits for row in ids]).float().numpy()
+    """Rows of one network; each is kept in `work`, and its GGUF files stay there."""
+    place = work / f"{name}.npy"
+    if not place.is_file():
+        with torch.inference_mode():
+            ours = torch.cat([loaded.model(input_ids=torch.from_numpy(row)[None]).logits for row in ids]).float().numpy()
+        numpy.save(work / "new.npy", ours)
+        (work / "new.npy").replace(place)
+    ours = numpy.load(place)
     parameters = sum(p.numel() for p in loaded.model.parameters())
     rows = [{"network": name, "in": "modhifi, PyTorch f32", "perplexity": f"{perplexity(ours, ids):.3f}",
              "argmax as ours": "", "MB": f"{4 * parameters / 1e6:.1f}", "parameters": f"{parameters:,}"}]  # fmt: skip
 
-    def row(where: str, found: numpy.ndarray, **more: str) -> None:
-        same = float((found.argmax(-1) == ours.argmax(-1)).mean())
-        off = float(numpy.abs(found - ours).max())
-        rows.append({"network": name, "in": where, "perplexity": f"{perplexity(found, ids):.3f}",
-                     "argmax as ours": f"{100 * same:.2f} % (largest difference {off:.2g} of {numpy.abs(ours).max():.3g})"}
-                    | more)  # fmt: skip
+    def row(key: str, make: Callable[[], tuple[str, numpy.ndarray, dict[str, str]]]) -> None:
+        told = work / f"{name}-{key}.json"
+        if not told.is_file():
+            where, found, more = make()
+            same = float((found.argmax(-1) == ours.argmax(-1)).mean())
+            off = float(numpy.abs(found - ours).max())
+            near = f"{100 * same:.2f} % (largest difference {off:.2g} of {numpy.abs(ours).max():.3g})"
+            one = {"network": name, "in": where, "perplexity": f"{perplexity(found, ids):.3f}", "argmax as ours": near} | more
+            told.write_text(json.dumps(one))
+            print(one, file=sys.stderr, flush=True)
+        rows.append(json.loads(told.read_text()))
 
-    if folder is not None:
+    def in_transformers(way: str, words: str):
         numpy.save(work / "ids.npy", ids)
         by = json.loads((folder / "architecture.json").read_text())["opens"]["by"]
-        for way, told in (("plain", f"{by}, f32"), ("torchao", f"{by}, torchao int8 weights")):
-            script = [sys.executable, "-c", _STRANGER, str(folder), str(work / "ids.npy"), str(work / "out.npy"), way]
-            subprocess.run(script, check=True)
-            row(told, numpy.load(work / "out.npy"))
-    for kind in ("f32", "f16", "q8_0"):
+        script = [sys.executable, "-c", _STRANGER, str(folder), str(work / "ids.npy"), str(work / "out.npy"), way]
+        subprocess.run(script, check=True)
+        return f"{by}, {words}", numpy.load(work / "out.npy"), {}
+
+    def in_llama(kind: str):
         path = work / f"{name}-{kind}.gguf"
         report = Gguf(type=kind)(loaded, example=torch.zeros(1, 4), path=path, facts={})
         with contextlib.closing(Llama(path, length=LENGTH)) as llama:
             found = numpy.stack([llama.logits(row_.tolist()) for row_ in ids])
-        print(name, kind, "done", file=sys.stderr, flush=True)
-        row(f"llama.cpp {kind}, {report.runtime.split('architecture ')[1].split(',')[0]}", found,
-            MB=f"{report.bytes / 1e6:.1f}", file=path.name)  # fmt: skip
+        where = f"llama.cpp {kind}, {report.runtime.split('architecture ')[1].split(',')[0]}"
+        return where, found, {"MB": f"{report.bytes / 1e6:.1f}", "file": path.name}
+
+    if folder is not None:
+        row("transformers", lambda: in_transformers("plain", "f32"))
+    for kind in ("f32", "f16", "q8_0"):
+        row(kind, lambda kind=kind: in_llama(kind))
+    if folder is not None:
+        row("torchao", lambda: in_transformers("torchao", "torchao int8 weights"))
     return rows
 
 
@@ -141,21 +158,13 @@ def main(folder: str, text: str, dense: str, *runs: str) -> None:
     loaded = hf.load(gguf=dense, name="dense")
     words = loaded.preprocess.tokenizer(Path(text).read_text(encoding="utf-8")[: 20 * WINDOWS * LENGTH])["input_ids"]
     ids = numpy.array(words[: WINDOWS * LENGTH], dtype=numpy.int64).reshape(WINDOWS, LENGTH)
-    rows: list[dict[str, str]] = []
-
-    def known(name: str, make) -> None:
-        place = work / f"{name}.json"
-        if not place.is_file():
-            place.write_text(json.dumps(make(), indent=1))
-        rows.extend(json.loads(place.read_text()))
-
-    known("dense", lambda: measure("dense", loaded, None, ids, work))
+    rows = measure("dense", loaded, None, ids, work)
     for number, run in enumerate(runs or ("even", "uneven")):
         there = Path(run) if runs else work / run
         if not runs and not (there / "model" / "architecture.json").is_file():
             cut(loaded, there, even=run == "even")
         name = f"{'even' if artifacts.opens_natively(there) else 'uneven'}-{number}"
-        known(name, lambda name=name, there=there: measure(name, artifacts.load_saved(there), there / "model", ids, work))
+        rows += measure(name, artifacts.load_saved(there), there / "model", ids, work)
     files = [work / row["file"] for row in rows if "file" in row]
     for name, (read, said) in speed(files).items():
         (row,) = [row for row in rows if row.get("file") == name]
@@ -165,7 +174,7 @@ def main(folder: str, text: str, dense: str, *runs: str) -> None:
     print("\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]))
     for one in rows:
         print("| " + " | ".join(one.get(key, "") for key in head) + " |")
-    for file in files:
+    for file in (*files, *work.glob("*.npy")):
         file.unlink()
 
 
