@@ -5,6 +5,7 @@ Feature order is component-major everywhere: feature = component × features_per
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -388,6 +389,7 @@ class LoadedModel:
         weights: Where the weights came from, for the report.
         classes: Class names in the order of the logits, or None where nobody knows them.
         again: Makes the same network once more without a copy in memory, where its weights stay in their files.
+        license: Of the weights, as their source states it, or None where it does not.
     """
 
     model: nn.Module
@@ -397,11 +399,17 @@ class LoadedModel:
     weights: str
     classes: tuple[str, ...] | None = None
     again: Callable[[], nn.Module | None] | None = None
+    license: str | None = None
 
     def twin(self) -> nn.Module:
         """The same network once more, before the first edit of this one."""
         found = None if self.again is None else self.again()
         return copy.deepcopy(self.model) if found is None else found
+
+
+def without_folders(text: str) -> str:
+    """A text in which absolute paths are their last parts: what is given to others names no folder of this machine."""
+    return re.sub(r"(?<![\w.:/])~?/(?:[^\s/'\",;()\[\]{}]+/)+([^\s/'\",;()\[\]{}]+)", r"\1", text)
 
 
 class ImageSource(Protocol):

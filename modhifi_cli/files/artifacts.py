@@ -29,6 +29,7 @@ from modhifi_cli.files.saved_network import (
     answer_process,
     answers_of,
     code_changed,
+    license_of,
     load_model,
     load_saved,
     load_verification,
@@ -41,7 +42,7 @@ from modhifi_cli.files.saved_network import (
 
 __all__ = [
     "CHECKSUMS", "FORMAT_VERSION", "INCOMPLETE", "RunDirectory", "answer", "answer_process", "answers_of", "checked", "code_changed",
-    "environment", "load_edits", "load_latency_table", "load_model", "load_run", "load_saved", "load_verification", "made_here", "make_folder",
+    "environment", "license_of", "load_edits", "load_latency_table", "load_model", "load_run", "load_saved", "load_verification", "made_here", "make_folder",
     "measurements_to_json", "opening_of", "opens_natively", "read_answer", "read_object", "read_results", "read_text", "reads_text", "renew",
     "report_material", "run_folder", "save_latency_table", "save_model", "save_verification", "stored_answers", "text_of", "with_weights", "write_bytes",
     "write_json", "write_text",

@@ -24,7 +24,7 @@ from modhifi_cli.files.disk import (
     write_bytes,
     write_json,
 )
-from modhifi_cli.records import LoadedModel, Preprocess, TextInput
+from modhifi_cli.records import LoadedModel, Preprocess, TextInput, without_folders
 
 _ARCHITECTURE, _WEIGHTS, _VERIFICATION = "architecture.json", "weights.safetensors", "verification.safetensors"
 _LARGEST_SIDE = 2**14  # pixels
@@ -147,7 +147,18 @@ def _described(told: Mapping[str, Any]) -> LoadedModel:
         architecture={"builder": told["builder"], "kwargs": told["kwargs"]},
         weights=told["weights"],
         classes=None if classes is None else tuple(str(one) for one in classes),
+        license=_license(told),
     )
+
+
+def _license(told: Mapping[str, Any]) -> str | None:
+    license = told.get("license")
+    return license if isinstance(license, str) else None
+
+
+def license_of(run: Path) -> str:
+    """The licence that the base of a run's network states, or ""."""
+    return _license(read_object(run / "model" / _ARCHITECTURE, "a saved model")) or ""
 
 
 def _filled(files: manifest.Checked, architecture: Mapping[str, Any], widths: Any, allow: str | bool) -> nn.Module:
@@ -206,7 +217,8 @@ def save_model(directory: Path, loaded: LoadedModel, model: nn.Module) -> None:
         "name": loaded.name,
         "builder": loaded.architecture["builder"],
         "kwargs": dict(loaded.architecture["kwargs"]),
-        "weights": loaded.weights,
+        "weights": without_folders(loaded.weights),
+        **({} if loaded.license is None else {"license": loaded.license}),
     }
     make_folder(directory)
     if isinstance(loaded.preprocess, TextInput):
@@ -254,6 +266,7 @@ def _load_text(files: manifest.Checked, described: Mapping[str, Any]) -> LoadedM
         preprocess=hf.text_input_of(folder, model),
         architecture=architecture,
         weights=weights,
+        license=_license(described),
     )
 
 

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -124,6 +125,7 @@ def load(
         },
         weights=account,
         again=again,
+        license=None if weights == "random" else _license(place, gguf=gguf is not None),
     )
 
 
@@ -556,6 +558,19 @@ def _revision(source: str, revision: str | None) -> str:
 
     found = try_to_load_from_cache(source, "config.json", revision=revision)
     return f"revision {Path(found).parent.name if isinstance(found, str) else revision or 'unknown'}"
+
+
+def _license(place: Path, *, gguf: bool) -> str | None:
+    """What a GGUF file, or the card in a folder, says of the licence."""
+    if gguf:
+        from gguf import GGUFReader
+
+        field = GGUFReader(place).get_field("general.license")
+        return None if field is None else str(field.contents())
+    card = place / "README.md"
+    head = card.read_text(encoding="utf-8", errors="replace")[:10_000] if card.is_file() else ""
+    said = re.match(r"---\n(?:(?!---\n).*\n)*?license:[ \t]*([\w.+-]+)", head)
+    return said[1] if said else None
 
 
 def _described(config: Any) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def build(
     Args:
         factory: ``package.module:name``.
         kwargs: Its arguments.
-        file: Where its code lay when the run was made, for messages.
+        file: Name of the file that its code was in when the run was made, for messages.
         sha256: Of that file; `changed_code` compares it.
         example, forward: As of `load`; both are code of the module that holds the factory.
         allow: The name of the factory once more, from the one who calls and not from the folder, or True for whatever
@@ -72,7 +72,7 @@ def build(
         return _called(model, example, forward)[0]
     except ConfigError as error:
         raise DataError(
-            f"the saved network is made by {factory}{f' (it lay in {file})' if file else ''}, and that does not work "
+            f"the saved network is made by {factory}{f' (it was in {file})' if file else ''}, and that does not work "
             f"here: {error} Start where that module can be imported, or put its folder on PYTHONPATH."
         ) from error
 
@@ -139,7 +139,7 @@ def load(
         preprocess=wanted,
         architecture={
             "builder": BUILDER,
-            "kwargs": {"factory": factory, "kwargs": dict(kwargs or {}), "file": str(code), "sha256": digest}
+            "kwargs": {"factory": factory, "kwargs": dict(kwargs or {}), "file": code.name, "sha256": digest}
             | {key: value for key, value in (("example", example), ("forward", forward)) if value is not None},
         },
         weights=f"{account}, made by {factory} (imported from {code}, sha256 {digest[:12]})",

@@ -76,6 +76,7 @@ def load(
     with seeded_initialisation(seed):
         model = build(name=name, num_classes=num_classes, options=options)
     published_classes = model.pretrained_cfg.get("num_classes")
+    license = None
     if weights == "random":
         account = f"random (seed {seed})"
     elif weights == "default":
@@ -91,6 +92,7 @@ def load(
         except Exception as error:
             raise library_weights_missing(library="timm", name=name, error=error) from error
         account = f"timm {published.pretrained_cfg.get('architecture', name)}.{published.pretrained_cfg.get('tag', '')}"
+        license = published.pretrained_cfg.get("license")
         fit_weights_(model, published.state_dict(), source=account)
     else:
         account = load_weights_(model, weights)
@@ -105,6 +107,7 @@ def load(
         weights=account,
         classes=named_classes(classes, getattr(model, "num_classes", None))
         or (_imagenet_classes(model) if num_classes in (None, published_classes) else None),
+        license=license,
     )
 
 

@@ -1,12 +1,11 @@
 """The card beside a saved network's weights, and the lines that load it: what a hub and a reader of a folder see."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modhifi_cli.pages.page import one_line
 from modhifi_cli.pages.terms import protocol_lines, table
-from modhifi_cli.records import Measurement
+from modhifi_cli.records import Measurement, without_folders
 
 _VERBS = {"prune": "pruned", "unlearn": "with classes forgotten", "replay": "replayed"}
 
@@ -36,6 +35,7 @@ def card(
     exports: Sequence[str],
     repeat: str,
     trained: str = "",
+    license: str = "",
 ) -> str:
     """The page that lies beside the weights: base, method, licence, numbers with their protocol, and how it loads.
 
@@ -45,6 +45,7 @@ def card(
         exports: Names of the files in the run's ``export/``.
         repeat: The command that made it, or "".
         trained: A sentence about training after the cut; empty where there was none.
+        license: Of the base weights, as their source states it; empty where it does not.
 
     Returns:
         Markdown with the header that model hubs read. No folder of the machine it was made on is in it.
@@ -66,7 +67,7 @@ def card(
         f"library_name: {'transformers' if by.startswith('transformers') else 'modhifi'}",
         f"tags: [{dict(prune='pruned', unlearn='unlearned').get(str(results.get('verb')), 'edited')}, modhifi]",
         f"pipeline_tag: {'text-generation' if text else 'image-classification'}",
-        *([f"license: {results['license']}"] if results.get("license") else []),
+        *([f"license: {license}"] if license else []),
         "---",
         f"# {results.get('model', 'network')}, {_VERBS.get(str(results.get('verb')), 'edited')}",
         "",
@@ -82,7 +83,7 @@ def card(
         *([f"Besides, the run wrote {', '.join(exports)}."] if exports else []),
         "",
         "Licence: "
-        + (f"{results['license']}, as the base says." if results.get("license") else
+        + (f"{license}, as the base says." if license else
            "that of the base network, which was not stated where its weights were read from."),
         "",
         f"Calibration: {read or 'none'}.",
@@ -94,11 +95,6 @@ def card(
         "",
     ]  # fmt: skip
     return without_folders("\n".join(lines))
-
-
-def without_folders(text: str) -> str:
-    """A text in which absolute paths are their last parts."""
-    return re.sub(r"(?<![\w.:/])~?/(?:[^\s/'\",;()\[\]{}]+/)+([^\s/'\",;()\[\]{}]+)", r"\1", text)
 
 
 def _method(results: Mapping[str, Any], trained: str) -> str:

@@ -29,7 +29,17 @@ from modhifi_cli.pages import page as pages
 from modhifi_cli.pages import run as run_pages
 from modhifi_cli.pages.card import card, loading_lines
 from modhifi_cli.pages.page import Page
-from modhifi_cli.records import Chart, Edit, ImageSource, LoadedModel, Measurement, Preprocess, Results, TextInput
+from modhifi_cli.records import (
+    Chart,
+    Edit,
+    ImageSource,
+    LoadedModel,
+    Measurement,
+    Preprocess,
+    Results,
+    TextInput,
+    without_folders,
+)
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import cards
 
@@ -365,9 +375,8 @@ def export(
         artifacts.make_folder(folder)
         # A language model is as large as memory allows and only read; a network for images is brought to the CPU.
         ours = copy.deepcopy(model).cpu().float().eval() if images else model
-        made = config.build(node)(
-            dataclasses.replace(loaded, model=ours), example=example_inputs(loaded.preprocess, 1), path=folder, facts=told
-        )
+        given = dataclasses.replace(loaded, model=ours, weights=without_folders(loaded.weights))
+        made = config.build(node)(given, example=example_inputs(loaded.preprocess, 1), path=folder, facts=told)
         reports_made.append(made)
     return reports_made
 
@@ -452,7 +461,10 @@ def write_card(run: Path) -> None:
 
     healed = results.get("healing")
     trained = healing.told(healed)[-1] if healed and healed["trained"] else ""
-    content = card(results, opening=opening_of(run), exports=files, repeat=shlex.join(words), trained=trained)
+    content = card(
+        results, opening=opening_of(run), exports=files, repeat=shlex.join(words), trained=trained,
+        license=artifacts.license_of(run),
+    )  # fmt: skip
     artifacts.write_text(run / "model" / "README.md", content)
     artifacts.renew(run / "model", ["README.md"])
 

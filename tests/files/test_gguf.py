@@ -166,3 +166,18 @@ def test_a_missing_library_is_one_sentence(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ConfigError, match=r"export=\[gguf\] needs the package gguf, .*modhifi\[language\]"):
         Gguf().foresee(loaded(tiny("llama")), Intent())
+
+
+def test_a_gguf_files_licence_and_file_name_travel_with_what_is_made_of_it(tmp_path):
+    from gguf import GGUFReader, GGUFWriter
+
+    from modhifi_cli.models.hf import _license
+
+    writer = GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_license("apache-2.0")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert GGUFReader(tmp_path / "base.gguf").get_field("general.license") is not None
+    assert _license(tmp_path / "base.gguf", gguf=True) == "apache-2.0"
+    assert _license(tmp_path, gguf=False) is None

@@ -153,7 +153,7 @@ def test_a_saved_network_without_its_code_says_what_is_missing(tmp_path, monkeyp
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     sys.path.remove(str(tmp_path))
-    words = r"made by mynets:Small \(it lay in .*mynets.py\).* no module 'mynets'.*PYTHONPATH"
+    words = r"made by mynets:Small \(it was in mynets.py\).* no module 'mynets'.*PYTHONPATH"
     with pytest.raises(DataError, match=words):
         artifacts.load_model(tmp_path / "model", allow="mynets:Small")
 

@@ -143,6 +143,7 @@ def test_an_interrupted_run_is_no_beginning(home, capsys):
 def test_a_pruned_decoder_is_pruned_again_and_written_as_gguf(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "dense")
+    (tmp_path / "dense" / "README.md").write_text("---\ntags: [a]\nlicense: apache-2.0\n---\n# A network\n")
     from tests.evaluation.test_language import TEXT
 
     (tmp_path / "text.txt").write_text(TEXT)
@@ -156,6 +157,9 @@ def test_a_pruned_decoder_is_pruned_again_and_written_as_gguf(tmp_path, monkeypa
     assert (second / "export" / "model.gguf").is_file()
     card = (second / "model" / "README.md").read_text()
     assert "trust_remote_code=True" in card and str(tmp_path) not in card and "Licence:" in card
+    assert "license: apache-2.0" in card and "Licence: apache-2.0, as the base says." in card
+    for file in (second / "model").glob("*.json"):
+        assert str(tmp_path) not in file.read_text(), f"{file.name} goes to the hub and names a folder of this machine"
     opening = json.loads((second / "model" / "architecture.json").read_text())["opens"]
     assert opening["by"] == "transformers with trust_remote_code"
 
