@@ -1,6 +1,7 @@
 """The command line: help, exit codes, and one sentence for everything a user can get wrong before work begins."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from modhifi_cli import cli
 from modhifi_cli.cli import main
+from modhifi_cli.settings import config
 
 
 def sentence(capsys, *words: str) -> str:
@@ -199,3 +201,24 @@ def test_streams_that_the_shell_has_closed_are_opened_before_a_file_takes_their_
         ["/bin/sh", "-c", f'exec {sys.executable} -c "{code}" >&- 2>&-'], cwd=tmp_path, env=environment, check=False
     )
     assert ended.returncode == 0 and (tmp_path / "file").read_text() == "0"
+
+
+def test_help_offers_only_what_a_verb_reads_and_fits_a_window():
+    said = config.verb_help("unlearn")
+    for word in ("llama2_7b", "wikitext2", "token_perplexity", "gguf", "preset=", "cifar_compare_resnet20"):
+        assert word not in said, word
+    assert "cifar_unlearn_resnet20" in said and "class_inversion" in said
+    assert "preset=best" in config.verb_help("prune") and "llama2_7b" in config.verb_help("prune")
+    lines = config.main_help().splitlines()
+    assert all(len(line) <= 110 for line in lines)
+    starts = {len(re.match(r"  \w+ +", line)[0]) for line in lines if re.match(r"  \w+ {2,}\w", line)}
+    assert len(starts) == 1, "all verbs are told in one column"
+
+
+def test_info_needs_no_weights(capsys, monkeypatch):
+    import torchvision.models._api as hub
+
+    monkeypatch.setattr(hub.WeightsEnum, "get_state_dict", lambda *_, **__: pytest.fail("weights were asked for"))
+    assert cli.main(["info", "model=resnet20_cifar", "console=plain"]) == 0
+    assert cli.main(["info", "model=resnet18", "console=plain"]) == 0
+    assert "11,689,512 parameters" in capsys.readouterr().out

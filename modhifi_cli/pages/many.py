@@ -36,6 +36,10 @@ _COLUMNS = {
     "audit_MIA": ("membership attack", "%"),
 }
 _TERMS_OF_A_TABLE = 6
+_OTHERS = {
+    "macs": "FLOPs (MACs)", "file_bytes": "file size, bytes", "top5": "top-5, %", "time_saved": "time saved, %",
+    "latency_ms": "latency, ms", "removed_model_params": "of the whole network, %",
+}  # fmt: skip
 _DIGITS = {"kl": 3, "token_kl": 3, "batchnorm_distance": 3, "calibration_images": 0, "audit_relearn_steps": 1}
 _NOT_A_METHOD = (
     "sparsity", "data.seed", "runtime.seed", "seed", "console", "output_dir", "resume", "measure_dense", "forget_class",
@@ -372,12 +376,17 @@ def _every_number(rows: Sequence[Row]) -> tuple[Table, ...]:
         as_table(
             [
                 {"method": row.method, "asked": percent(row.budget) if row.budget else ""}
-                | {term.replace("_", " "): _rounded(row.mean.get(term), row.spread.get(term), term) for term in part}
+                | {_told(term): _rounded(row.mean.get(term), row.spread.get(term), term) for term in part}
                 for row in rows
             ]
         )
         for part in parts
     )
+
+
+def _told(term: str) -> str:
+    """What a reader calls a term that has no column of its own, with its unit."""
+    return _OTHERS.get(term) or term.replace("_ms", ", ms").replace("_", " ")
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

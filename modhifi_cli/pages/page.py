@@ -373,6 +373,7 @@ linear-gradient(to left,var(--line),transparent .7rem) 100% 0;background-repeat:
 table{border-collapse:collapse;font-size:.9rem;min-width:50%}
 th,td{text-align:left;padding:.32rem .7rem .32rem 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--quiet);font-weight:500;vertical-align:bottom}.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:nowrap}
+td:first-child:not(.n){min-width:7.5rem}
 p,li{overflow-wrap:anywhere;max-width:46rem}ul{padding-left:1.2rem}li{margin:.3rem 0}
 .note{color:var(--quiet);font-size:.85rem}
 ul.warning,p.warning{background:var(--warn);border-left:4px solid var(--c4);padding:.6rem .8rem .6rem 1.6rem;
@@ -393,7 +394,7 @@ img.sheet{max-width:100%;width:36rem;height:auto;image-rendering:pixelated;borde
 .c4{background:var(--c4)}.c5{background:var(--c5)}.c6{background:var(--c6)}
 details{border-top:1px solid var(--line);margin-top:1.6rem}summary{cursor:pointer}
 summary h2{display:inline-block;margin:.8rem 0 .4rem}
-@media (max-width:34rem){main{padding:1rem .8rem 3rem}.line{grid-template-columns:6.2rem minmax(0,1fr)}.bar{padding-right:7.5em}
+@media (max-width:34rem){main{padding:1rem .8rem 3rem}td:not(.n):not(:first-child){min-width:9rem}.line{grid-template-columns:6.2rem minmax(0,1fr)}.bar{padding-right:7.5em}
 .facts{grid-template-columns:1fr 1fr}}
 @media print{details>*{display:block}.scroll{overflow:visible}}
 """.replace("\n", "")

@@ -6,7 +6,7 @@ Everything is read from the YAML files as text, so that the answer comes at once
 from collections.abc import Iterable
 
 from modhifi_cli.errors import ConfigError
-from modhifi_cli.settings.yamls import config_directory, groups, inherited, read_verb, verbs
+from modhifi_cli.settings.yamls import choices, config_directory, groups, inherited, read_verb, verbs
 
 # In bash "=" ends a word, so only what follows it is to be offered; a key stays open behind its "=".
 _BASH = """_modhifi() {
@@ -87,7 +87,7 @@ def _beginning(words: Iterable[str], start: str) -> list[str]:
 
 
 def _values(verb: str, key: str) -> list[str]:
-    known = groups().get(key, ())
+    known = choices(verb).get(key, ())
     if key in _LISTS:
         return [f"[{choice}]" for choice in known]
     default = inherited(verb)[0].get(key, ("", ""))[0]
@@ -98,7 +98,7 @@ def _keys(verb: str, given: Iterable[str]) -> list[str]:
     """Keys of the verb, its groups, and the keys of every group's choice, typed before or the verb's own."""
     own, chosen = inherited(verb)
     typed = dict(word.partition("=")[::2] for word in given)
-    found = [*own, *chosen]
+    found = [*own, *(group for group in chosen if choices(verb).get(group))]
     for group, choice in chosen.items():
         path = config_directory() / group / f"{typed.get(group, choice)}.yaml"
         if path.is_file():

@@ -250,6 +250,8 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if verb == "info" and "model.weights" in OmegaConf.missing_keys(composed):
+        composed.model.weights = "random"  # shapes are all that it looks at
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"modhifi {verb}: {', '.join(missing)} must be given, e.g. {example(missing[0])}.")

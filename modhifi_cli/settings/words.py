@@ -7,6 +7,7 @@ from typing import Any
 
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.settings.targets import at_present
+from modhifi_cli.settings.yamls import config_directory, read_verb
 
 ABSENT = object()
 # What people may write for the choice of a group, by verb: `modhifi study name=existence`.
@@ -19,7 +20,23 @@ def spelled(verb: str, overrides: Sequence[str], *, for_people: bool = False) ->
     known = _SPELLINGS.get(verb, {})
     known = {ours: theirs for theirs, ours in known.items()} if for_people else known
     parts = [word.partition("=") for word in overrides]
+    if not for_people:
+        parts = _one_word_for_samples(parts)
     return [f"{known.get(key, key)}{equals}{value}" for key, equals, value in parts]
+
+
+def _one_word_for_samples(parts: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """``num_samples`` counts samples of every kind: of a source of text it is what its file calls sequences."""
+    chosen = {key: value for key, _, value in parts}
+    found = []
+    for key, equals, value in parts:
+        group, _, leaf = key.partition(".")
+        path = config_directory() / group / f"{chosen.get(group)}.yaml"
+        if leaf == "num_samples" and group in ("data", "evaluation_data") and path.is_file():
+            own = read_verb(path)[0]
+            key = f"{group}.sequences" if "sequences" in own and "num_samples" not in own else key
+        found.append((key, equals, value))
+    return found
 
 
 def spell(key: str, value: Any) -> str:

@@ -31,6 +31,33 @@ def groups() -> dict[str, tuple[str, ...]]:
     return found
 
 
+# Verbs that work on networks for images alone, and what in a choice's `_target_` says that it is for text.
+_IMAGES_ALONE = ("unlearn", "audit", "synthesize")
+_OF_TEXT = re.compile(
+    r"^_target_: modhifi_cli\.(models\.hf|data\.(text|generated)|evaluation\.(token_perplexity|generation|lm_eval)"
+    r"|files\.exports\.gguf)\.",
+    re.M,
+)
+
+
+@functools.cache
+def choices(verb: str) -> dict[str, tuple[str, ...]]:
+    """`groups` with those choices alone that a verb reads: a preset or experiment is for the verbs of its examples."""
+    found: dict[str, tuple[str, ...]] = {}
+    for group, names in groups().items():
+        own = []
+        for name in names:
+            path = config_directory() / group / f"{name}.yaml"
+            if group in ("preset", "experiment"):
+                verbs_of = {re.sub(r"^(\w+=\S+ )*modhifi ", "", command).split()[0] for command in header(path)[1]}
+                fits = verb in verbs_of or verb == "compare" and "prune" in verbs_of
+            else:
+                fits = verb not in _IMAGES_ALONE or not _OF_TEXT.search(path.read_text(encoding="utf-8"))
+            own += [name] if fits else []
+        found[group] = tuple(own)
+    return found
+
+
 def header(path: Path) -> tuple[str, list[str]]:
     """What a YAML says about itself in its leading comment: the description, and the example commands."""
     description, commands = [], []

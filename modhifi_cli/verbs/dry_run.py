@@ -26,7 +26,7 @@ def show(settings: Mapping[str, Any], console: Console) -> None:
     if not pieces.is_decoder(settings):
         raise ConfigError(
             "dry_run=true reads the shapes of language models; for networks that read images see modhifi info, which "
-            "takes model.weights=random."
+            "needs no weights."
         )
     price = config.build(settings["target"])
     if price.timed or price.searched:

@@ -17,7 +17,7 @@ def info(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console
     if pieces.is_decoder(settings):
         _of_decoder(settings, console)
         return
-    loaded = config.build(settings["model"])
+    loaded = config.build(_shapes_alone(settings["model"]))
     example = pieces.example_inputs(loaded.preprocess, 2)
     _, groups, refused = discover(loaded.model, example, exclude=tuple(settings["exclude"]))
     cost = CostModel(loaded.model, example[:1], groups)
@@ -32,12 +32,10 @@ def info(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console
                 "producers": [slot.module for slot in group.producers],
                 "consumers": [slot.module for slot in group.consumers],
                 "parameters": cost.dense.parameters - without.parameters,
-                "MACs": cost.dense.macs - without.macs,
+                "FLOPs (MACs)": cost.dense.macs - without.macs,
             }
         )
-    console.note(
-        f"{loaded.name}: {cost.dense.parameters:,} parameters, {cost.dense.macs:,} MACs for one image, {loaded.weights}"
-    )
+    console.note(f"{loaded.name}: {cost.dense.parameters:,} parameters, {cost.dense.macs:,} FLOPs (MACs) for one image")
     console.table("groups of coupled components, with what hangs on each", rows)
     for refusal in refused:
         console.note(f"left alone: {refusal.name}: {refusal.reason}")
@@ -52,14 +50,26 @@ def info(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console
     )
 
 
+def _shapes_alone(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the same network without its weights: nothing is downloaded, no file is needed."""
+    return dict(model) | ({"weights": "random"} if model.get("weights") == "default" else {})
+
+
 def _of_decoder(settings: Mapping[str, Any], console: Console) -> None:
     """The same for a language model: neurons and heads of every layer, and what one of them carries."""
     from modhifi_cli.graph.decoder import component_parameters, find_parts
+    from modhifi_cli.models import hf
 
-    loaded = config.build(settings["model"])
-    decoder = find_parts(loaded.model, exclude=tuple(settings["exclude"]))
-    layers = [loaded.model.get_submodule(name) for name in decoder.layers]
-    whole = sum(parameter.numel() for parameter in loaded.model.parameters())
+    node = settings["model"]
+    if node.get("path") is None:  # a GGUF file says shapes and weights together
+        loaded = config.build(node)
+        name, model = loaded.name, loaded.model
+    else:
+        model = hf.outline(**{key: node.get(key) for key in ("path", "revision", "dtype", "trust_remote_code")})
+        name = node.get("name") or Path(str(node["path"])).name
+    decoder = find_parts(model, exclude=tuple(settings["exclude"]), check=False)
+    layers = [model.get_submodule(name) for name in decoder.layers]
+    whole = sum(parameter.numel() for parameter in model.parameters())
     decoded = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
     rows = [
         {
@@ -68,20 +78,20 @@ def _of_decoder(settings: Mapping[str, Any], console: Console) -> None:
             "component": part.unit,
             "producers": [slot.module for slot in part.group.producers],
             "consumers": [part.consumer.module],
-            "parameters": part.components * component_parameters(loaded.model, part),
+            "parameters": part.components * component_parameters(model, part),
         }
         for part in decoder.parts
     ]
     console.note(
-        f"{loaded.name}: {whole:,} parameters, {decoded:,} of them in {len(layers)} decoder layers and "
-        f"{whole - decoded:,} in embeddings, head and the last norm; {loaded.weights}"
+        f"{name}: {whole:,} parameters, {decoded:,} of them in {len(layers)} decoder layers and "
+        f"{whole - decoded:,} in embeddings, head and the last norm"
     )
     console.table("groups of neurons and heads, with what hangs on each", rows)
     for refusal in decoder.refused:
         console.note(f"left alone: {refusal.name}: {refusal.reason}")
     console.result(
         {
-            "model": loaded.name,
+            "model": name,
             "parameters": whole,
             "decoder_parameters": decoded,
             "groups": rows,

@@ -144,3 +144,10 @@ def test_every_source_of_calibration_images_says_where_labels_come_from(choice):
     assert config.compose("prune", [*words, "data.labels=model"])["data"]["labels"] == "model"
     with pytest.raises(ConfigError, match="^data.labels must be auto, given or model; got 'modle'.$"):
         config.compose("prune", [*words, "data.labels=modle"])
+
+
+def test_num_samples_counts_images_and_texts_alike():
+    text = ["model=hf", "model.path=given", "data=text", "data.path=given", "evaluation_data=wikitext2"]
+    settings = config.compose("prune", [*text, "data.num_samples=16", "evaluation_data.num_samples=8"])
+    assert settings["data"]["sequences"] == 16 and settings["evaluation_data"]["sequences"] == 8
+    assert config.compose("prune", ["data=procedural", "data.num_samples=16"])["data"]["num_samples"] == 16
