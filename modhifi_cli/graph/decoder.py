@@ -294,7 +294,7 @@ def find_parts(
     refused: list[Refusal] = []
     verdicts: dict[Any, int | str] = {}
     for number, name in enumerate(layers):
-        ran = _ran(model.get_submodule(name), name, calls[number], model)
+        ran = _ran(model.get_submodule(name), name, calls[number], model) if check else None
         every = [each for kind in KINDS if kind in components for each in _played(model, name, number, kind, unit, ran)]
         for found in every:
             if isinstance(found, Refusal):
