@@ -490,9 +490,9 @@ def looked_at(config: Callable[[], Any]) -> tuple[bool, str]:
         found = find_parts(model)
     except ModHiFiError as error:
         return False, str(error)
-    kinds = ", ".join(sorted({f"{part.unit}s" for part in found.parts}))
+    kinds = "; ".join(sorted({part.unit for part in found.parts}))
     left = f"; left alone: {found.refused[0].reason}" if found.refused else ""
-    return len({part.layer for part in found.parts}) == len(found.layers), f"{kinds} pass the law{left}"
+    return len({part.layer for part in found.parts}) == len(found.layers), f"lawful: {kinds}{left}"
 
 
 def tried() -> dict[str, tuple[bool, str]]:

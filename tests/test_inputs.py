@@ -212,3 +212,25 @@ def test_a_compiled_network_is_pruned_inside_and_a_scripted_one_is_told_of():
     assert isinstance(narrow, nn.Sequential) and narrow[0].out_features < 12 and net[0].out_features == 12
     with pytest.raises(UnsupportedModelError, match="modules of TorchScript cannot be cut; give the module that it was made"):
         modhifi_cli.prune(torch.jit.script(net), torch.randn(48, 6))
+    quantised = torch.ao.quantization.quantize_dynamic(net, {nn.Linear})
+    with pytest.raises(UnsupportedModelError, match="0 is quantised .Linear. and cannot be cut; prune the network that it was"):
+        modhifi_cli.prune(quantised, torch.randn(48, 6))
+
+
+def test_attention_that_divides_its_width_by_the_heads_is_told_what_to_store():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n_head, self.c_attn, self.c_proj = 4, nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, stream):
+            B, T, C = stream.size()
+            q, k, v = self.c_attn(stream).split(C, dim=2)
+            q, k, v = (each.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for each in (q, k, v))
+            mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+            return stream + self.c_proj(mixed.transpose(1, 2).reshape(B, T, C))
+
+    net = nn.Sequential(nn.Linear(8, 16), Attention(), nn.LayerNorm(16), nn.Flatten(), nn.Linear(160, 3))
+    _, refused = modhifi_cli.groups(net, torch.randn(4, 10, 8))
+    told = {each.name: each.reason for each in refused}["1.c_attn"]
+    assert "computes the width of a head from that of its input (C // self.n_head), so that none can go; store head_dim" in told

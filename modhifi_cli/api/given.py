@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from modhifi_cli.data.tensors import TensorImages, from_batches
 from modhifi_cli.data.text import SEQUENCES, TokenWindows, of_tokens, windows_of
-from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, is_whole
+from modhifi_cli.errors import ConfigError, DataError, is_whole
 from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot
 from modhifi_cli.graph.folded import copied, fold_
-from modhifi_cli.graph.inputs import FORWARD_ERRORS, check_images
+from modhifi_cli.graph.inputs import FORWARD_ERRORS, check_images, refuse_finished
 from modhifi_cli.models.called import INSIDE, Called, Form, labels_of, named_inputs, parted
 from modhifi_cli.records import Edit
 
@@ -148,8 +148,7 @@ def ready(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: expected a torch.nn.Module, got a {type(model).__name__}.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModelError("model: modules of TorchScript cannot be cut; give the module that it was made of.")
+    refuse_finished(model)
     inner = getattr(model, "_orig_mod", None)
     if isinstance(inner, nn.Module):  # what torch.compile was given; the new network is compiled again by whoever wants it
         model = inner

@@ -5,6 +5,8 @@ groups: what one layer writes stays together, layers that write into the same su
 makes whole convolution groups the component; and everything that is left out has a reason.
 """
 
+import inspect
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +17,8 @@ from modhifi_cli.errors import ConfigError, UnsupportedModelError, nearest
 from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot, input_size
 from modhifi_cli.graph.labels import Labelling, Link, label
 from modhifi_cli.graph.trace import Trace
+
+_DIVIDED = re.compile(r"\w+\s*//\s*(?:self\.)?\w*heads?\b")
 
 
 def find_groups(
@@ -148,7 +152,7 @@ def _groups_of(
             yield Refusal(name, f"{link.module} {reason}")
             return
     if len(bundle.labels) < 2:
-        yield Refusal(name, "its channels can only go all together")
+        yield Refusal(name, _told_heads(model, name) or "its channels can only go all together")
         return
     places = _places(model, bundle)
     signatures: dict[tuple, list[int]] = {}
@@ -156,6 +160,22 @@ def _groups_of(
         signatures.setdefault(tuple((key, len(positions)) for key, positions in held.items()), []).append(each)
     for number, components in enumerate(signatures.values()):
         yield _as_group(model, name if number == 0 else f"{name}:{number + 1}", components, places, trace)
+
+
+def _told_heads(model: nn.Module, name: str) -> str | None:
+    """The reason where attention computes the width of a head from that of its input, which says nothing of its heads."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    try:
+        source = inspect.getsource(type(parent).forward)
+    except (OSError, TypeError):
+        return None
+    found = _DIVIDED.search(source)
+    if found is None:
+        return None
+    return (
+        f"its forward computes the width of a head from that of its input ({found[0]}), so that none can go; store head_dim, "
+        "and split its answers into heads of that width (-1 of them)"
+    )
 
 
 def _unfit(model: nn.Module, link: Link, trace: Trace) -> str | None:

@@ -73,6 +73,22 @@ def check_images(model: nn.Module, example: Tensor) -> Tensor:
     return logits
 
 
+def refuse_finished(model: nn.Module) -> None:
+    """Refuse a network that was prepared for use and holds no weights that can be cut.
+
+    Raises:
+        UnsupportedModelError: If it is TorchScript, or quantised.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError("model: modules of TorchScript cannot be cut; give the module that it was made of.")
+    for name, module in model.named_modules():
+        if ".quantized" in type(module).__module__:
+            raise UnsupportedModelError(
+                f"model: {name or 'it'} is quantised ({type(module).__name__}) and cannot be cut; prune the network that it was "
+                "made of, and quantise the new one."
+            )
+
+
 def not_taken(model: nn.Module, shape: Sequence[int], error: Exception) -> UnsupportedModelError:
     """The one sentence for a forward that failed on images of a shape ``[batch, channels, height, width]``."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

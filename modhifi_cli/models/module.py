@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError, nearest
 from modhifi_cli.graph.folded import copied, fold_
-from modhifi_cli.graph.inputs import check_images
+from modhifi_cli.graph.inputs import check_images, refuse_finished
 from modhifi_cli.models.called import Called, Form, Sent
 from modhifi_cli.models.preprocessing import adjusted, named_classes
 from modhifi_cli.models.weights import load_weights_, seeded_initialisation
@@ -301,6 +301,7 @@ def _made(factory: str, kwargs: Mapping[str, Any], make: Callable[..., Any]) -> 
             f"model.factory={factory}: expected a torch.nn.Module, got {type(model).__name__}; name the function that "
             "returns the network."
         )
+    refuse_finished(model)
     # A copy: a factory may hand out one and the same module at every call.
     return copied(model).cpu().eval()
 

@@ -257,7 +257,8 @@ def examine(name: str, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         return _examine_decoder(name, kind, asked, loaded)
     channels = len(loaded.preprocess.mean)
     own = loaded.preprocess.size
-    sizes = [own] if _fixed(model) else [*((s, s) for s in _SMALL if s < max(own)), own]
+    # Those of transformers are made small themselves, and some remember the smallest image they saw.
+    sizes = [own] if _fixed(model) or asked["library"] == "transformers" else [*((s, s) for s in _SMALL if s < max(own)), own]
     # One image where the size is given and large: that is most of the work.
     example = task.first_size(model, sizes, channels, images=2 if len(sizes) > 1 or max(own) < 128 else 1)
     cuts: list[task.Cut] = []
