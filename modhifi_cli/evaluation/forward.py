@@ -77,16 +77,19 @@ def logits_of_batches(
         raise DataError(f"{place}: expected at least one image to measure {stage} on, got none; check {place}.path.")
     done = 0
     progress(Progress(stage, place, 0, images_in_all))
+    remembering = bool(answers) or any(isinstance(model, RememberedLogits) for model in models.values())
     for images, labels in source.batches(batch_size):
+        key = _content(images) if remembering else ""  # before they go to a card, not copied back from there
+        here = images.to(device)  # once, for all networks
         logits = {}
         for name, model in models.items():
             # Not around the yield: an abandoned generator would leave the caller in inference mode.
             with torch.inference_mode():
-                seen = images.to(device=device, dtype=_input_dtype(model))
-                output = model(seen)
+                seen = here.to(_input_dtype(model))
+                output = model.known(key, seen) if isinstance(model, RememberedLogits) else model(seen)
             logits[name] = _checked_logits(output, name=name, stage=stage, place=place, images=len(images), at=done)
             if answers is not None and name in answers:
-                answers[name].remember(seen, output)
+                answers[name].remember(key, output)
         done += len(images)
         progress(Progress(stage, place, done, images_in_all))
         yield logits, labels
@@ -122,14 +125,17 @@ class RememberedLogits(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``[batch, channels, height, width]`` → logits ``[batch, classes]`` on the images' device."""
-        key = _content(images)
+        return self.known(_content(images), images)
+
+    def known(self, key: str, images: Tensor) -> Tensor:
+        """As `forward`, for images whose content has been looked at where they came from."""
         if key not in self._logits:
             self._logits[key] = self.model(images).detach().cpu()
         return self._logits[key].to(images.device)
 
-    def remember(self, images: Tensor, logits: Tensor) -> None:
-        """Learn what the network itself said to a batch elsewhere, ``[batch, classes]``."""
-        self._logits[_content(images)] = logits.detach().cpu()
+    def remember(self, key: str, logits: Tensor) -> None:
+        """Learn what the network itself said to images of that content elsewhere, ``[batch, classes]``."""
+        self._logits[key] = logits.detach().cpu()
 
 
 def _content(images: Tensor) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from modhifi_cli import load_model
 from modhifi_cli.cli import main
-from modhifi_cli.evaluation.forward import RememberedLogits, _content
+from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.files import artifacts
 from modhifi_cli.graph.surgery import weights_hash
 
@@ -74,12 +74,12 @@ def test_a_run_brings_its_audit_and_says_what_it_did_not_reach(here, capsys):
 def test_what_the_audit_has_heard_is_not_computed_again_for_the_measurement(here, monkeypatch):
     asked = []
 
-    def forward(memory, images):
-        asked.append(_content(images) in memory._logits)
-        return answer(memory, images)
+    def known(memory, key, images):
+        asked.append(key in memory._logits)
+        return answer(memory, key, images)
 
-    answer = RememberedLogits.forward
-    monkeypatch.setattr(RememberedLogits, "forward", forward)
+    answer = RememberedLogits.known
+    monkeypatch.setattr(RememberedLogits, "known", known)
     assert main(["unlearn", *AUDITED, "forget_class=3", "method.beta=0.3"]) == 0
     assert asked and all(asked)
     results = artifacts.read_results(only_run(here))
