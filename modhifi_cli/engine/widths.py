@@ -8,6 +8,7 @@ from modhifi_cli.engine.plan import Summary
 from modhifi_cli.engine.prices import COUNTED, Subject
 from modhifi_cli.engine.rounding import channel_steps, refuse_narrow, told
 from modhifi_cli.engine.walk import Budget
+from modhifi_cli.errors import ConfigError
 from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.components import ComponentGroup, Layout
 from modhifi_cli.graph.counting import CostModel, count
@@ -45,6 +46,9 @@ class GroupWidths:
         self._costs = CostModel(model, example, groups)
         self._sizes = [group.components for group in groups]
         self._steps = channel_steps(groups, budget.round_to, example.device, budget.block)
+        self._ways = [self._steps]  # whole blocks of the runtime first, and finer steps where those miss what is asked for
+        if budget.block > 1 and self._price.name in COUNTED:
+            self._ways.append(channel_steps(groups, budget.round_to, example.device))
         names = [group.name for group in groups]
         self.warnings = refuse_narrow(self._sizes, names, budget.round_to) if budget.sparsity > 0 else ()
         self._pricing = self._price.on(Subject(model, example, groups, self._costs, self._steps))
@@ -100,12 +104,23 @@ class GroupWidths:
         return Summary(achieved, warnings)
 
     def _allocated(self, share: float, present: Sequence[int], curves: Sequence[Sequence[float]]) -> list[int]:
-        return self._allocation(
-            self._sizes,
-            present,
-            self._pricing.removed_share,
-            sparsity=share,
-            steps=self._steps,
-            curves=curves or None,
-            stepwise=self._pricing.stepwise,
-        )
+        for steps in self._ways:
+            last = steps is self._ways[-1]
+            try:
+                keep = self._allocation(
+                    self._sizes,
+                    present,
+                    self._pricing.removed_share,
+                    sparsity=share,
+                    steps=steps,
+                    curves=curves or None,
+                    stepwise=self._pricing.stepwise,
+                )
+            except ConfigError:
+                if last:
+                    raise
+                continue
+            if last or abs(self._pricing.removed_share(keep) - share) <= NEAR:
+                self._steps = steps
+                return keep
+        raise AssertionError("the last way returns or raises")

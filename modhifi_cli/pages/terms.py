@@ -156,7 +156,7 @@ def change(before: float, after: float, unit: str) -> str:
 def not_faster(measurements: Sequence[Measurement]) -> str | None:
     """A sentence where fewer multiply-accumulates have not become less time, or None.
 
-    Time is said to lag where it fell by less than half of the share that the FLOPs fell by, at the upper end of the
+    Time is said to lag where it fell by less than a third of the share that the FLOPs fell by, at the upper end of the
     median's interval as well; below a tenth fewer FLOPs nothing is said, since no clock shows so little.
 
     Args:
@@ -170,13 +170,14 @@ def not_faster(measurements: Sequence[Measurement]) -> str | None:
     fewer, saved = 1 - edited / dense, 1 - 1 / told.value
     low, high = (told.protocol.get(key, told.value) for key in ("low", "high"))
     noisy = str(told.protocol.get("told", "")).startswith("too noisy")
-    if fewer < 0.1 or noisy or max(saved, 1 - 1 / high) >= fewer / 2:
+    if fewer < 0.1 or noisy or max(saved, 1 - 1 / high) >= fewer / 3:
         return None
     time = f"only {saved:.1%} less time" if saved > 0 else f"no less time ({-saved:.1%} more)"
     return (
         f"{fewer:.1%} fewer FLOPs are {time} in {told.protocol.get('runtime')} here (batch of "
         f"{told.protocol.get('batch')}, {low:.2f} to {high:.2f} times as fast): narrow or oddly sized layers cost what "
-        "wide ones do; try round_to=auto, or ask for time itself with target=latency."
+        "wide ones do; name where the network will run (runtime.serve) with round_to=auto, or ask for time itself with "
+        "target=latency."
     )
 
 

@@ -3,9 +3,14 @@
 import pytest
 import torch
 
+from modhifi_cli.engine.plan import discover
 from modhifi_cli.engine.rounding import channel_steps, neuron_step, refuse_narrow, told
+from modhifi_cli.engine.walk import Budget
+from modhifi_cli.engine.widths import GroupWidths
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.graph.components import ComponentGroup, Slot
+from modhifi_cli.models import cifar_resnet
+from modhifi_cli.numerics.allocation import Uniform
 
 
 def group(components, channels=1):
@@ -56,3 +61,21 @@ def test_a_multiple_that_no_group_holds_is_refused_and_one_that_some_hold_is_tol
 
 def test_steps_are_told_as_one_or_as_a_range():
     assert (told([8, 8]), told([2, 16, 8], "neurons")) == ("8 components", "2 to 16 neurons")
+
+
+def test_whole_blocks_are_cut_as_long_as_they_meet_what_is_asked_for_and_finer_steps_where_they_do_not():
+    model = cifar_resnet.build(depth=8, num_classes=10, widths=(16, 32, 32))
+    images = torch.randn(2, 3, 16, 16)
+    _, groups, _ = discover(model, images)
+    sizes = [group.components for group in groups]
+
+    def widths(share):
+        return GroupWidths(model, images[:1], groups, Uniform(), Budget(share, "flops", "auto", block=8))
+
+    blocks = widths(0.5)
+    halves = blocks.shares([size // 2 for size in sizes])["flops"]
+    assert all(keep % 8 == 0 for keep in widths(halves).at(halves, sizes, []))
+    most = blocks.shares([8] * len(sizes))["flops"] + 0.05
+    finer = widths(most)
+    keep = finer.at(most, sizes, [])
+    assert abs(finer.shares(keep)["flops"] - most) < 0.01 and any(kept % 8 for kept in keep)

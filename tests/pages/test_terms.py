@@ -46,6 +46,7 @@ def test_fewer_flops_that_are_no_less_time_are_said():
     assert said.startswith(words)
     assert "round_to=auto" in said and "target=latency" in said
     assert "no less time (25.0% more) in eager here" in terms.not_faster(timed(70.0, 0.8, 0.75, 0.9))
+    assert terms.not_faster(timed(40.0, 1.36, 1.34, 1.38)) is None, "26 % less time for 60 % fewer FLOPs are worth having"
     assert terms.not_faster(timed(70.0, 1.3, 1.2, 1.4)) is None, "23 % less time for 30 % fewer FLOPs"
     assert terms.not_faster(timed(70.0, 1.1, 0.9, 1.4)) is None, "the clock is too restless to say so"
     assert terms.not_faster(timed(95.0, 1.0, 1.0, 1.0)) is None

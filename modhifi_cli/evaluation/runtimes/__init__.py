@@ -28,7 +28,8 @@ class Runtime(Protocol):
         PACKAGES: Import names of packages that must be installed, of `errors.EXTRAS`.
         ON_A_CARD: Whether it can run on an accelerator.
         QUICK: Whether a program is made in well under a second, so that layers can be timed one by one.
-        BLOCK: Channels that it computes together; layers of other multiples leave its fast path. 1 where none do.
+        BLOCK: Channels that it computes together; layers of other multiples leave its fast path or waste
+            a part of every vector. 1 where none do.
     """
 
     PACKAGES: tuple[str, ...]
