@@ -19,10 +19,13 @@ from modhifi_cli.engine.plan import discover
 from modhifi_cli.engine.rounding import channel_steps
 from modhifi_cli.evaluation.latency import measure
 from modhifi_cli.evaluation.latency_probe import narrowed
+from modhifi_cli.evaluation.runtimes.eager import BLOCK
 from modhifi_cli.graph.counting import CostModel
 from modhifi_cli.numerics.allocation import Uniform
 
-NETWORKS = ("resnet18", "mobilenet_v2", "tf_efficientnet_lite0", "vit_small_patch16_224")
+NETWORKS = (
+    "resnet18", "resnet50", "mobilenet_v2", "tf_efficientnet_lite0", "densenet121", "convnext_tiny", "vit_b_16",
+)  # fmt: skip
 SHARES = (0.3, 0.5)
 
 
@@ -33,7 +36,8 @@ def network(name: str, pixels: int) -> nn.Module:
 
     torch.manual_seed(0)
     if name in torchvision.models.list_models():
-        return torchvision.models.get_model(name, weights=None).eval()
+        sized = {"image_size": pixels} if name.startswith("vit") else {}
+        return torchvision.models.get_model(name, weights=None, **sized).eval()
     size = {"img_size": pixels} if name.startswith("vit") else {}
     return timm.create_model(name, pretrained=False, **size).eval()
 
@@ -43,7 +47,7 @@ def pruned(dense: nn.Module, pixels: int, round_to: int | str) -> tuple[dict[str
     images = torch.randn((2, 3, pixels, pixels), generator=torch.Generator().manual_seed(0))
     _, groups, _ = discover(dense, images)
     costs = CostModel(dense, images[:1], groups)
-    sizes, steps = [group.components for group in groups], channel_steps(groups, round_to)
+    sizes, steps = [group.components for group in groups], channel_steps(groups, round_to, block=BLOCK)
     models, achieved = {}, {}
     for share in SHARES:
         keep = Uniform()(sizes, sizes, lambda k: costs.removed_share(k, "flops"), sparsity=share, steps=steps)
