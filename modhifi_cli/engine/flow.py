@@ -221,7 +221,7 @@ class Flow:
                     del given[name]
 
     def _can_resume(self, layer: nn.Module, hidden: Tensor, call: Call, given: Mapping[str, Any]) -> bool:
-        """Whether a layer whose modules answer at once gives what it gives without; tried once for each set of modules."""
+        """Whether a layer whose modules answer at once gives what it gives without; tried once for a set of modules."""
         names = tuple(sorted(given))
         if names not in self._resumes:
             own = run_layer(layer, hidden, call)

@@ -46,7 +46,8 @@ class GroupWidths:
         self._costs = CostModel(model, example, groups)
         self._sizes = [group.components for group in groups]
         self._steps = channel_steps(groups, budget.round_to, example.device, budget.block)
-        self._ways = [self._steps]  # whole blocks of the runtime first, and finer steps where those miss what is asked for
+        # Whole blocks of the runtime first, and finer steps where those miss what is asked for.
+        self._ways = [self._steps]
         if budget.block > 1 and self._price.name in COUNTED:
             self._ways.append(channel_steps(groups, budget.round_to, example.device))
         names = [group.name for group in groups]
