@@ -373,7 +373,7 @@ linear-gradient(to left,var(--line),transparent .7rem) 100% 0;background-repeat:
 table{border-collapse:collapse;font-size:.9rem;min-width:50%}
 th,td{text-align:left;padding:.32rem .7rem .32rem 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--quiet);font-weight:500;vertical-align:bottom}.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:nowrap}
-td:first-child:not(.n){min-width:7.5rem}
+td:first-child:not(.n){min-width:6rem}
 p,li{overflow-wrap:anywhere;max-width:46rem}ul{padding-left:1.2rem}li{margin:.3rem 0}
 .note{color:var(--quiet);font-size:.85rem}
 ul.warning,p.warning{background:var(--warn);border-left:4px solid var(--c4);padding:.6rem .8rem .6rem 1.6rem;

@@ -276,9 +276,13 @@ def show_end(console: Console, final: Path, warnings: int) -> None:
     told = {0: "no warning was raised", 1: "one warning was raised"}.get(warnings, f"{warnings} warnings were raised")
     console.note(f"{told}; the page is report.html, the network model/, both in")
     console.note(f"  {final}")
-    console.note(f"proof that it answers as it did:  modhifi verify run={final}")
+    # The newest run where runs are looked for has a short name.
+    name = "last" if final.parts[:1] == ("outputs",) and len(final.parts) == 4 else str(final)
+    console.note(f"proof that it answers as it did:  modhifi verify run={name}")
     show_loading(console, final)
-    console.note(f"next, on other data or with other measurements:  modhifi evaluate run={final}")
+    console.note(f"next, on other data or with other measurements:  modhifi evaluate run={name}")
+    if name == "last":
+        console.note("all runs by their names:  modhifi runs")
 
 
 def save_network(place: artifacts.RunDirectory, loaded: LoadedModel, model: nn.Module) -> None:
