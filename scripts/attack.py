@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="for each kind, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--whole", type=int, default=100, help="every so many command lines may begin its work")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many of the hostile things, to go on with the rest")
     parser.add_argument("--verbs", nargs="*", help="only these are killed")
     asked = parser.parse_args()
     bad = 0
@@ -70,7 +71,7 @@ def _hostile(finished: Path, room: Path, count: int, asked: argparse.Namespace) 
 
     things = list(hostile.every())
     random.Random(asked.seed).shuffle(things)
-    for number, one in enumerate(things[:count]):
+    for number, one in enumerate(things[asked.skip : asked.skip + count]):
         yield one.name.split()[0].partition(".")[0], hostile.attack(one, finished, room / str(number))
         shutil.rmtree(room / str(number), ignore_errors=True)
 
