@@ -105,16 +105,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
+def nearest(name: object, known: Iterable[str], *, limit: int = 3) -> str:
     """A hint for an unknown name: ``"did you mean 'a' or 'b'?"``, or the known names when nothing is near.
 
     Args:
-        name: What the user wrote.
+        name: What the user wrote; anything that YAML can be.
         known: The names that exist.
         limit: How many near names to offer at most.
     """
     known = sorted(set(known))
-    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), known, n=limit, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(f"'{candidate}'" for candidate in close) + "?"
     shown = ", ".join(known[:20]) + (f", … ({len(known)} in all)" if len(known) > 20 else "")

@@ -4,6 +4,7 @@ Rows are streamed from disk and only the chosen ones are kept, so that a set of 
 than the sample drawn from it.
 """
 
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -309,7 +310,10 @@ def _open_npz(file: Path, key: str | None, usual: Sequence[str], what: str, sett
         with archive.open(f"{name}.npy") as member:
             shape, fortran, dtype = _read_npy_header(member)
             _refuse_objects(file, name, dtype, fortran)
-            row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+            row_bytes = math.prod(shape[1:]) * dtype.itemsize
+            held = archive.getinfo(f"{name}.npy").file_size
+            if shape and shape[0] * row_bytes > held:  # before memory is asked for
+                raise DataError(f"{file} [{name}]: says it holds {shape}, but it has only {held} bytes; copy it again.")
 
             def read(rows: int) -> np.ndarray:
                 content = member.read(rows * row_bytes)

@@ -13,6 +13,8 @@ import functools
 import importlib
 import inspect
 import re
+import types
+import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -116,6 +118,9 @@ _ROLES: Mapping[str, Role] = {
     "export": Role("an export", ("files.exports",), methods=("__call__",)),
     "tracker": Role("a tracker", ("files.trackers",), methods=("write",)),
 }
+# What an argument may be declared as, in words; what is declared otherwise checks itself.
+_KINDS: Mapping[Any, str] = {str: "a name or text", int: "a whole number", float: "a number", bool: "true or false",
+                             types.NoneType: "null"}  # fmt: skip
 # Groups without a line above hold settings of the engine.
 _SETTINGS = Role("a dataclass of settings", ("numerics", "engine", "unlearning", "auditing"), plain=True)
 
@@ -214,6 +219,33 @@ def _check_arguments(
         required = parameter.default is inspect.Parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
         if required and name not in arguments and name not in later:
             raise ConfigError(f"{path}.{name} must be given, e.g. {path}.{name}=VALUE.")
+    hints = _hints(target)
+    for name in sorted(arguments & hints.keys()):
+        _check_kind(f"{path}.{name}", plain[name], hints[name])
+
+
+@functools.cache
+def _hints(target: Callable[..., Any]) -> Mapping[str, Any]:
+    """Annotations of a function's or a class's arguments; none where they cannot be read."""
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError):
+        return {}
+
+
+def _check_kind(key: str, value: Any, hint: Any) -> None:
+    """Refuse a value of another kind than its argument's: a list for a number, a truth value for a name.
+
+    Only arguments that are declared as plain words, numbers or truth values are looked at.
+    """
+    kinds = set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
+    if not kinds <= _KINDS.keys():
+        return
+    found = type(value)
+    if found in kinds or found is int and float in kinds:
+        return
+    told = [_KINDS[kind] for kind in _KINDS if kind in kinds]
+    raise ConfigError(f"{key} must be {' or '.join(told)}; got {value!r:.60}.")
 
 
 def _located(name: str, where: str, role: Role | None, allow: Collection[str]) -> Callable[..., Any]:

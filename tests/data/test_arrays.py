@@ -1,5 +1,7 @@
 """Array files in every layout that is accepted, and one sentence for each that is not."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -191,3 +193,11 @@ def test_real_cifar_layout(test_data):
         num_samples=100,
     )
     assert source.images.shape == (100, 32, 32, 3) and source.labels.max() == 9
+
+
+def test_an_archive_that_claims_more_rows_than_it_has_bytes_is_refused_before_memory_is_asked_for(tmp_path):
+    header = "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 32, 32, 3), }".ljust(117) + "\n"
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as file:
+        file.writestr("images.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(100))
+    with pytest.raises(DataError, match=r"says it holds \(1000000000000, 32, 32, 3\), but it has only \d+ bytes"):
+        inputs_of(tmp_path / "huge.npz")

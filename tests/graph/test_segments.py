@@ -148,3 +148,8 @@ def test_order_of_data_decides_what_depends_on_what():
     assert trace.depends("outer", "inner")
     assert not trace.depends("down", "project")  # siblings, though project runs first
     assert trace.norm_of == {"stem": "norm", "inner": "inner_norm"}
+
+
+def test_equal_images_do_not_make_a_branch_a_cut():
+    model, images = networks.small("option_a")
+    assert Segments(model, torch.zeros_like(images)).cuts == Segments(model, images).cuts

@@ -145,3 +145,18 @@ def test_code_that_only_a_foreign_yaml_names_must_be_said_again():
         heard.refuse_unsaid_code(plain, ["sparsity=0.4"], foreign=True, trust=False)
     heard.refuse_unsaid_code(plain, ["model.factory=evil:f"], foreign=True, trust=False)
     heard.refuse_unsaid_code(plain, [], foreign=False, trust=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data=digits", "data.split=false"], "data.split must be a name or text or null; got False"),
+        (["data=digits", "data.split=[train]"], r"data.split must be a name or text or null; got \['train'\]"),
+        (["data=digits", "data.seed={a: 1}"], "data.seed must be a whole number; got {'a': 1}"),
+        (["data=digits", "data.num_samples=true"], "data.num_samples must be a name or text or a whole number or null; got True"),
+        (["model=resnet18", "model.weights=[a]"], r"model.weights must be .*text.*; got \['a'\]"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused_before_any_work(words, told):
+    with pytest.raises(ConfigError, match=told):
+        config.compose("prune", words)
