@@ -7,6 +7,7 @@ Anything else that is raised is a defect of ours and keeps its traceback.
 import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping
+from typing import TypeGuard
 
 
 class ModHiFiError(Exception):
@@ -95,12 +96,12 @@ def need_packages(what: str, *packages: str) -> None:
             raise package_missing(what, package)
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether a setting is a whole number; true and false, which Python counts as numbers, are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a setting is a number, whole or not; true and false are none, NaN and infinity are."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

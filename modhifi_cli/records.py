@@ -39,6 +39,17 @@ class Statistics:
         """Number of features of a row."""
         return self.mean.numel()
 
+    @property
+    def summed(self) -> Tensor:
+        """S, of statistics that hold it.
+
+        Raises:
+            ValueError: If they hold the rows themselves (`numerics.moments.second_moment` takes either).
+        """
+        if self.second_moment is None:
+            raise ValueError("these statistics hold their rows and not the sum of their products.")
+        return self.second_moment
+
 
 @dataclass(frozen=True)
 class Consumer:

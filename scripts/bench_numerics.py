@@ -21,6 +21,7 @@ from modhifi_cli.numerics.contributions import SimilarityBlocks, contribution_mo
 from modhifi_cli.numerics.elimination import elimination
 from modhifi_cli.numerics.fidelity import layer_fidelity, subset_fidelity
 from modhifi_cli.numerics.moments import ConvMoments
+from modhifi_cli.numerics.rows import Window
 from modhifi_cli.numerics.subsets import leading_fidelity, leading_joint_fidelity, random_orders
 from modhifi_cli.records import Consumer, Statistics
 
@@ -45,9 +46,9 @@ def bench_moments() -> None:
     print("channels  side  forward_ms  shared_ms  unfold_ms  shared/forward  shared/unfold  result_ms  norm/forward")
     for channels, side, images in LAYERS + PRUNED_LAYERS:
         maps, weight = torch.relu(torch.randn(images, channels, side, side)), torch.randn(channels, channels, 3, 3)
-        shared, norm = ConvMoments(channels, 3, 1, 1), BatchNormMoments(channels)
+        shared, norm = ConvMoments(channels, Window.of(3, 1, 1)), BatchNormMoments(channels)
         # A lopsided way to write the same window keeps it off the shared path.
-        unfolded = ConvMoments(channels, 3, 1, 0)
+        unfolded = ConvMoments(channels, Window.of(3, 1, 0))
         padded = functional.pad(maps, (1, 1, 1, 1))
         forward = milliseconds(lambda: functional.conv2d(maps, weight, padding=1))
         one = milliseconds(lambda: shared.update(maps))
@@ -69,10 +70,9 @@ def bench_other_moments() -> None:
         conv = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, bias=False)
         with torch.no_grad():
             forward = milliseconds(lambda: conv(maps))
-        every = ConvMoments(channels, kernel, stride, kernel // 2)
-        some = ConvMoments(
-            channels, kernel, stride, kernel // 2, positions_per_image=32, generator=torch.Generator().manual_seed(0)
-        )
+        every = ConvMoments(channels, Window.of_layer(conv))
+        drawn = torch.Generator().manual_seed(0)
+        some = ConvMoments(channels, Window.of_layer(conv), positions_per_image=32, generator=drawn)
         one, two = milliseconds(lambda: every.update(maps), 2), milliseconds(lambda: some.update(maps), 2)
         print(
             f"{kernel} × {kernel} stride {stride}, {channels} channels (as many outputs), {side} px: all rows "

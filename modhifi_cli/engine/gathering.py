@@ -5,8 +5,8 @@ into batches nor that into processes matters. Ridges are chosen, and trial cuts 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from modhifi_cli.graph.components import input_size, reads_features
 from modhifi_cli.numerics.cross import CrossMoments, CrossStatistics, merge_cross
 from modhifi_cli.numerics.depthwise import FilterMoments, FilterStatistics
 from modhifi_cli.numerics.moments import ConvMoments, PatchMoments, RowMoments, merge
+from modhifi_cli.numerics.rows import Window
 from modhifi_cli.records import Statistics
 
 _HELD_OUT_EVERY = 5  # one image in five chooses the ridge
@@ -64,11 +65,26 @@ class Gathered:
     held_out: Statistics | None
     fitted: Statistics | None = None
 
+    def without_held_out(self) -> "Gathered":
+        """The same, its statistics over the samples that are not held out, where some are."""
+        return self if self.fitted is None else replace(self, statistics=self.fitted)
 
-Sums = TypeVar("Sums", ConvMoments | RowMoments, CrossMoments, FilterMoments)
+
+Result = TypeVar("Result", covariant=True)
 
 
-class HeldOutApart(Generic[Sums]):
+class Sums(Protocol[Result]):
+    """An accumulator of batches."""
+
+    @property
+    def update(self) -> Callable[..., None]:
+        """Add one batch, whatever tensors make one up."""
+
+    def result(self) -> Result:
+        """Moments of everything so far."""
+
+
+class HeldOutApart(Generic[Result]):
     """Two accumulators of one kind: of the samples that are fitted, and of those held out.
 
     Args:
@@ -81,7 +97,7 @@ class HeldOutApart(Generic[Sums]):
 
     def __init__(
         self,
-        make: Callable[[], Sums],
+        make: Callable[[], Sums[Result]],
         *,
         hold_out: bool = True,
         first: int = 0,
@@ -116,7 +132,7 @@ class HeldOutApart(Generic[Sums]):
                 rows = chosen.to(batch[0].device)
                 sums.update(*(tensor[rows] for tensor in batch))
 
-    def results(self) -> tuple[Any, Any | None]:
+    def results(self) -> tuple[Result, Result | None]:
         """Of the fitted samples, and of the held-out ones (None where there are none), over all processes.
 
         Raises:
@@ -159,29 +175,26 @@ class LayerMoments:
         one_tap = isinstance(module, nn.Conv1d) and module.kernel_size == module.stride == (1,)
         by_pixel = isinstance(module, nn.ConvTranspose2d) or one_tap and module.padding in ((0,), "valid")
 
-        def accumulator() -> ConvMoments | RowMoments | PatchMoments:
+        def accumulator() -> Sums[Statistics]:
             if self._linear:
                 return _FlatRows(input_size(module), name=name)
-            if not isinstance(module, nn.Conv2d) or (module.padding_mode != "zeros" and max(module.kernel_size) > 1):
-                return PatchMoments(
+            if isinstance(module, nn.Conv2d) and (module.padding_mode == "zeros" or max(module.kernel_size) == 1):
+                return ConvMoments(
                     module.in_channels,
-                    module.kernel_size,
-                    stride=module.stride,
-                    dilation=module.dilation,
-                    pads=module._reversed_padding_repeated_twice,
-                    padding_mode=module.padding_mode,
+                    Window.of_layer(module),
                     name=name,
+                    positions_per_image=positions_per_image,
+                    generator=torch.Generator().manual_seed(seed),
                 )
-            return ConvMoments(
+            assert isinstance(module, nn.modules.conv._ConvNd), "what is no linear layer is a convolution"
+            return PatchMoments(
                 module.in_channels,
-                kernel_size=module.kernel_size,
+                module.kernel_size,
                 stride=module.stride,
-                padding=module.padding,
                 dilation=module.dilation,
+                pads=module._reversed_padding_repeated_twice,
+                padding_mode=module.padding_mode,
                 name=name,
-                padding_mode=module.padding_mode if max(module.kernel_size) > 1 else "zeros",
-                positions_per_image=positions_per_image,
-                generator=torch.Generator().manual_seed(seed),
             )
 
         self._linear = reads_features(module) or by_pixel
@@ -240,11 +253,12 @@ class DepthwiseMoments:
 
     Args:
         name: Module name, for messages.
-        module: Depthwise `nn.Conv2d`.
+        module: The convolution, kept under that name.
         shared: ``first``, ``team`` and ``device`` of `HeldOutApart`, where several processes gather.
     """
 
-    def __init__(self, name: str, module: nn.Module, **shared: Any) -> None:
+    def __init__(self, name: str, module: nn.Conv2d, **shared: Any) -> None:
+        self.module = module
         self._sums = HeldOutApart(lambda: FilterMoments(module, name=name), **shared)
         self.update = self._sums.update
 

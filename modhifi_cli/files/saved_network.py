@@ -142,7 +142,11 @@ def _described(told: Mapping[str, Any]) -> LoadedModel:
         model=nn.Identity(),
         name=told["name"],
         preprocess=Preprocess(
-            size=size, mean=mean, std=std, resize=seen["resize"], interpolation=seen["interpolation"]
+            size=size,
+            mean=mean,
+            std=std,
+            resize=None if seen["resize"] is None else int(seen["resize"]),
+            interpolation=seen["interpolation"],
         ),
         architecture={"builder": told["builder"], "kwargs": told["kwargs"]},
         weights=told["weights"],

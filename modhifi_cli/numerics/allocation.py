@@ -226,7 +226,7 @@ def _even(
     sizes: Sequence[int], present: Sequence[int], share: float, steps: Sequence[int], floor: float
 ) -> list[int]:
     """Widths that keep the same share of every group, as near as the steps allow."""
-    return [_width(*group, share, step, floor) for *group, step in zip(sizes, present, steps, strict=True)]
+    return [_width(size, now, share, step, floor) for size, now, step in zip(sizes, present, steps, strict=True)]
 
 
 def _width(size: int, present: int, share: float, step: int, floor: float) -> int:

@@ -76,7 +76,7 @@ class BatchNormMoments:
         if maps.ndim < 2 or maps.shape[1] != self._channels:
             raise ValueError(f"{self._name}: inputs of {self._channels} channels expected, got {tuple(maps.shape)}.")
         maps = maps.detach().reshape(len(maps), self._channels, -1)
-        if self._sum is None:
+        if self._sum is None or self._squares is None:
             self._sum = maps.new_zeros(self._channels, dtype=torch.float64)
             self._squares = torch.zeros_like(self._sum)
         for part in maps.split(max(1, _VALUES_AT_ONCE // max(maps[0].numel(), 1))) if len(maps) else ():
@@ -97,7 +97,7 @@ class BatchNormMoments:
         Raises:
             NumericsError: If there was nothing.
         """
-        if self._rows == 0:
+        if self._sum is None or self._squares is None or not self._rows:
             raise NumericsError(
                 f"{self._name}: moments need at least one calibration row, got none; raise data.num_samples, or leave "
                 f"the layer alone with exclude=[{self._name}] if the network never runs it."
@@ -120,7 +120,7 @@ def output_moments(statistics: Statistics, weight: Tensor, bias: Tensor | None =
     weight = weight.to(statistics.mean)
     mean = weight @ statistics.mean
     if statistics.samples is None:
-        variance = ((weight @ statistics.second_moment) * weight).sum(1) - mean.square()
+        variance = ((weight @ statistics.summed) * weight).sum(1) - mean.square()
     else:
         outputs = (statistics.samples.double() - statistics.mean) @ weight.T
         variance = outputs.square().mean(0)

@@ -41,8 +41,12 @@ class Solution:
 class _Compensation:
     """What compensations share: called, they give the weight alone."""
 
-    wants_held_out: ClassVar[bool] = False
-    reference: ClassVar[str] = "current"
+    reference: str = "current"
+
+    @property
+    def wants_held_out(self) -> bool:
+        """Whether some of the rows should be set aside to choose something on."""
+        return False
 
     def solve(self, consumer: Consumer, kept: Tensor) -> Solution:
         """The weight on the features of the kept components."""
@@ -127,7 +131,7 @@ class PerKernel(_Compensation):
         blocks = SimilarityBlocks(consumer, kept)
         scales = torch.full_like(r, start)
         todo = torch.arange(len(alive), device=r.device)
-        if blocks.per == 1 and self.ridge > 0 and len(kept) >= _ITERATIVE_FROM:
+        if blocks.moment is not None and blocks.per == 1 and self.ridge > 0 and len(kept) >= _ITERATIVE_FROM:
             moment, weight = blocks.moment[:, 0, 0], blocks.weight[alive, 0]
             target = r - start * weight * (weight @ moment)
             change, converged = solve_scaled(moment, weight, ridge, target)
@@ -172,8 +176,7 @@ class Joint(_Compensation):
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self):
-        number = is_number(self.ridge)
-        if self.ridge != "auto" and not (number and math.isfinite(self.ridge) and self.ridge >= 0):
+        if self.ridge != "auto" and not (is_number(self.ridge) and math.isfinite(self.ridge) and self.ridge >= 0):
             raise ConfigError(
                 f"compensation.ridge must be 'auto' or a number of at least 0, got '{self.ridge}': leave it at auto."
             )
@@ -244,15 +247,17 @@ class Joint(_Compensation):
             without the held-out rows changes the squared error on them, output units², below 0 for better; None where
             nothing was held out.
         """
-        ridge, gained = self.ridge, None
+        gained: float | None = None
         pull = -weight if self.towards == "zero" and weight is not None else None
-        if ridge == "auto" and held_out is None:
+        if not isinstance(self.ridge, str):
+            ridge = float(self.ridge)
+        elif held_out is None:
             ridge = _RIDGE_UNMEASURED
-        elif ridge == "auto":
+        else:
             ridge, gained = self._chosen(every, held_out, centred=centred, pull=pull)
         if centred:
             every = every.about(every.inputs, every.targets)
-        return every.solve(ridge, pull), float(ridge), gained
+        return every.solve(ridge, pull), ridge, gained
 
     def _chosen(
         self, every: Regression, held_out: Regression, *, centred: bool, pull: Tensor | None

@@ -14,7 +14,7 @@ from torch import Tensor
 from modhifi_cli.errors import IllPosedError, NumericsError
 from modhifi_cli.numerics.linalg import feature_index
 from modhifi_cli.numerics.moments import reorder, second_moment
-from modhifi_cli.records import Consumer, Statistics
+from modhifi_cli.records import Consumer
 
 # An output with less than this share of the largest output's energy is dead: it scores 0 and casts no vote.
 DEAD_SHARE = 1e-12
@@ -146,12 +146,14 @@ def output_moment(consumer: Consumer, weight: Tensor) -> Tensor:
         )
     statistics = consumer.statistics
     if statistics.samples is None:
-        cross = weight @ statistics.second_moment
+        cross = weight @ statistics.summed
         if consumer.centred:
             cross.addr_(weight @ statistics.mean, statistics.mean, alpha=-1)
         return cross
     cross = torch.zeros_like(weight)
-    for rows in _samples(statistics, centred=consumer.centred):
+    step = max(1, _CHUNK_BYTES // (8 * statistics.features))
+    for part in statistics.samples.split(step):
+        rows = part.double() - statistics.mean if consumer.centred else part.double()
         cross.addmm_((rows @ weight.T).T, rows, alpha=1 / statistics.rows)
     return cross
 
@@ -194,7 +196,8 @@ class SimilarityBlocks:
         self._rows = statistics.rows
         order = feature_index(kept, self.per).view(self.size, self.per).T.flatten()
         self.weight = consumer.weight.to(statistics.mean)[:, order].view(-1, self.per, self.size)
-        self.moment, self._samples = None, None
+        self.moment: Tensor | None = None
+        self._samples: Tensor  # the rows, [n, rows, p]; there where `moment` is not
         chosen = reorder(statistics, order)
         if chosen.samples is not None and 8 * chosen.features**2 > 2 * _CHUNK_BYTES:
             # Fewer rows than features: going through the contributions of a few outputs is cheaper than building S.
@@ -246,7 +249,7 @@ def _diagonal_blocks(consumer: Consumer) -> Iterator[tuple[slice, Tensor]]:
     per = statistics.features // components
     means = statistics.mean.view(components, per)
     if statistics.samples is None:
-        diagonal = statistics.second_moment.view(components, per, components, per).diagonal(dim1=0, dim2=2)
+        diagonal = statistics.summed.view(components, per, components, per).diagonal(dim1=0, dim2=2)
         diagonal = diagonal.permute(2, 0, 1)
         if consumer.centred:
             diagonal = diagonal - means[:, :, None] * means[:, None, :]
@@ -261,8 +264,3 @@ def _diagonal_blocks(consumer: Consumer) -> Iterator[tuple[slice, Tensor]]:
         by_component = rows.view(len(rows), -1, per).transpose(0, 1)
         yield part, torch.bmm(by_component.transpose(1, 2), by_component) / statistics.rows
 
-
-def _samples(statistics: Statistics, *, centred: bool) -> Iterator[Tensor]:
-    step = max(1, _CHUNK_BYTES // (8 * statistics.features))
-    for rows in statistics.samples.split(step):
-        yield rows.double() - statistics.mean if centred else rows.double()

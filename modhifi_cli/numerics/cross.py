@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 from modhifi_cli.errors import NumericsError
 from modhifi_cli.numerics.linalg import at_least_float32, exact_products
 from modhifi_cli.numerics.moments import far_mean, second_moment
 from modhifi_cli.numerics.regression import Regression
+from modhifi_cli.numerics.rows import padded_apart
 from modhifi_cli.records import Statistics
 
 
@@ -48,10 +48,9 @@ class CrossMoments:
         self._layer = layer
         self._name = name
         self._rows = 0
-        self._cross: Tensor | None = None
-        self._mean: Tensor | None = None
-        self._energy: Tensor | None = None
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None  # of t xᵀ, t and t², with what is taken off gone
         self._off: tuple[Tensor, Tensor] | None = None  # float32, taken off every output and every input; None: not known
+        self._shifted = False  # whether anything is taken off; then outputs and inputs have a constant one beside them
 
     @exact_products
     def update(self, inputs: Tensor, targets: Tensor) -> None:
@@ -67,13 +66,15 @@ class CrossMoments:
         if len(inputs) == 0:
             return
         inputs, targets = at_least_float32(inputs), at_least_float32(targets)
-        maps = isinstance(self._layer, nn.Conv2d)
-        if not maps:
+        conv = self._layer if isinstance(self._layer, nn.Conv2d) else None
+        if conv is None:
             inputs, targets = inputs.flatten(0, -2), targets.flatten(0, -2)
         if self._off is None:
-            self._off = tuple(far_mean(each.transpose(0, 1).flatten(1))[:, 0] for each in (targets, inputs))  # type: ignore
-        targets, inputs = (self._beside_ones(each, off) for each, off in zip((targets, inputs), self._off, strict=True))
-        cross = self._conv_cross(inputs, targets) if maps else targets.T @ inputs
+            self._off = _far(targets), _far(inputs)
+            self._shifted = any(bool(off.any()) for off in self._off)
+        if self._shifted:
+            targets, inputs = _beside_ones(targets, self._off[0]), _beside_ones(inputs, self._off[1])
+        cross = targets.T @ inputs if conv is None else _conv_cross(conv, inputs, targets)
         rows = (targets[:, : len(self._off[0])] if self._shifted else targets).movedim(1, -1).flatten(0, -2)
         mean = rows.sum(0, dtype=torch.float64)
         if not bool(torch.isfinite(mean).all()):
@@ -83,32 +84,11 @@ class CrossMoments:
             )
         energy = rows.square().sum(0, dtype=torch.float64)
         self._rows += len(rows)
-        self._cross = cross.double() if self._cross is None else self._cross.add_(cross)
-        self._mean = mean if self._mean is None else self._mean.add_(mean)
-        self._energy = energy if self._energy is None else self._energy.add_(energy)
-
-    @property
-    def _shifted(self) -> bool:
-        """Whether anything is taken off; then outputs and inputs have a constant one beside them."""
-        return self._off is not None and any(bool(off.any()) for off in self._off)
-
-    def _beside_ones(self, each: Tensor, off: Tensor) -> Tensor:
-        if not self._shifted:
-            return each
-        beyond = (1,) * (each.dim() - 2)
-        return torch.cat([each - off.view(-1, *beyond), each.new_ones(len(each), 1, *each.shape[2:])], 1)
-
-    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of t xᵀ, of t and of t², as they would be if nothing had been taken off."""
-        if not self._shifted:
-            return self._cross, self._mean, self._energy
-        aims, seen = (off.double() for off in self._off)
-        # With t = t' + a, x = x' + m u (u is 1 inside the image): t'x' and t'u, x' and u each stand in this one sum.
-        every = self._cross.view(len(aims) + 1, len(seen) + 1, -1)
-        with_inputs = every[:, :-1] + seen[None, :, None] * every[:, -1:]
-        cross = with_inputs[:-1] + aims[:, None, None] * with_inputs[-1:]
-        energy = self._energy + 2 * aims * self._mean + self._rows * aims.square()
-        return cross.flatten(1), self._mean + self._rows * aims, energy
+        if self._sums is None:
+            self._sums = cross.double(), mean, energy
+        else:
+            for total, part in zip(self._sums, (cross, mean, energy), strict=True):
+                total.add_(part)
 
     def result(self) -> CrossStatistics:
         """Means over everything so far.
@@ -116,17 +96,42 @@ class CrossMoments:
         Raises:
             NumericsError: If there was no row.
         """
-        if not self._rows:
+        if self._sums is None or not self._rows:
             raise NumericsError(f"{self._name}: no row was seen; the calibration data is empty.")
-        return CrossStatistics(self._rows, *(total / self._rows for total in self._sums()))
+        cross, mean, energy = self._sums
+        if self._off is not None and self._shifted:
+            cross, mean, energy = _moved_back(cross, mean, energy, self._rows, self._off)
+        return CrossStatistics(self._rows, cross / self._rows, mean / self._rows, energy / self._rows)
 
-    def _conv_cross(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        conv = self._layer
-        padding = conv.padding
-        if isinstance(padding, str):  # "same" and "valid": written out, since the library's sum takes numbers only
-            inputs, padding = functional.pad(inputs, conv._reversed_padding_repeated_twice), (0, 0)
-        shape = (targets.shape[1], inputs.shape[1], *conv.kernel_size)
-        return conv2d_weight(inputs, shape, targets, conv.stride, padding, conv.dilation).flatten(1)
+
+def _far(each: Tensor) -> Tensor:
+    """What is to be taken off each channel, ``[channels]`` float32."""
+    return far_mean(each.transpose(0, 1).flatten(1))[:, 0]
+
+
+def _beside_ones(each: Tensor, off: Tensor) -> Tensor:
+    """Less what is off, with a constant one as the last channel."""
+    beyond = (1,) * (each.dim() - 2)
+    return torch.cat([each - off.view(-1, *beyond), each.new_ones(len(each), 1, *each.shape[2:])], 1)
+
+
+def _moved_back(
+    cross: Tensor, mean: Tensor, energy: Tensor, rows: int, off: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of t xᵀ, of t and of t², as they would be if nothing had been taken off."""
+    aims, seen = off[0].double(), off[1].double()
+    # With t = t' + a, x = x' + m u (u is 1 inside the image): t'x' and t'u, x' and u each stand in this one sum.
+    every = cross.view(len(aims) + 1, len(seen) + 1, -1)
+    with_inputs = every[:, :-1] + seen[None, :, None] * every[:, -1:]
+    whole = with_inputs[:-1] + aims[:, None, None] * with_inputs[-1:]
+    return whole.flatten(1), mean + rows * aims, energy + 2 * aims * mean + rows * aims.square()
+
+
+def _conv_cross(conv: nn.Conv2d, inputs: Tensor, targets: Tensor) -> Tensor:
+    """t xᵀ summed over one batch, ``[outputs, features]``."""
+    inputs, padding = padded_apart(conv, inputs)
+    shape = (targets.shape[1], inputs.shape[1], *conv.kernel_size)
+    return conv2d_weight(inputs, shape, targets, conv.stride, padding, conv.dilation).flatten(1)
 
 
 def merge_cross(one: CrossStatistics, other: CrossStatistics) -> CrossStatistics:

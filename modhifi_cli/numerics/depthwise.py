@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from modhifi_cli.errors import NumericsError
 from modhifi_cli.numerics.linalg import at_least_float32, exact_products
+from modhifi_cli.numerics.rows import padded_apart
 
 _VALUES_AT_ONCE = 2**24  # patch values that are unfolded at once: 64 MiB
 
@@ -108,10 +109,7 @@ class FilterMoments:
         layer = self._layer
         inputs, targets = at_least_float32(inputs), at_least_float32(targets)
         taps = layer.kernel_size[0] * layer.kernel_size[1]
-        if isinstance(layer.padding, str):
-            inputs, padding = functional.pad(inputs, layer._reversed_padding_repeated_twice), (0, 0)
-        else:
-            padding = layer.padding
+        inputs, padding = padded_apart(layer, inputs)
         for maps, wanted in zip(*(x.split(self._images_at_once(targets, taps)) for x in (inputs, targets)), strict=True):
             patches = functional.unfold(maps, layer.kernel_size, layer.dilation, padding, layer.stride)
             rows = patches.view(len(maps), maps.shape[1], taps, -1).permute(1, 2, 0, 3).flatten(2)

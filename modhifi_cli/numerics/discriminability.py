@@ -87,7 +87,7 @@ class ClassAccumulator:
             )
         if not bool(torch.isfinite(features).all()):
             raise NumericsError(f"{self._place}: a feature is NaN or infinite; use other images or another witness.")
-        if self._sum is None:
+        if self._sum is None or self._gram is None:
             filters, d = features.shape[1:]
             self._sum = features.new_zeros(self._classes, filters, d)
             self._gram = features.new_zeros(self._classes, filters, d, d)

@@ -85,20 +85,21 @@ def elimination(
     components = consumers[0].in_group
     if not 1 <= keep <= components:
         raise ValueError(f"keep must lie in 1 … {components}, got {keep}.")
-    if block == "auto":
+    if isinstance(block, str):
         block = -(-max(consumer.weight.shape[1] for consumer in consumers) // _ONE_AT_A_TIME)
     states = [_State(consumer, ridge, block) for consumer in consumers]
     alive = torch.ones(components, dtype=torch.bool, device=consumers[0].weight.device)
     order: list[int] = []
-    errors = [alive.new_zeros(1, dtype=torch.float64)]
+    nothing = alive.new_zeros(1, dtype=torch.float64)
+    errors = [nothing]
     while components - len(order) > keep:
-        costs = sum(state.costs() for state in states)
+        costs = sum((state.costs() for state in states), nothing)
         costs[~alive] = torch.inf
         count = min(block, components - len(order) - keep)
         chosen = costs.argmin()[None] if count == 1 else costs.argsort(stable=True)[:count]
         alive[chosen] = False
         order += chosen.tolist()
-        spent = sum(state.remove_(chosen) for state in states)
+        spent = sum((state.remove_(chosen) for state in states), nothing)
         errors.append(errors[-1][-1] + spent.cumsum(0))
     return Elimination(torch.tensor(order, dtype=torch.int64, device=alive.device), torch.cat(errors), components)
 
@@ -114,10 +115,11 @@ class _State:
         # Present place of every component of the group; −1 where it was compacted away.
         self._place = torch.arange(consumer.in_group, device=weight.device)
         self._gone = torch.zeros(consumer.components, dtype=torch.bool, device=weight.device)
-        self._rows, self._inverse = None, None
+        self._rows: Tensor | None = None  # X, where it stands for H
+        self._inverse: Tensor  # H, where X does not
         statistics = consumer.statistics
         if statistics.samples is not None and statistics.features > _WIDEST_INVERSE:
-            self._start_from_rows(consumer, weight, ridge)
+            self._start_from_rows(consumer, statistics.samples.double(), weight, ridge)
         else:
             moment = second_moment(statistics, centred=consumer.centred).clone()
             moment.diagonal().add_(ridge * moment.diagonal().mean())
@@ -169,12 +171,11 @@ class _State:
             )
         return factor
 
-    def _start_from_rows(self, consumer: Consumer, weight: Tensor, ridge: float) -> None:
+    def _start_from_rows(self, consumer: Consumer, rows: Tensor, weight: Tensor, ridge: float) -> None:
         # H = (I − Xᵀ P) / c with P = (c I + X Xᵀ)⁻¹ X. Removing features changes P just as it changes W, so P is
         # carried along below the weights.
         statistics = consumer.statistics
         generator = torch.Generator().manual_seed(0)
-        rows = statistics.samples.double()
         rows = rows - statistics.mean if consumer.centred else rows
         rows = _mixed(rows, _MOST_ROWS, generator) / statistics.rows**0.5
         weight = _mixed(weight, _MOST_OUTPUTS, generator)
@@ -190,7 +191,7 @@ class _State:
         return self._carried[:, features].addmm_(right.T, left[:, features], alpha=-1)
 
     def _curvature_rows(self, features: Tensor, columns: Tensor) -> Tensor:
-        if self._inverse is not None:
+        if self._rows is None:
             left = self._left[: self._waiting]
             return self._inverse[features].addmm_(left[:, features].T, left, alpha=-1)
         # P is symmetric in the sense Xᵀ P = Pᵀ X, so the carried columns of J give the rows of J.
@@ -220,7 +221,7 @@ class _State:
     def _flush(self) -> None:
         left, right = self._left[: self._waiting], self._right[: self._waiting]
         self._carried.addmm_(right.T, left, alpha=-1)
-        if self._inverse is not None:
+        if self._rows is None:
             self._inverse.addmm_(left.T, left, alpha=-1)
         self._waiting = 0
         if self._gone.sum() > _COMPACT * len(self._gone):
@@ -231,7 +232,7 @@ class _State:
         stay = (~self._gone).nonzero().flatten()
         features = feature_index(stay, self._per)
         self._carried = self._carried[:, features]
-        if self._inverse is not None:
+        if self._rows is None:
             self._inverse = self._inverse.index_select(0, features).index_select(1, features)
         else:
             self._rows = self._rows[:, features]
@@ -247,7 +248,7 @@ class _State:
         weight = self._carried[: self._outputs, : size * self._per].view(self._outputs, size, self._per)
         by_component = weight.permute(1, 2, 0)
         self._products = torch.bmm(by_component, by_component.transpose(1, 2))
-        if self._inverse is not None:
+        if self._rows is None:
             within = self._inverse[: size * self._per, : size * self._per]
             self._blocks = within.view(size, self._per, size, self._per).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             self._blocks = self._blocks.clone()

@@ -30,7 +30,7 @@ def exact_products(update: Callable) -> Callable:
 
     @functools.wraps(update)
     def exact(*args: Any, **kwargs: Any) -> Any:
-        switches = torch.backends.cuda.matmul, torch.backends.cudnn
+        switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)  # whose attributes are made late
         before = [switch.allow_tf32 for switch in switches]
         for switch in switches:
             switch.allow_tf32 = False

@@ -15,6 +15,7 @@ from itertools import combinations_with_replacement, product
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.grad import conv2d_weight
 
 from modhifi_cli.errors import NumericsError, UnsupportedModelError
 from modhifi_cli.numerics.linalg import add_gram_, exact_products, mirror_upper_
@@ -66,7 +67,8 @@ class RowMoments:
         Raises:
             NumericsError: If there was no row.
         """
-        _refuse_empty(self._rows, self._name)
+        if self._sum is None or self._shift is None or not self._rows:
+            raise _no_rows(self._name)
         off = self._sum / self._rows
         shift = self._shift[:, 0].double()
         if self._gram is None:
@@ -91,8 +93,7 @@ class RowMoments:
             # A copy: the next layer may overwrite its input in place (ReLU(inplace=True)).
             self._samples.append(columns.T.clone(memory_format=torch.contiguous_format))
             return
-        self._start_gram(columns)
-        add_gram_(self._gram, near)
+        add_gram_(self._started_gram(columns), near)
 
     def _near(self, columns: Tensor) -> Tensor:
         """Rows around the first batch's mean, where that is far off. The shift is float32, so taking it off is exact."""
@@ -100,12 +101,13 @@ class RowMoments:
             self._shift = far_mean(columns)
         return columns - self._shift if bool(self._shift.any()) else columns
 
-    def _start_gram(self, columns: Tensor) -> None:
+    def _started_gram(self, columns: Tensor) -> Tensor:
         if self._gram is None:
             self._gram = columns.new_zeros(self._features, self._features, dtype=torch.float64)
             for samples in self._samples:
                 add_gram_(self._gram, self._near(samples.T))
             self._samples = []
+        return self._gram
 
 
 def far_mean(columns: Tensor) -> Tensor:
@@ -134,23 +136,20 @@ class ConvMoments:
 
     Args:
         channels: Input channels.
-        kernel_size: Int or pair; likewise `stride`, `padding` (also ``"same"``, ``"valid"``) and `dilation`.
+        window: The conv's geometry.
         padding_mode: The conv's; only ``"zeros"`` is known.
         positions_per_image: Take this many random positions of each image instead of all.
         generator: Seeded CPU generator for the positions.
         name: Layer name, for messages.
 
     Raises:
-        UnsupportedModelError: If the padding is not with zeros, or cannot be written as zeros on both sides.
+        UnsupportedModelError: If the padding is not with zeros.
     """
 
     def __init__(
         self,
         channels: int,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
+        window: Window,
         *,
         padding_mode: str = "zeros",
         positions_per_image: int | None = None,
@@ -162,17 +161,18 @@ class ConvMoments:
                 f"{name}: convolutions are known with padding_mode='zeros', got '{padding_mode}': "
                 f"leave the layer alone with exclude=[{name}]."
             )
-        if positions_per_image is not None and generator is None:
-            raise ValueError(f"{name}: positions_per_image needs a seeded generator.")
+        self._sample: tuple[int, torch.Generator] | None = None  # positions of an image, and what draws them
+        if positions_per_image is not None:
+            if generator is None:
+                raise ValueError(f"{name}: positions_per_image needs a seeded generator.")
+            self._sample = positions_per_image, generator
         self._channels = channels
-        self._window = Window.of(kernel_size, stride, padding, dilation)
-        self._positions = positions_per_image
-        self._generator = generator
+        self._window = window
         self._name = name
-        self._rows = RowMoments(channels * self._window.taps, name=name)
+        self._rows = RowMoments(channels * window.taps, name=name)
         self._shared = None
-        if positions_per_image is None and _shares_taps(self._window):
-            self._shared = _SharedTapMoments(channels, self._window.kernel_size[0], name=name)
+        if positions_per_image is None and _shares_taps(window):
+            self._shared = _SharedTapMoments(channels, window.kernel_size[0], name=name)
 
     @exact_products
     def update(self, maps: Tensor) -> None:
@@ -186,8 +186,8 @@ class ConvMoments:
         maps = maps.detach().to(torch.float32)
         if self._shared is not None:
             self._shared.update(maps)
-        elif self._positions is not None:
-            self._update_sampled(maps)
+        elif self._sample is not None:
+            self._update_sampled(maps, *self._sample)
         elif self._window.taps == 1 and self._window.padding == (0, 0):
             down, across = self._window.stride
             # `permute` first: the copy then moves whole lines of pixels.
@@ -205,21 +205,12 @@ class ConvMoments:
         """
         return self._rows.result() if self._shared is None else self._shared.result()
 
-    def _update_sampled(self, maps: Tensor) -> None:
-        window = self._window
+    def _update_sampled(self, maps: Tensor, count: int, generator: torch.Generator) -> None:
         positions = self._positions_of(maps)
-        count = min(self._positions, positions)
-        for part in _split(maps, values_per_image=2 * self._channels * window.taps * count):
-            drawn = draw_positions(len(part), positions, count, generator=self._generator)
-            rows = rows_at(
-                part,
-                drawn,
-                kernel_size=window.kernel_size,
-                stride=window.stride,
-                padding=window.padding,
-                dilation=window.dilation,
-            )
-            self._rows.update(rows)
+        count = min(count, positions)
+        for part in _split(maps, values_per_image=2 * self._channels * self._window.taps * count):
+            drawn = draw_positions(len(part), positions, count, generator=generator)
+            self._rows.update(rows_at(part, drawn, self._window))
 
     def _positions_of(self, maps: Tensor) -> int:
         down, across = self._window.output_size(*maps.shape[2:])
@@ -316,27 +307,27 @@ class _SharedTapMoments:
         batch, channels, height, width = maps.shape
         if batch == 0:
             return
-        if self._sum is None:
+        if self._sum is None or self._correlations is None:
             shift = far_mean(maps.transpose(0, 1).flatten(1))[:, 0]
             self._shift = shift if bool(shift.any()) else None
+            shape = (self._kernel, 2 * self._kernel - 1, channels, channels)
+            self._correlations = maps.new_zeros(shape, dtype=torch.float64)
+            self._sum = maps.new_zeros((channels, self._kernel, self._kernel), dtype=torch.float64)
         if self._shift is not None:
             maps = maps - self._shift[:, None, None]
             total, images = self._totals.get((height, width), (0, 0))
             self._totals[height, width] = total + maps.sum(0, dtype=torch.float64), images + batch
-        if self._sum is None:
-            shape = (self._kernel, 2 * self._kernel - 1, channels, channels)
-            self._correlations = maps.new_zeros(shape, dtype=torch.float64)
-            self._sum = maps.new_zeros((channels, self._kernel, self._kernel), dtype=torch.float64)
-        self._add_sums(maps.sum(0).double())
+        self._add_sums_(self._sum, maps.sum(0).double())
         self._rows += batch * height * width
         for part in _split(maps, values_per_image=channels * height * (width + self._kernel - 1)):
-            self._add_correlations(part)
+            self._add_correlations_(self._correlations, part)
         self._add_outside_lines(maps, self._above_below)
         self._add_outside_lines(maps.transpose(2, 3), self._left_right)
         self._add_corners(maps)
 
     def result(self) -> Statistics:
-        _refuse_empty(self._rows, self._name)
+        if self._sum is None or self._correlations is None:
+            raise _no_rows(self._name)
         kernel, channels = self._kernel, self._channels
         taps = [(a, b) for a in range(kernel) for b in range(kernel)]
         moment = self._sum.new_empty(channels, len(taps), channels, len(taps))
@@ -357,13 +348,12 @@ class _SharedTapMoments:
             moment[:, two, :, one] = block.T
         mean = self._sum.flatten(1) / self._rows
         if self._shift is not None:
-            mean, moment = self._moved_back(moment)
+            mean, moment = self._moved_back(moment, self._shift.double())
         features = mean.numel()
         return Statistics(rows=self._rows, mean=mean.flatten(), second_moment=moment.reshape(features, features))
 
-    def _moved_back(self, moment: Tensor) -> tuple[Tensor, Tensor]:
+    def _moved_back(self, moment: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Mean ``[channels, taps]`` and S ``[channels, taps, channels, taps]`` of the maps as they came."""
-        shift = self._shift.double()
         kernel, taps = self._kernel, self._kernel**2
         across = moment.new_zeros(taps, len(shift), taps)  # E[u_t x_jt']
         both = moment.new_zeros(taps, taps)  # E[u_t u_t']
@@ -387,19 +377,19 @@ class _SharedTapMoments:
         """For every tap along one side the output positions from … to at which it lies inside the image."""
         return [(max(0, self._radius - tap), min(size, size + self._radius - tap)) for tap in range(self._kernel)]
 
-    def _add_sums(self, total: Tensor) -> None:
+    def _add_sums_(self, sums: Tensor, total: Tensor) -> None:
         # total: [channels, height, width], summed over the batch.
         _refuse_not_finite(total, self._name)
         height, width = total.shape[1:]
         lines = torch.stack([total[:, rows].sum(1) for rows in self._reach(height)], 1)
-        self._sum += torch.stack([lines[:, :, columns].sum(2) for columns in self._reach(width)], 2)
+        sums += torch.stack([lines[:, :, columns].sum(2) for columns in self._reach(width)], 2)
 
     def _reach(self, size: int) -> list[slice]:
         # The pixels that tap a sees over all output positions: q + a − radius for q in 0 … size − 1, inside the image.
         shifts = [tap - self._radius for tap in range(self._kernel)]
         return [slice(min(max(shift, 0), size), max(size + min(shift, 0), 0)) for shift in shifts]
 
-    def _add_correlations(self, maps: Tensor) -> None:
+    def _add_correlations_(self, correlations: Tensor, maps: Tensor) -> None:
         batch, channels, height, width = maps.shape
         spare = self._kernel - 1
         if maps.device.type == "cpu" and channels <= _THIN_CHANNELS:
@@ -408,8 +398,8 @@ class _SharedTapMoments:
             # above; the gap is wider on a busy machine. Not on a GPU, whose convolutions may round to TF32.
             padded = functional.pad(maps, (spare, spare, 0, spare))
             shape = (channels, channels, self._kernel, 2 * self._kernel - 1)
-            summed = torch.nn.grad.conv2d_weight(padded, shape, maps)
-            self._correlations.add_(summed.permute(2, 3, 0, 1))
+            summed = conv2d_weight(padded, shape, maps)
+            correlations.add_(summed.permute(2, 3, 0, 1))
             return
         # [channels, height, batch, width + spare]: a shift in the image is a shift of columns. The spare zeros stop it
         # from running into the next line; a shift beyond the last row runs off the end and needs no zeros at all.
@@ -421,7 +411,7 @@ class _SharedTapMoments:
             for across in range(-spare if down else 0, self._kernel):
                 shift = down * batch * (width + spare) + across
                 shifted = lines[:, : length - shift] @ lines[:, shift:].T
-                self._correlations[down, across + spare].add_(shifted)
+                correlations[down, across + spare].add_(shifted)
 
     def _add_outside_lines(self, maps: Tensor, table: dict) -> None:
         # For output positions q on the lines above and below the image, whole lines including their ends.
@@ -481,8 +471,8 @@ def second_moment(statistics: Statistics, *, centred: bool) -> Tensor:
             samples = samples - statistics.mean
         return samples.T @ samples / statistics.rows
     if not centred:
-        return statistics.second_moment
-    return torch.addr(statistics.second_moment, statistics.mean, statistics.mean, alpha=-1)
+        return statistics.summed
+    return torch.addr(statistics.summed, statistics.mean, statistics.mean, alpha=-1)
 
 
 def merge(one: Statistics, other: Statistics) -> Statistics:
@@ -516,12 +506,11 @@ def reorder(statistics: Statistics, features: Tensor) -> Statistics:
     features = features.to(statistics.mean.device)
     if torch.equal(features, torch.arange(statistics.features, device=features.device)):
         return statistics  # most layers are in order already, and S may be large
-    moment, samples = statistics.second_moment, statistics.samples
-    if moment is not None:
-        moment = moment.index_select(0, features).index_select(1, features)
-    else:
-        samples = samples.index_select(1, features)
-    return Statistics(statistics.rows, statistics.mean.index_select(0, features), moment, samples)
+    mean = statistics.mean.index_select(0, features)
+    if statistics.samples is not None:
+        return Statistics(statistics.rows, mean, samples=statistics.samples.index_select(1, features))
+    moment = statistics.summed.index_select(0, features).index_select(1, features)
+    return Statistics(statistics.rows, mean, second_moment=moment)
 
 
 def _common(one: tuple[int, int], two: tuple[int, int], shift: int) -> slice:
@@ -561,9 +550,8 @@ def _refuse_not_finite(sums: Tensor, name: str) -> None:
         )
 
 
-def _refuse_empty(rows: int, name: str) -> None:
-    if rows == 0:
-        raise NumericsError(
-            f"{name}: moments need at least one calibration row, got none; raise data.num_samples, or leave the layer "
-            f"alone with exclude=[{name}] if the network never runs it."
-        )
+def _no_rows(name: str) -> NumericsError:
+    return NumericsError(
+        f"{name}: moments need at least one calibration row, got none; raise data.num_samples, or leave the layer "
+        f"alone with exclude=[{name}] if the network never runs it."
+    )

@@ -126,8 +126,8 @@ def _regression(
 ) -> Regression:
     if statistics.samples is None:
         inputs, targets = statistics.mean[features], lost @ statistics.mean[removed]
-        gram = statistics.second_moment.index_select(0, features).index_select(1, features)
-        cross = lost @ statistics.second_moment.index_select(0, removed).index_select(1, features)
+        gram = statistics.summed.index_select(0, features).index_select(1, features)
+        cross = lost @ statistics.summed.index_select(0, removed).index_select(1, features)
         if basis is not None:
             inputs, gram, cross = basis.T @ inputs, basis.T @ gram @ basis, cross @ basis
         return Regression(statistics.rows, gram, cross, inputs, targets, len(features), basis)
@@ -144,5 +144,5 @@ def _regression(
         cross.addmm_(carried, left)
         inputs += left.sum(0)
         targets += carried.sum(1)
-    sums = (total / statistics.rows for total in (gram, cross, inputs, targets))
-    return Regression(statistics.rows, *sums, len(features), basis)
+    gram, cross, inputs, targets = (total / statistics.rows for total in (gram, cross, inputs, targets))
+    return Regression(statistics.rows, gram, cross, inputs, targets, len(features), basis)

@@ -4,13 +4,17 @@ A row is one im2col patch (feature = channel × taps + tap, as in ``weight.flatt
 layer's input. Rows at chosen positions can be read without unfolding the rest.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from modhifi_cli.errors import UnsupportedModelError
+
+# One number for both directions, or (vertical, horizontal).
+Extent = int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -30,24 +34,31 @@ class Window:
     dilation: tuple[int, int] = (1, 1)
 
     @classmethod
-    def of(cls, kernel_size, stride=1, padding=0, dilation=1) -> "Window":
+    def of(
+        cls, kernel_size: Extent, stride: Extent = 1, padding: Extent | str = 0, dilation: Extent = 1
+    ) -> "Window":
         """Take PyTorch's spellings: an int or a pair, and ``"same"`` or ``"valid"`` for the padding.
 
         Raises:
             UnsupportedModelError: For ``"same"`` with an even extent, which pads one side more than the other.
         """
-        kernel_size, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+        taps, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
         if padding == "valid":
-            padding = (0, 0)
-        elif padding == "same":
-            extents = [step * (taps - 1) for taps, step in zip(kernel_size, dilation, strict=True)]
-            if any(extent % 2 for extent in extents):
-                raise UnsupportedModelError(
-                    f"A convolution with padding='same' needs an odd extent, got kernel_size={kernel_size} and "
-                    f"dilation={dilation}: leave the layer alone with exclude=[its name]."
-                )
-            padding = (extents[0] // 2, extents[1] // 2)
-        return cls(kernel_size, stride, _pair(padding), dilation)
+            return cls(taps, stride, (0, 0), dilation)
+        if not isinstance(padding, str):
+            return cls(taps, stride, _pair(padding), dilation)
+        down, across = (step * (count - 1) for count, step in zip(taps, dilation, strict=True))
+        if down % 2 or across % 2:
+            raise UnsupportedModelError(
+                f"A convolution with padding='same' needs an odd extent, got kernel_size={taps} and "
+                f"dilation={dilation}: leave the layer alone with exclude=[its name]."
+            )
+        return cls(taps, stride, (down // 2, across // 2), dilation)
+
+    @classmethod
+    def of_layer(cls, layer: nn.Conv2d) -> "Window":
+        """The geometry of a convolution; errors as of `of`."""
+        return cls.of(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
 
     @property
     def taps(self) -> int:
@@ -63,23 +74,28 @@ class Window:
         return down, across
 
 
-def unfold_rows(inputs: Tensor, *, kernel_size=None, stride=1, padding=0, dilation=1) -> Tensor:
+def padded_apart(layer: nn.Conv2d, inputs: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """A convolution's input and what zeros are still to be put around it, in numbers.
+
+    ``"same"`` and ``"valid"`` are written out, since functions that work beside a convolution take numbers only.
+    """
+    if isinstance(layer.padding, str):
+        return functional.pad(inputs, layer._reversed_padding_repeated_twice), (0, 0)
+    return inputs, layer.padding
+
+
+def unfold_rows(inputs: Tensor, window: Window | None = None) -> Tensor:
     """Every row of a layer's input.
 
     Args:
         inputs: Maps ``[batch, channels, height, width]`` of a conv, or ``[..., features]`` of a linear layer.
-        kernel_size: Of the conv, int or pair; None for a linear layer, whose other settings are then ignored.
-        stride: Of the conv, int or pair.
-        padding: Of the conv, int, pair, ``"same"`` or ``"valid"``; zeros.
-        dilation: Of the conv, int or pair.
+        window: The conv's geometry; None for a linear layer.
 
     Returns:
         ``[rows, channels × taps]`` or ``[rows, features]``, in the inputs' type; rows ordered image, then position
         (row by row). A view with swapped strides for a conv.
     """
-    if kernel_size is None:
-        return inputs.reshape(-1, inputs.shape[-1])
-    return unfold_columns(inputs, Window.of(kernel_size, stride, padding, dilation)).T
+    return inputs.reshape(-1, inputs.shape[-1]) if window is None else unfold_columns(inputs, window).T
 
 
 def unfold_columns(maps: Tensor, window: Window) -> Tensor:
@@ -127,18 +143,17 @@ def draw_positions(batch: int, positions: int, count: int, *, generator: torch.G
     return torch.stack(drawn) if drawn else torch.empty(0, count, dtype=torch.int64)
 
 
-def rows_at(maps: Tensor, positions: Tensor, *, kernel_size, stride=1, padding=0, dilation=1) -> Tensor:
+def rows_at(maps: Tensor, positions: Tensor, window: Window) -> Tensor:
     """Rows of a conv's input at given positions only.
 
     Args:
         maps: ``[batch, channels, height, width]``.
         positions: Output positions of each image, row by row, ``[batch, count]`` int64.
-        kernel_size: Of the conv, int or pair; likewise `stride`, `padding` and `dilation` as in `unfold_rows`.
+        window: The conv's geometry.
 
     Returns:
         ``[batch × count, channels × taps]``: the same values as those rows of `unfold_rows`.
     """
-    window = Window.of(kernel_size, stride, padding, dilation)
     batch, channels, height, width = maps.shape
     across = window.output_size(height, width)[1]
     padded = _padded(maps, window)
@@ -160,5 +175,5 @@ def _padded(maps: Tensor, window: Window) -> Tensor:
     return maps.contiguous()
 
 
-def _pair(value) -> tuple[int, int]:
+def _pair(value: Extent) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

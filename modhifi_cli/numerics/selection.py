@@ -21,6 +21,10 @@ from modhifi_cli.records import Consumer
 class _Selection:
     """What selections share: an order of the components, from the sets that they keep."""
 
+    def __call__(self, scores: Scores, consumers: Sequence[Consumer], *, keep: int) -> Tensor:
+        """Kept components, ``[keep]`` int64 sorted."""
+        raise NotImplementedError
+
     def ranked(self, scores: Scores, consumers: Sequence[Consumer] = ()) -> list[int]:
         """All components: a component's rank is the smallest width at which the rule keeps it, then its number."""
         size = scores.votes[0].shape[1]
@@ -83,7 +87,7 @@ class TopK(_Selection):
             ``[keep]`` int64 sorted.
         """
         _checked(scores, keep)
-        total = 0
+        total = torch.zeros_like(scores.votes[0][0])
         for votes in scores.votes:
             size = votes.abs().sum()
             total = total + votes.sum(0) / (size if size > 0 else 1)
@@ -113,8 +117,7 @@ class Greedy(_Selection):
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self):
-        number = is_whole(self.block)
-        if self.block != "auto" and not (number and self.block >= 1):
+        if self.block != "auto" and not (is_whole(self.block) and self.block >= 1):
             raise ConfigError(
                 f"selection.block must be 'auto' or a whole number of at least 1, got '{self.block}': leave it at auto."
             )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, is_number, is_whole
 from modhifi_cli.numerics.prototypes import forget_directions, without_directions
-from modhifi_cli.numerics.rows import unfold_rows
+from modhifi_cli.numerics.rows import Window, unfold_rows
 from modhifi_cli.records import ModuleEdit
 from modhifi_cli.unlearning.method import Fit, LayerEdit, Method, Site, saved
 
@@ -90,13 +90,6 @@ class _Prototypes:
         """Mean input row of a class over images and positions, ``[features]`` float64."""
         assert self._sums is not None
         mean, module = self._sums[cls] / self._counts[cls].item(), self._layer.module
-        if isinstance(module, nn.Linear):
-            return mean.reshape(-1, mean.shape[-1]).mean(0)
-        rows = unfold_rows(
-            mean[None],
-            kernel_size=module.kernel_size,
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-        )
-        return rows.mean(0)
+        if isinstance(module, nn.Conv2d):
+            return unfold_rows(mean[None], Window.of_layer(module)).mean(0)
+        return mean.reshape(-1, mean.shape[-1]).mean(0)

@@ -8,6 +8,7 @@ from torch.nn import functional
 from modhifi_cli.errors import NumericsError
 from modhifi_cli.numerics.cross import CrossMoments, dense_regression, merge_cross, squared_error
 from modhifi_cli.numerics.moments import ConvMoments, RowMoments
+from modhifi_cli.numerics.rows import Window
 
 CONVS = {
     "same": dict(kernel_size=3, padding=1),
@@ -66,7 +67,7 @@ def test_merged_parts_are_the_whole():
 @pytest.mark.parametrize("centred", [True, False])
 def test_the_dense_regression_is_least_squares_on_the_rows(centred):
     conv, maps, targets, rows, wanted = conv_case(CONVS["same"])
-    inputs, aims = ConvMoments(4, 3, padding=1), CrossMoments(conv)
+    inputs, aims = ConvMoments(4, Window.of(3, padding=1)), CrossMoments(conv)
     inputs.update(maps)
     aims.update(maps, targets)
     statistics, aim = inputs.result(), aims.result()
@@ -85,7 +86,7 @@ def test_the_dense_regression_is_least_squares_on_the_rows(centred):
 
 def test_what_a_layer_gives_already_asks_for_no_change():
     conv, maps, _, _, _ = conv_case(CONVS["strided"])
-    inputs, aims = ConvMoments(4, 3, stride=2, padding=1), CrossMoments(conv)
+    inputs, aims = ConvMoments(4, Window.of(3, 2, 1)), CrossMoments(conv)
     inputs.update(maps)
     aims.update(maps, conv(maps).detach())
     regression = dense_regression(inputs.result(), aims.result(), conv.weight.detach().flatten(1).double())

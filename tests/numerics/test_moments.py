@@ -6,6 +6,7 @@ import torch
 from modhifi_cli.errors import NumericsError, UnsupportedModelError
 from modhifi_cli.numerics import moments as module
 from modhifi_cli.numerics.moments import ConvMoments, RowMoments, merge, reorder, second_moment
+from modhifi_cli.numerics.rows import Window
 from tests import reference
 
 # float32 products against float64: a few units in the last place of sums of a few hundred terms of size one.
@@ -43,7 +44,7 @@ def _check(statistics, rows):
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_conv_moments_are_those_of_the_patches(geometry):
     maps = _maps(5, 3, 6, 7)
-    moments = ConvMoments(3, *geometry)
+    moments = ConvMoments(3, Window.of(*geometry))
     moments.update(maps[:2])
     moments.update(maps[2:])
     _check(moments.result(), reference.patches(maps, *geometry))
@@ -55,7 +56,7 @@ def test_conv_moments_are_those_of_the_patches(geometry):
 def test_shared_taps_are_exact_at_the_borders_of_small_maps(monkeypatch, thin, size, kernel):
     monkeypatch.setattr(module, "_THIN_CHANNELS", thin)
     maps = _maps(6, 3, *size)
-    moments = ConvMoments(3, kernel, 1, kernel // 2)
+    moments = ConvMoments(3, Window.of(kernel, 1, kernel // 2))
     moments.update(maps)
     assert moments._shared is not None
     rows = torch.nn.functional.unfold(maps.double(), kernel, padding=kernel // 2).transpose(1, 2).flatten(0, 1)
@@ -66,7 +67,7 @@ def test_second_moment_does_not_depend_on_batch_split():
     maps = _maps(12, 4, 5, 5)
     results = []
     for sizes in ([12], [1] * 12, [5, 7]):
-        moments = ConvMoments(4, 3, 1, 1)
+        moments = ConvMoments(4, Window.of(3, 1, 1))
         for part in maps.split(sizes):
             moments.update(part)
         results.append(moments.result())
@@ -81,10 +82,10 @@ def test_second_moment_does_not_depend_on_the_memory_chunk(monkeypatch, thin):
     monkeypatch.setattr(module, "_THIN_CHANNELS", thin)
     channels = 4
     maps = _maps(6, channels, 4, 4)
-    whole, strided = ConvMoments(channels, 3, 1, 1), ConvMoments(channels, 3, 2, 1)
+    whole, strided = ConvMoments(channels, Window.of(3, 1, 1)), ConvMoments(channels, Window.of(3, 2, 1))
     whole.update(maps), strided.update(maps)
     monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
-    small, small_strided = ConvMoments(channels, 3, 1, 1), ConvMoments(channels, 3, 2, 1)
+    small, small_strided = ConvMoments(channels, Window.of(3, 1, 1)), ConvMoments(channels, Window.of(3, 2, 1))
     small.update(maps), small_strided.update(maps)
     for one, two in ((whole, small), (strided, small_strided)):
         expected, got = (second_moment(each.result(), centred=False) for each in (one, two))
@@ -122,10 +123,10 @@ def test_wide_grams_are_complete_and_symmetric():
 
 def test_subsampled_positions_give_a_seeded_unbiased_looking_estimate():
     maps = _maps(400, 2, 6, 6)
-    exact, runs = ConvMoments(2, 3, 1, 1), []
+    exact, runs = ConvMoments(2, Window.of(3, 1, 1)), []
     exact.update(maps)
     for split in (400, 150):
-        sampled = ConvMoments(2, 3, 1, 1, positions_per_image=12, generator=torch.Generator().manual_seed(6))
+        sampled = ConvMoments(2, Window.of(3, 1, 1), positions_per_image=12, generator=torch.Generator().manual_seed(6))
         for part in maps.split(split):
             sampled.update(part)
         runs.append(sampled.result())
@@ -149,20 +150,20 @@ def test_reordering_statistics_is_reordering_features(many):
 def test_values_that_are_not_finite_name_the_layer(value, kernel):
     maps = _maps(2, 3, 4, 4)
     maps[1, 2, 0, 3] = value
-    moments = ConvMoments(3, kernel, 1, kernel // 2, name="layer1.0.conv2")
+    moments = ConvMoments(3, Window.of(kernel, 1, kernel // 2), name="layer1.0.conv2")
     with pytest.raises(NumericsError, match=r"layer1\.0\.conv2: every input value must be finite, got NaN or inf"):
         moments.update(maps)
 
 
 def test_no_rows_is_an_error_that_names_the_layer():
-    for moments in (ConvMoments(3, 3, 1, 1, name="conv"), RowMoments(3, name="conv")):
+    for moments in (ConvMoments(3, Window.of(3, 1, 1), name="conv"), RowMoments(3, name="conv")):
         with pytest.raises(NumericsError, match=r"conv: moments need at least one calibration row, got none"):
             moments.result()
 
 
 def test_other_padding_modes_are_refused():
     with pytest.raises(UnsupportedModelError, match=r"stem: convolutions are known with padding_mode='zeros', got 're"):
-        ConvMoments(3, 3, 1, 1, padding_mode="reflect", name="stem")
+        ConvMoments(3, Window.of(3, 1, 1), padding_mode="reflect", name="stem")
 
 
 @pytest.mark.parametrize("rows", [(3, 4), (3, 30), (40, 30)])
@@ -184,7 +185,7 @@ def test_merged_moments_are_those_of_all_rows(rows):
 def test_the_covariance_of_maps_far_from_zero_is_that_of_two_passes(geometry, ratio):
     draw = torch.randn(40, 3, 6, 7, generator=torch.Generator().manual_seed(1))
     maps = draw + ratio * torch.tensor([1.0, -1.0, 0.0])[:, None, None]  # one channel is near
-    moments = ConvMoments(3, *geometry)
+    moments = ConvMoments(3, Window.of(*geometry))
     for part in maps.split(16):
         moments.update(part)
     rows = reference.patches(maps, *geometry)  # float64

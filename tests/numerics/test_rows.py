@@ -25,7 +25,7 @@ def _by_loops(maps, kernel_size, **settings):
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_rows_are_the_patches_in_component_major_order(geometry):
     maps = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
-    rows = unfold_rows(maps, **geometry)
+    rows = unfold_rows(maps, Window.of(**geometry))
     torch.testing.assert_close(rows.double(), _by_loops(maps, **geometry))
 
 
@@ -36,7 +36,7 @@ def test_rows_times_flat_weight_is_the_convolution(geometry):
     weight = torch.randn(4, 3, *geometry["kernel_size"], generator=generator, dtype=torch.float64)
     settings = {key: value for key, value in geometry.items() if key != "kernel_size"}
     output = torch.nn.functional.conv2d(maps, weight, **settings)
-    rows = unfold_rows(maps, **geometry) @ weight.flatten(1).T
+    rows = unfold_rows(maps, Window.of(**geometry)) @ weight.flatten(1).T
     torch.testing.assert_close(rows, output.permute(0, 2, 3, 1).reshape(-1, 4))
 
 
@@ -46,9 +46,9 @@ def test_rows_at_positions_are_those_rows(geometry):
     maps = torch.randn(3, 2, 7, 6, generator=generator)
     down, across = Window.of(**geometry).output_size(7, 6)
     positions = draw_positions(3, down * across, 4, generator=generator)
-    rows = unfold_rows(maps, **geometry).view(3, down * across, -1)
+    rows = unfold_rows(maps, Window.of(**geometry)).view(3, down * across, -1)
     expected = torch.stack([image[chosen] for image, chosen in zip(rows, positions, strict=True)]).flatten(0, 1)
-    assert torch.equal(rows_at(maps, positions, **geometry), expected)
+    assert torch.equal(rows_at(maps, positions, Window.of(**geometry)), expected)
 
 
 def test_positions_are_distinct_and_do_not_depend_on_the_batch_split():

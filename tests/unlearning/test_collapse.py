@@ -12,7 +12,7 @@ from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 from modhifi_cli.models import cifar_resnet, timm, torchvision
 from modhifi_cli.numerics.readout import nearest_class_mean, recall
-from modhifi_cli.numerics.rows import unfold_rows
+from modhifi_cli.numerics.rows import Window, unfold_rows
 from modhifi_cli.unlearning.closings import find_closings, read_positions
 from modhifi_cli.unlearning.collapse import CollapseU
 from modhifi_cli.unlearning.search import UnlearnSummary
@@ -104,7 +104,7 @@ def test_the_last_block_is_the_least_squares_solution_on_stacked_rows(trained): 
     wanted += norm.running_mean.double()[:, None, None]
     usable = norm.weight.abs() > 0.1 * norm.weight.abs().mean()
     assert usable.any()
-    rows = unfold_rows(seen["layer3.0.conv2"][0], kernel_size=3, padding=1).double()
+    rows = unfold_rows(seen["layer3.0.conv2"][0], Window.of(3, padding=1)).double()
     rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
     targets = wanted.movedim(1, -1).flatten(0, 2)
     positions = len(rows) // len(source)

@@ -9,7 +9,7 @@ from modhifi_cli.errors import ConfigError
 from modhifi_cli.graph.segments import inputs_seen
 from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 from modhifi_cli.models import cifar_resnet
-from modhifi_cli.numerics.rows import unfold_rows
+from modhifi_cli.numerics.rows import Window, unfold_rows
 from modhifi_cli.unlearning.damp import DampLike
 from tests.unlearning.test_search import Tokens, images, run, trained  # noqa: F401
 
@@ -30,7 +30,7 @@ def class_means(model, name, source):
     if isinstance(module, torch.nn.Linear):
         rows = maps.reshape(len(maps), -1, maps.shape[-1]).mean(1)
     else:
-        rows = unfold_rows(maps, kernel_size=3, stride=module.stride, padding=1)
+        rows = unfold_rows(maps, Window.of(3, module.stride, 1))
         rows = rows.view(len(maps), -1, 9 * maps.shape[1]).mean(1)
     return torch.stack([rows[source.labels == cls].mean(0) for cls in range(5)])
 

@@ -9,7 +9,7 @@ from torch import nn
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
 from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 from modhifi_cli.models import cifar_resnet
-from modhifi_cli.numerics.rows import unfold_rows
+from modhifi_cli.numerics.rows import Window, unfold_rows
 from modhifi_cli.records import Edit
 from modhifi_cli.unlearning.classes import forget_classes, samples_of
 from modhifi_cli.unlearning.collapse import CollapseU
@@ -132,7 +132,7 @@ def brute_fidelity(network, conv, pictures):
     handle = conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
     network(pictures)
     handle.remove()
-    rows = unfold_rows(seen[0], kernel_size=3, padding=1).double()
+    rows = unfold_rows(seen[0], Window.of(3, padding=1)).double()
     rows = rows - rows.mean(0)
     weight = conv.weight.detach().double()
     parts = torch.einsum("rif,cif->cir", rows.view(len(rows), weight.shape[1], -1), weight.flatten(2))
