@@ -6,7 +6,7 @@ caller has to know beforehand is an attribute of the class.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ from modhifi_cli.records import Consumer, ImageSource, Results
 
 if TYPE_CHECKING:
     from torch import Generator
+
+    from modhifi_cli.numerics.regression import Regression
 
 __all__ = ["Allocation", "Compensation", "ImageSource", "Schedule", "Scores", "Scoring", "Selection", "Solution"]
 
@@ -59,6 +61,18 @@ class Scoring(Protocol):
         """Votes of every consumer, from the consumers and the producers' weights by component."""
 
 
+class ClassScoring(Scoring, Protocol):
+    """A scoring that looks at the classes of the samples."""
+
+    def summary(self, maps: Tensor) -> Tensor:
+        """What it keeps of a component's maps, ``[images, components]`` float64."""
+
+
+def looks_at_classes(scoring: Scoring) -> TypeGuard[ClassScoring]:
+    """Whether a scoring is one of classes, as it says itself."""
+    return scoring.needs_labels
+
+
 class Selection(Protocol):
     """From votes or moments to the kept components of a group. Named in configs/selection.
 
@@ -90,6 +104,31 @@ class Compensation(Protocol):
 
     def solve(self, consumer: Consumer, kept: Tensor) -> Solution:
         """The weight on the features of the kept components of the consumer's whole input."""
+
+
+class DenseCompensation(Compensation, Protocol):
+    """A compensation by which layers are solved again towards the dense network.
+
+    Attributes:
+        ridge: λ, or ``"auto"``: the best of the grid on held-out samples.
+        grid: Ridges to try.
+    """
+
+    @property
+    def ridge(self) -> float | str: ...
+
+    @property
+    def grid(self) -> Sequence[float]: ...
+
+    def fit(
+        self, every: "Regression", held_out: "Regression | None" = None, *, centred: bool
+    ) -> tuple[Tensor, float, float | None]:
+        """The change of a weight, its ridge, and what held-out samples gain by it (below 0 for better), or None."""
+
+
+def solves_towards_dense(compensation: Compensation) -> TypeGuard[DenseCompensation]:
+    """Whether layers are solved again towards the dense network at the end, as the compensation says itself."""
+    return compensation.reference == "dense"
 
 
 class Allocation(Protocol):

@@ -189,7 +189,9 @@ class Activations:
     def outputs(self, name: str, look: Look, *, item: str = "") -> Iterator[Progress]:
         """Show a look the output of one module over all images, batch after batch."""
         for batch, done, total in self._batches(self._carried):
-            look(self.segments.run(batch, start=self._cut, until=name))
+            output = self.segments.run(batch, start=self._cut, until=name)
+            assert output is not None  # it was asked for
+            look(output)
             yield Progress("images", item, done, total)
 
     def seen(
@@ -279,7 +281,7 @@ class Activations:
         self, name: str, cut: str | None, carried: list[Tensor] | None, item: str
     ) -> Iterator[Progress]:
         module = self.model.get_submodule(name)
-        moments = BatchNormMoments(module.num_features, name=name)
+        moments = BatchNormMoments(len(module.get_buffer("running_mean")), name=name)
         for number, (batch, done, total) in enumerate(self._batches(carried)):
             self.segments.run(batch, start=cut, looks={name: moments.update}, answers=self._answers(number))
             yield Progress("images", item, done, total)
@@ -375,5 +377,5 @@ def set_statistics_(module: nn.Module, moments: ChannelMoments) -> None:
     The variance over the rows is stored, not the one over rows − 1: evaluation then standardises the calibration set
     exactly as a training-mode forward over all of it at once would.
     """
-    module.running_mean.copy_(moments.mean)
-    module.running_var.copy_(moments.variance)
+    module.get_buffer("running_mean").copy_(moments.mean)
+    module.get_buffer("running_var").copy_(moments.variance)

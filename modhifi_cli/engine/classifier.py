@@ -1,6 +1,6 @@
 """The last layer, refitted to the dense network's logits once everything in front of it has been edited (M9)."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.engine.edit import tensor_edits
 from modhifi_cli.engine.gathering import held_out_images
+from modhifi_cli.engine.image_walk import ImageWalk
 from modhifi_cli.engine.walk import Walk
 from modhifi_cli.errors import UnsupportedModelError
 from modhifi_cli.graph.components import Refusal
@@ -33,7 +34,7 @@ def find_classifier(
     made: dict[int, str] = {}
     alive = []
 
-    def remember(name: str) -> object:
+    def remember(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             made[id(output)] = name
             alive.append(output)
@@ -60,11 +61,13 @@ class Aims:
     """What the last layer shall give: the dense network's logits.
 
     Attributes:
+        walk: The walk over the images.
         layer: Name of the classifier.
         logits: On all calibration images, ``[images, classes]``; None where the dense network is kept and can be asked
             at the end.
     """
 
+    walk: ImageWalk
     layer: str
     logits: Tensor | None
 
@@ -81,6 +84,10 @@ def aims_of(walk: Walk, classifier: str) -> Generator[Progress, None, tuple[Aims
     """
     if classifier == "keep":
         return None, ()
+    if not isinstance(walk, ImageWalk):
+        if classifier == "refit":
+            raise UnsupportedModelError("classifier=refit: only networks that read images have one; set classifier=keep.")
+        return None, ()
     try:
         layer = find_classifier(walk.model, walk.example)
     except UnsupportedModelError as error:
@@ -88,10 +95,10 @@ def aims_of(walk: Walk, classifier: str) -> Generator[Progress, None, tuple[Aims
             raise
         why = str(error).partition(": ")[2].partition(";")[0]
         return None, (Refusal("classifier", f"kept as it is: {why}"),)
-    return Aims(layer, None if walk.keeps_dense else (yield from _logits(walk, layer))), ()
+    return Aims(walk, layer, None if walk.keeps_dense else (yield from _logits(walk, layer))), ()
 
 
-def _logits(walk: Walk, layer: str) -> Generator[Progress, None, Tensor]:
+def _logits(walk: ImageWalk, layer: str) -> Generator[Progress, None, Tensor]:
     found = []
     for event in walk.dense_answers(layer, item="dense logits"):
         if isinstance(event, Tensor):
@@ -101,17 +108,18 @@ def _logits(walk: Walk, layer: str) -> Generator[Progress, None, Tensor]:
     return walk.activations.team.gather(torch.cat(found))
 
 
-def refit_classifier_(walk: Walk, aims: Aims) -> Generator[Progress, None, Edit]:
+def refit_classifier_(aims: Aims) -> Generator[Progress, None, Edit]:
     """Refit the classifier of the edited network in place.
 
     Raises:
         NumericsError: If there are fewer than five images, or values are not finite.
     """
-    rows: list[Tensor] = []
+    walk, rows = aims.walk, list[Tensor]()
     yield from walk.activations.walk({aims.layer: lambda inputs: rows.append(inputs.clone())}, item="classifier")
     inputs = walk.activations.team.gather(torch.cat(rows))
     logits = aims.logits if aims.logits is not None else (yield from _logits(walk, aims.layer))
     layer = walk.model.get_submodule(aims.layer)
+    assert isinstance(layer, nn.Linear)  # as `find_classifier` found it
     held_out = held_out_images(torch.arange(len(inputs), device=inputs.device))
     found = refit(inputs, logits, layer.weight.detach(), layer.bias.detach(), held_out=held_out)
     with torch.no_grad():

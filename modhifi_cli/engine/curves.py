@@ -15,7 +15,8 @@ from modhifi_cli.engine.impact import TRIAL_DEPTHS, scaled_curve
 from modhifi_cli.engine.site import consumers_of, features_kept, with_others, write_weight_
 from modhifi_cli.engine.walk import Recipe, Surveyed, Walk
 from modhifi_cli.errors import IllPosedError
-from modhifi_cli.graph.components import ComponentGroup, has_weight
+from modhifi_cli.graph.components import ComponentGroup, bias_of
+from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.numerics.compensation import Joint, restored_constant
 from modhifi_cli.numerics.elimination import DEFAULT_RIDGE, elimination
 from modhifi_cli.records import Consumer, Progress
@@ -88,13 +89,14 @@ def _hollow_(walk: Walk, part: ComponentGroup, consumers: Sequence[Consumer], ke
         wide = torch.zeros_like(consumer.weight)
         wide[:, features_kept(consumer, kept).to(wide.device)] = solved
         write_weight_(module, wide, walk.layout.input_order(slot, alive))
-        norm = walk.norm_behind(slot.module)
-        if consumer.centred and (norm is not None or module.bias is not None):
+        norm, bias = walk.norm_behind(slot.module), bias_of(module)
+        mean = None if norm is None else walk.model.get_submodule(norm).get_buffer("running_mean")
+        behind = mean if mean is not None or bias is None else bias.data
+        if consumer.centred and behind is not None:
             constant = restored_constant(consumer, all_kept, solved)
-            behind = module.bias.data if norm is None else walk.model.get_submodule(norm).running_mean
             behind.add_(constant.to(behind), alpha=1 if norm is None else -1)
     for slot in part.consumers:
         module = walk.model.get_submodule(slot.module)
-        if not has_weight(module):
+        if isinstance(module, ChannelPadShortcut):
             gone = walk.layout.inputs(slot, alive[removed]).flatten().to(module.source.device)
             module.source[torch.isin(module.source, gone)] = -1

@@ -18,7 +18,7 @@ from modhifi_cli.engine.rounding import neuron_step, refuse_narrow, told
 from modhifi_cli.engine.walk import Budget
 from modhifi_cli.engine.widths import NEAR
 from modhifi_cli.evaluation.latency_table import LatencyTable
-from modhifi_cli.graph.components import Layout, input_size, output_size
+from modhifi_cli.graph.components import Layout, bias_of, matrices
 from modhifi_cli.graph.decoder import Decoder, Part, component_parameters, slice_part_
 from modhifi_cli.records import Progress
 from modhifi_cli.roles import Allocation
@@ -44,7 +44,9 @@ class DecoderCosts:
         work = []
         for part, own in zip(parts, params, strict=True):
             biases = sum(
-                slot.entries for slot in part.group.producers if model.get_submodule(slot.module).bias is not None
+                slot.entries
+                for slot in part.group.producers
+                if bias_of(model.get_submodule(slot.module)) is not None
             )
             # Queries meet the keys and values of half the sequence on average: two products of the head dimension each.
             heads = part.heads / part.components if part.kind == "attention" else 0
@@ -55,11 +57,10 @@ class DecoderCosts:
         products = 0.0
         shares = {part.group.producers[0].module.rpartition(".")[0]: part.share for part in parts if part.share < 1}
         linear = sum(
-            input_size(module) * output_size(module) * shares.get(f"{name}.{path}".rpartition(".")[0], 1.0)
+            weight.numel() * shares.get(f"{name}.{path}".rpartition(".")[0], 1.0)
             for name, layer in zip(decoder.layers, layers, strict=True)
-            for path, module in layer.named_modules()
-            if hasattr(module, "weight") and module.weight is not None and module.weight.dim() == 2
-            and hasattr(module, "bias")
+            for path, module, weight in matrices(layer)
+            if hasattr(module, "bias")
         )
         for part in parts:
             if part.kind == "attention":
@@ -144,7 +145,8 @@ class Widths:
         if self._pricing.table is not None:
             saved, expected = self._pricing.removed_share(alive), self._pricing.expected_share(alive)
             return Summary(achieved, latency={"table": saved, "predicted": expected})
-        asked, name, warnings = self._budget.sparsity, self._price.name, ()
+        asked, name = self._budget.sparsity, self._price.name
+        warnings: tuple[str, ...] = ()
         neurons = [step for part, step in zip(self._decoder.parts, self._steps, strict=True) if part.kind == "mlp"]
         if abs(achieved[name] - asked) > NEAR:
             steps = f"{told(neurons, 'neurons')} or whole heads" if neurons else "whole heads"

@@ -10,18 +10,19 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modhifi_cli.engine.edit import tensor_edits
 from modhifi_cli.engine.gathering import DepthwiseMoments, LayerMoments, TargetMoments
 from modhifi_cli.engine.walk import Pair, Recipe, Walk
 from modhifi_cli.errors import DataError
-from modhifi_cli.graph.components import reading_weight, write_reading_weight_
+from modhifi_cli.graph.components import bias_of, reading_weight, write_reading_weight_
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.numerics.batchnorm import ChannelMoments, output_moments
 from modhifi_cli.numerics.cross import dense_regression, squared_error
 from modhifi_cli.numerics.depthwise import fitted_filters
 from modhifi_cli.records import Edit, EditState, Progress
+from modhifi_cli.roles import DenseCompensation, solves_towards_dense
 
 STEP = "dense"  # how such edits are told from those of groups
 
@@ -44,13 +45,16 @@ def rebuild_(
         DataError: If a waiting edit is not the next layer's.
         NumericsError: If activations are not finite.
     """
+    joint = recipe.compensation
+    if not solves_towards_dense(joint):
+        return  # there is no dense network beside the walk, so it has found no layers either
     for number, name in enumerate(layers):
         if len(layers) > 2:  # a decoder's layers come a few at a time and are counted by the walk
             yield Progress("towards the dense network", name, number, len(layers))
         if waiting:
             _apply_done_(walk, name, waiting.pop(0))
         else:
-            yield (yield from _rebuild_layer_(walk, recipe, name, iteration))
+            yield (yield from _rebuild_layer_(walk, joint, name, iteration))
 
 
 def _apply_done_(walk: Walk, name: str, edit: Edit) -> None:
@@ -63,8 +67,9 @@ def _apply_done_(walk: Walk, name: str, edit: Edit) -> None:
     walk.resume_(edit.state)
 
 
-def _rebuild_layer_(walk: Walk, recipe: Recipe, name: str, iteration: int) -> Generator[Progress, None, Edit]:
-    module = walk.model.get_submodule(name)
+def _rebuild_layer_(
+    walk: Walk, joint: DenseCompensation, name: str, iteration: int
+) -> Generator[Progress, None, Edit]:
     aims = walk.aims(name)
     moments = None if isinstance(aims, DepthwiseMoments) else walk.sums(name, exact=True)
     for event in walk.pairs(name):
@@ -76,10 +81,10 @@ def _rebuild_layer_(walk: Walk, recipe: Recipe, name: str, iteration: int) -> Ge
         aims.update(event.inputs, event.targets)
         yield Progress("tokens" if walk.what == "layers" else "images", name, event.done, event.total)
     if isinstance(aims, DepthwiseMoments):
-        changed, facts = _solve_depthwise_(walk, recipe, name, module, aims)
+        changed, facts = _solve_depthwise_(walk, joint, name, aims)
     else:
         assert moments is not None, "only filters are solved from one accumulator"
-        changed, facts = _solve_(walk, recipe, name, module, moments, aims)
+        changed, facts = _solve_(walk, joint, name, moments, aims)
     walk.edited_([name], changed)
     touched = dict.fromkeys((*walk.take_refreshed_(), *changed))
     nothing = torch.arange(0)
@@ -90,13 +95,13 @@ def _rebuild_layer_(walk: Walk, recipe: Recipe, name: str, iteration: int) -> Ge
 
 @torch.no_grad()
 def _solve_depthwise_(
-    walk: Walk, recipe: Recipe, name: str, module: nn.Module, moments: DepthwiseMoments
+    walk: Walk, joint: DenseCompensation, name: str, moments: DepthwiseMoments
 ) -> tuple[list[str], dict[str, Any]]:
     every, held_out, fit = moments.result()
+    module = moments.module
     before = module.weight.detach().flatten(1).double()
     centred = walk.centred(name)
-    joint = recipe.compensation
-    grid = joint.grid if joint.ridge == "auto" else (float(joint.ridge) or _LEAST_RIDGE,)
+    grid = joint.grid if isinstance(joint.ridge, str) else (float(joint.ridge) or _LEAST_RIDGE,)
     weight, ridge = fitted_filters(every, held_out, fit, before, grid, centred=centred)
     module.weight.copy_(weight.view_as(module.weight))
     outputs = (weight * every.inputs).sum(1)  # mean, with the bias left out
@@ -115,17 +120,19 @@ def _solve_depthwise_(
 
 @torch.no_grad()
 def _solve_(
-    walk: Walk, recipe: Recipe, name: str, module: nn.Module, moments: LayerMoments, aims: TargetMoments
+    walk: Walk, joint: DenseCompensation, name: str, moments: LayerMoments, aims: TargetMoments
 ) -> tuple[list[str], dict[str, Any]]:
-    gathered = moments.result()
+    gathered, module = moments.result(), walk.model.get_submodule(name)
     aim, held_aim = aims.result()
     before = reading_weight(module).double()
     every = dense_regression(gathered.statistics, aim, before)
-    held_out = None if held_aim is None else dense_regression(gathered.held_out, held_aim, before)
+    apart = gathered.held_out
+    held_out = None if held_aim is None or apart is None else dense_regression(apart, held_aim, before)
     centred = walk.centred(name)
-    change, ridge, gained = recipe.compensation.fit(every, held_out, centred=centred)
-    if gained is not None and gained >= 0:  # nothing does better on samples it has not seen
-        change, ridge = torch.zeros_like(change), None
+    change, ridge, gained = joint.fit(every, held_out, centred=centred)
+    better = gained is None or gained < 0
+    if not better:  # nothing does better on samples it has not seen
+        change = torch.zeros_like(change)
     weight = before + change
     write_reading_weight_(module, weight)
 
@@ -133,8 +140,8 @@ def _solve_(
         return aim.mean - weight @ gathered.statistics.mean
 
     def moved() -> ChannelMoments:
-        bias = None if module.bias is None else module.bias.detach().double()
-        return output_moments(gathered.statistics, weight, bias)
+        bias = bias_of(module)
+        return output_moments(gathered.statistics, weight, None if bias is None else bias.detach().double())
 
     changed = [name, *walk.settle_dense_(name, lacking, moved)]
     spread = (aim.energy - aim.mean.square()).sum().clamp(min=1e-300) if centred else aim.energy.sum()
@@ -142,4 +149,4 @@ def _solve_(
         key: float(squared_error(gathered.statistics, aim, one, centred=centred) / spread)
         for key, one in (("error_before", before), ("error_after", weight))
     }
-    return changed, {"ridge": ridge, **errors}
+    return changed, {"ridge": ridge if better else None, **errors}

@@ -62,7 +62,7 @@ def edit_part_(
         changed += [slot.module, *walk.settle_(slot, consumer, kept, repair, alone=len(slots) == 1)]
     walk.edited_([slot.module for slot in part.consumers], changed)
     refreshed = walk.take_refreshed_()
-    modules = {edit.module: edit for edit in tensor_edits(walk.model, dict.fromkeys((*refreshed, *changed)))}
+    modules = {edit.module: edit for edit in tensor_edits(walk.model, list(dict.fromkeys((*refreshed, *changed))))}
     removed = torch.ones(alive.numel(), dtype=torch.bool)
     removed[kept] = False
     facts = _facts(consumers, repairs, scores, alive.numel(), kept.numel(), started, gathered_at)

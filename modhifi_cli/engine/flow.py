@@ -151,7 +151,7 @@ class Flow:
 
     def call(self, number: int, hidden: Tensor) -> Call:
         """How a layer is called for hidden states of any number of sequences, on the device."""
-        shape = tuple(hidden.shape[:2])
+        shape = hidden.shape[0], hidden.shape[1]
         if shape not in self._calls:
             tokens = torch.zeros(shape, dtype=torch.int64, device=self._ends)
             self._calls[shape] = [call.to(self.device) for call in enter(self.model, self.layers, tokens)[1]]
@@ -242,7 +242,7 @@ class Flow:
     def batches(self, number: int) -> Iterator[tuple[Tensor, Call, int]]:
         """Hidden states on the device, how the layer is called, batches done."""
         for done, hidden in enumerate(list(self._hidden), start=1):
-            yield hidden.to(self.device), self._calls[tuple(hidden.shape[:2])][number], done
+            yield hidden.to(self.device), self._calls[hidden.shape[0], hidden.shape[1]][number], done
 
     def chosen(self, numbers: Tensor) -> Tensor:
         """Hidden states of those of the given sequences that are this process's own.

@@ -6,11 +6,12 @@ the engine holds at its fullest moment, which tests compare with measured peaks.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from modhifi_cli.engine.flow import TOKENS_AT_ONCE
-from modhifi_cli.graph.components import input_size, output_size
+from modhifi_cli.graph.components import input_size, matrices, output_size
 from modhifi_cli.graph.decoder import Decoder, Part
 
 # Float64 matrices of features × features that are alive at once. While tokens are seen: the sums (held-out ones apart),
@@ -62,27 +63,11 @@ class Forecast:
         )
 
 
-def forecast(
-    model: nn.Module,
-    decoder: Decoder,
-    *,
-    sequences: int,
-    length: int,
-    batch_size: int,
-    passes: int,
-    reference: str,
-    hold_out: bool,
-    uneven: bool,
-    statistics: bool,
-    offload: bool,
-    dense_copies: int,
-    room: float | None = None,
-) -> Forecast:
-    """Expectation for one run.
+@dataclass(frozen=True)
+class Run:
+    """What of a run decides how much memory and time it takes.
 
-    Args:
-        model: The network; only shapes and types of its tensors are looked at.
-        decoder: Its layers and parts.
+    Attributes:
         sequences: Calibration sequences.
         length: Tokens of each.
         batch_size: Sequences a forward, at most.
@@ -96,20 +81,52 @@ def forecast(
         room: Bytes that are free on the card, half of which layers may take that trials come back to; None where that
             is not known: then trials fetch them again.
     """
+
+    sequences: int
+    length: int
+    batch_size: int
+    passes: int
+    reference: str
+    hold_out: bool
+    uneven: bool
+    statistics: bool
+    offload: bool
+    dense_copies: int
+    room: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens."""
+        return self.sequences * self.length
+
+    @property
+    def walks(self) -> int:
+        """Times that the network is walked through."""
+        return self.passes * (2 if self.uneven else 1)
+
+
+def forecast(model: nn.Module, decoder: Decoder, run: Run) -> Forecast:
+    """Expectation for one run.
+
+    Args:
+        model: The network; only shapes and types of its tensors are looked at.
+        decoder: Its layers and parts.
+        run: The run.
+    """
     layer = max(map(_bytes, (model.get_submodule(name) for name in decoder.layers)))
     layers, whole = sum(_bytes(model.get_submodule(name)) for name in decoder.layers), _bytes(model)
     size = next(model.parameters()).element_size()
     shapes = [_shape(model, part) for part in decoder.parts]
     features, outputs = max(shapes)
-    twins = 2 if reference == "dense" else 1
-    waiting = float(sequences * length * outputs * size * twins)
-    at_once = min(TOKENS_AT_ONCE, batch_size * length, sequences * length)
-    card = {"one layer": float(layer * twins), "waiting tokens": 0.0 if offload else waiting}
+    twins = 2 if run.reference == "dense" else 1
+    waiting = float(run.tokens * outputs * size * twins)
+    at_once = min(TOKENS_AT_ONCE, run.batch_size * run.length, run.tokens)
+    card = {"one layer": float(layer * twins), "waiting tokens": 0.0 if run.offload else waiting}
     # Three tensors as wide as the reader's input, a copy in float32, and a few of the stream.
     batch = float(at_once * (3 * features * size + features * _SINGLE + 4 * outputs * size))
-    if statistics:
-        seeing, summed_up = (_SEEING, _SUMMED_UP) if hold_out else (_SEEING_WHOLE, _SUMMED_UP_WHOLE)
-        dense = features * outputs * _DOUBLE * 4 if reference == "dense" else 0.0  # cross moments with the targets
+    if run.statistics:
+        seeing, summed_up = (_SEEING, _SUMMED_UP) if run.hold_out else (_SEEING_WHOLE, _SUMMED_UP_WHOLE)
+        dense = features * outputs * _DOUBLE * 4 if run.reference == "dense" else 0.0  # cross moments with the targets
         fullest = max(
             seeing * _DOUBLE * features**2 + batch,
             _DOUBLE * (summed_up * features**2 + _RECTANGLES * features * outputs) + at_once * features * size,
@@ -117,51 +134,38 @@ def forecast(
         card["statistics, solves and one batch"] = fullest + dense
     else:
         card["one batch"] = batch
-    if uneven:
-        trial = min(_TRIAL_TOKENS, sequences * length)
-        predictions = 4.0 * _SINGLE * trial * model.config.vocab_size  # dense, present, and two on the way to a sum
+    if run.uneven:
+        trial = min(_TRIAL_TOKENS, run.tokens)
+        predictions = 4.0 * _SINGLE * trial * _vocabulary(model)  # dense, present, and two on the way to a sum
         card["trial"] = 3.0 * trial * outputs * size + predictions
-    host = {"network": float(whole * (1 + dense_copies)), "waiting tokens": waiting if offload else 0.0}
-    work = _operations(model, decoder, shapes, sequences * length, length, passes, uneven=uneven, statistics=statistics)
-    trials = len(decoder.parts) * _TRIAL_DEPTHS + 1 if uneven else 0
-    walks = passes * (2 if uneven else 1)
-    stay = room is not None and layers < room / 2  # then layers go to the card once for all trials
-    traffic = 2.0 * layers * walks + (0.0 if stay else 2.0 * layers / 2 * trials)
-    if offload:
-        traffic += (len(decoder.parts) * walks + 2 * len(decoder.layers) * walks) * waiting
+    host = {"network": float(whole * (1 + run.dense_copies)), "waiting tokens": waiting if run.offload else 0.0}
+    work = _operations(model, decoder, shapes, run)
+    trials = len(decoder.parts) * _TRIAL_DEPTHS + 1 if run.uneven else 0
+    stay = run.room is not None and layers < run.room / 2  # then layers go to the card once for all trials
+    traffic = 2.0 * layers * run.walks + (0.0 if stay else 2.0 * layers / 2 * trials)
+    if run.offload:
+        traffic += (len(decoder.parts) * run.walks + 2 * len(decoder.layers) * run.walks) * waiting
     seconds = sum(count / SPEEDS[kind] for kind, count in work.items()) + traffic / SPEEDS["bytes copied"]
     return Forecast(card, host, traffic, work, seconds)
 
 
 def _operations(
-    model: nn.Module,
-    decoder: Decoder,
-    shapes: Sequence[tuple[int, int]],
-    tokens: int,
-    length: int,
-    passes: int,
-    *,
-    uneven: bool,
-    statistics: bool,
+    model: nn.Module, decoder: Decoder, shapes: Sequence[tuple[int, int]], run: Run
 ) -> dict[str, float]:
     """Multiply-accumulates of all forwards, sums and solves."""
     linear = sum(
-        module.weight.numel()
-        for name in decoder.layers
-        for module in model.get_submodule(name).modules()
-        if getattr(module, "weight", None) is not None and module.weight.dim() == 2
+        weight.numel() for name in decoder.layers for *_, weight in matrices(model.get_submodule(name))
     )
     width = shapes[0][1]
-    forward = float(tokens) * (linear + len(decoder.layers) * width * (length + 1))
+    forward = float(run.tokens) * (linear + len(decoder.layers) * width * (run.length + 1))
     kinds = len({part.kind for part in decoder.parts})
-    walks = passes * (2 if uneven else 1)
-    forwards = forward * walks * (1 + (kinds if statistics else 0))
-    if uneven:
-        trial = min(_TRIAL_TOKENS, tokens)
-        head = float(width) * model.config.vocab_size
-        forwards += len(shapes) * _TRIAL_DEPTHS * trial * (forward / tokens / 2 + head)
-    sums = walks * tokens * sum(float(features) ** 2 for features, _ in shapes) if statistics else 0.0
-    solves = walks * sum(2.0 * features**3 + features**2 * out for features, out in shapes) if statistics else 0.0
+    forwards = forward * run.walks * (1 + (kinds if run.statistics else 0))
+    if run.uneven:
+        trial = min(_TRIAL_TOKENS, run.tokens)
+        head = float(width) * _vocabulary(model)
+        forwards += len(shapes) * _TRIAL_DEPTHS * trial * (forward / run.tokens / 2 + head)
+    sums = run.walks * run.tokens * sum(float(features) ** 2 for features, _ in shapes) if run.statistics else 0.0
+    solves = run.walks * sum(2.0 * features**3 + features**2 * out for features, out in shapes) if run.statistics else 0.0
     return {
         "multiply-accumulates of forwards": forwards,
         "multiply-accumulates of statistics": sums,
@@ -173,6 +177,11 @@ def _shape(model: nn.Module, part: Part) -> tuple[int, int]:
     """Features and outputs of a part's reader."""
     reader = model.get_submodule(part.consumer.module)
     return input_size(reader), output_size(reader)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = model.config  # transformers' configuration, which PyTorch takes for a tensor or a module
+    return int(config.vocab_size)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -12,13 +12,14 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from modhifi_cli.engine.gathering import held_out_images
 from modhifi_cli.errors import ConfigError, DataError, is_number, is_whole
@@ -369,7 +370,7 @@ class _Work:
     # ------------------------------------------------------------------------------------------------------- judging
 
     @torch.no_grad()
-    def judge(self, item: str) -> Iterator[Progress]:
+    def judge(self, item: str) -> Generator[Progress, None, float]:
         """Mean divergence of the network as it is from the dense one, over the held-out samples."""
         at_once = max(1, _AT_ONCE // self.held.shape[1]) if self.reads_text else 64
         total, parts = 0.0, self.held.split(at_once)
@@ -532,7 +533,8 @@ def _kept_outputs(edits: Sequence[Edit]) -> dict[str, Tensor]:
 def _not_trained(model: nn.Module) -> set[int]:
     """Parameters of embeddings and of the head of a language model, by identity."""
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = None if find_head is None else find_head()
     modules += [] if head is None else [head]
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
@@ -565,7 +567,8 @@ class _watched:
     """Show functions the outputs of modules during forwards; a tensor that one returns takes the output's place."""
 
     def __init__(self, model: nn.Module, looks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> None:
-        self._model, self._looks, self._handles = model, looks, []
+        self._model, self._looks = model, looks
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
         for name, look in self._looks.items():
@@ -577,7 +580,7 @@ class _watched:
 
 
 def _shown(look: Callable[[Tensor], Tensor | None]) -> Callable:
-    def hook(module: nn.Module, inputs: tuple, output: object) -> object:
+    def hook(module: nn.Module, inputs: tuple, output: Any) -> Any:
         seen = next(tensors_of(output))
         instead = look(seen)
         if instead is None:

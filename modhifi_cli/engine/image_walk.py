@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,16 @@ from modhifi_cli.engine.team import Team
 from modhifi_cli.engine.walk import Budget, Cut, Looking, Pair, Recipe, Repair, Stop, Surveyed
 from modhifi_cli.engine.widths import GroupWidths
 from modhifi_cli.errors import ConfigError, UnsupportedModelError
-from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, has_weight, is_upsampling, reads_features
+from modhifi_cli.graph.components import (
+    ComponentGroup,
+    Layout,
+    Slot,
+    bias_of,
+    has_weight,
+    is_upsampling,
+    reads_features,
+    weight_of,
+)
 from modhifi_cli.graph.parts import part_of
 from modhifi_cli.graph.segments import Look, Segments
 from modhifi_cli.graph.surgery import slice_module_
@@ -34,7 +43,7 @@ from modhifi_cli.numerics.linalg import at_least_float32, feature_index
 from modhifi_cli.numerics.moments import reorder
 from modhifi_cli.numerics.scoring import Place
 from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress
-from modhifi_cli.roles import Scoring
+from modhifi_cli.roles import Scoring, looks_at_classes
 
 _FEWEST_HELD_OUT = 8  # images; fewer say less than images that were fitted to
 
@@ -271,7 +280,7 @@ class ImageWalk:
             UnsupportedModelError: If a layer that reads the group runs more than once, so that an image has several
                 maps.
         """
-        if self.labels is None:
+        if self.labels is None or not looks_at_classes(scoring):
             return {}
         slots = self.consumers(part)
         several = next((slot.module for slot in slots if slot.module in self.segments.trace.calls), None)
@@ -306,20 +315,23 @@ class ImageWalk:
         norm = self.norm_behind(slot.module)
         if norm is None:
             if repair.constant is not None:
+                own = module.get_parameter("bias")
                 with torch.no_grad():
-                    module.bias.add_(repair.constant.to(module.bias.device))
+                    own.add_(repair.constant.to(own.device))
             return []
         behind = self.model.get_submodule(norm)
         if not self.reestimate:
             if repair.constant is None:
                 return []
-            behind.running_mean.sub_(repair.constant.to(behind.running_mean.device))
+            mean = behind.get_buffer("running_mean")
+            mean.sub_(repair.constant.to(mean.device))
             return [norm]
         known = alone and repair.fidelity is not None and not is_upsampling(module)
         if known and self.gathering.positions_per_image is None:
             # The consumer's input is what was gathered, so its output's moments follow without another forward.
             inputs = reorder(consumer.statistics, features_kept(consumer, kept))
-            bias = None if module.bias is None else module.bias.detach().to(repair.weight)
+            bias = bias_of(module)
+            bias = None if bias is None else bias.detach().to(repair.weight)
             set_statistics_(behind, output_moments(inputs, repair.weight, bias))
             return [norm]
         return []
@@ -445,21 +457,21 @@ class ImageWalk:
     def settle_dense_(self, name: str, mean: Callable[[], Tensor], moments: Callable[[], Any]) -> list[str]:
         """Put the constant right behind a layer that was solved again towards the dense network."""
         assert self._dense is not None
-        module, norm = self.model.get_submodule(name), self.norm_behind(name)
+        bias, norm = bias_of(self.model.get_submodule(name)), self.norm_behind(name)
         if norm is None:
-            if module.bias is not None:
+            if bias is not None:
                 with torch.no_grad():
-                    module.bias.copy_(mean())
+                    bias.copy_(mean())
             return []
         behind = self.model.get_submodule(norm)
         if self.reestimate:
             set_statistics_(behind, moments())
         else:
-            was = self._dense.model.get_submodule(norm).running_mean
+            was = self._dense.model.get_submodule(norm).get_buffer("running_mean")
             alive = self.layout.alive_outputs(name)
             was = was if alive is None else was[alive.to(was.device)]
-            lacking = mean()
-            behind.running_mean.copy_(was - (lacking if module.bias is None else lacking - module.bias.detach().double()))
+            lacking = mean() if bias is None else mean() - bias.detach().double()
+            behind.get_buffer("running_mean").copy_(was - lacking)
         return [norm]
 
     def dense_answers(self, name: str, *, item: str) -> Iterator[Progress | Tensor]:
@@ -521,11 +533,13 @@ class ImageWalk:
             return torch.ones((), device=self.device)
         assert self._dense is not None
         behind = self._dense.model.get_submodule(norm)
-        scale, _ = input_scale(behind.running_var, behind.eps, None if behind.weight is None else behind.weight.detach())
+        assert isinstance(behind, nn.modules.batchnorm._BatchNorm)
+        gamma = weight_of(behind).detach() if behind.affine else None
+        scale, _ = input_scale(behind.get_buffer("running_var"), behind.eps, gamma)
         return scale if alive is None else scale[alive.to(scale.device)]
 
 
-def is_depthwise(module: nn.Module) -> bool:
+def is_depthwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a module is a convolution with one filter for each channel."""
     return type(module) is nn.Conv2d and 1 < module.groups == module.in_channels == module.out_channels
 

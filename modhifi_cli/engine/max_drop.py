@@ -62,9 +62,9 @@ class DropSearch:
         lost = [trial for trial in finished if trial.drop > self.value]
         low = max((trial.sparsity for trial in kept), default=None)
         high = min((trial.sparsity for trial in lost), default=None)
-        if not finished:
-            return self._within(_FIRST if start is None else start)
         if low is None:
+            if high is None:
+                return self._within(_FIRST if start is None else start)
             if high <= self.smallest + 1e-9:
                 return None
             if len(finished) == self.trials - 1:

@@ -103,9 +103,9 @@ def discover(
     if lost:  # heads that do not lie as the roles of the modules say: what does the forward say?
         outputs, inputs = ({slot.module for group in lost for slot in getattr(group, kind)} for kind in _ENDS)
         claimed = (found.writers - outputs, found.readers - inputs)
-        more, _ = find_groups(model, segments.trace, example, exclude=exclude, claimed=claimed)
-        more = [group for group in more if outputs & {slot.module for slot in group.producers}]
-        more = [group for group in more if not any(module in shared for module in group.modules)]
+        found_now, _ = find_groups(model, segments.trace, example, exclude=exclude, claimed=claimed)
+        writing = [group for group in found_now if outputs & {slot.module for slot in group.producers}]
+        more = [group for group in writing if not any(module in shared for module in group.modules)]
         if more:
             passed, _ = lawful(model, [(group,) for group in (*passed, *more)], example.cpu(), dtype=dtype)
             failed = {name: verdict for name, verdict in failed.items() if not _parted(name, passed)}

@@ -7,7 +7,7 @@ that is asked of the table is moved until what was asked is what the clock says.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
@@ -78,8 +78,10 @@ class Pricing(Protocol):
         table: Times of the network's layers, where time is the price.
     """
 
-    stepwise: bool
     table: LatencyTable | None
+
+    @property
+    def stepwise(self) -> bool: ...
 
     def prepare(self) -> Iterator[Progress | LatencyTable]:
         """Measure what has to be measured; a table is yielded when it has changed."""
@@ -456,8 +458,8 @@ class Timed:
         self._take(replace(self.table, aims={**self.table.aims, key: (self._aim, self._offset)}))
         yield self.table
 
-    def _clocked(self, keep: Sequence[int]) -> "Iterator[Progress]":
-        """The share of time that a network of these widths saves, returned."""
+    def _clocked(self, keep: Sequence[int]) -> Generator[Progress, None, float]:
+        """The share of time that a network of these widths saves."""
         assert self.table is not None
         saved = 0.0
         for event in saved_share(

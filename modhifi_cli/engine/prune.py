@@ -153,7 +153,7 @@ def _finish_(
     if aims is not None and waiting and waiting[0].state.step == "classifier":
         apply_edit_(walk.model, waiting.pop(0))
     elif aims is not None and not waiting and any_edit:
-        yield (yield from refit_classifier_(walk, aims))
+        yield (yield from refit_classifier_(aims))
 
 
 def _cut_parts(walk: Walk) -> list[ComponentGroup]:

@@ -90,7 +90,7 @@ def refuse_narrow(
     Raises:
         ConfigError: If all groups are: then nothing could be cut.
     """
-    if round_to == AUTO or not sizes:
+    if isinstance(round_to, str) or not sizes:
         return ()
     narrow = [name for name, size in zip(names, sizes, strict=True) if size < round_to]
     if not narrow:

@@ -7,7 +7,7 @@ set; only sums are exchanged, so that all decide and edit alike.
 import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.engine.decoder_widths import Widths
 from modhifi_cli.engine.flow import Flow, rows_read
-from modhifi_cli.engine.forecast import forecast
+from modhifi_cli.engine.forecast import Run, forecast
 from modhifi_cli.engine.gathering import Gathered, LayerMoments, TargetMoments, held_out_images
 from modhifi_cli.engine.impact import restored
 from modhifi_cli.engine.memory import free_memory, peaks
@@ -23,7 +23,7 @@ from modhifi_cli.engine.plan import check_weights
 from modhifi_cli.engine.team import Team
 from modhifi_cli.engine.walk import Budget, Cut, Looking, Pair, Recipe, Repair, Stop, Surveyed
 from modhifi_cli.errors import ConfigError, DataError
-from modhifi_cli.graph.components import ComponentGroup, Layout, Slot
+from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, bias_of, weight_of
 from modhifi_cli.graph.decoder import KINDS, UNITS, Call, Part, find_parts, leave, run_layer, slice_part_
 from modhifi_cli.graph.experts import of_experts, open_experts_
 from modhifi_cli.models.hf import accepts_heads
@@ -143,9 +143,7 @@ class TokenWalk:
         """Say what memory will be needed and whether it is there; keep the dense network if layers are cut in several passes."""
         self._towards_dense = recipe.compensation.reference == "dense"
         self._twin = copy.deepcopy(self.model) if self._towards_dense and passes > 1 else None
-        expected = forecast(
-            self.model,
-            self.decoder,
+        run = Run(
             sequences=self.samples,
             length=self.length,
             batch_size=self.flow.batch_size,
@@ -157,6 +155,7 @@ class TokenWalk:
             offload=self.options.offload,
             dense_copies=0,
         )
+        expected = forecast(self.model, self.decoder, run)
         yield Note(expected.on_the_card())
         lacking = expected.does_not_fit(free_memory(self.flow.device))
         if lacking is not None:
@@ -276,8 +275,7 @@ class TokenWalk:
                     if stop.parts:
                         slots = [part.consumers[0] for part in stop.parts]
                         gathered = yield from self._look(slots, stop.name, hold_out=held_out)
-                        if held_out:
-                            gathered = {name: replace(one, statistics=one.fitted) for name, one in gathered.items()}
+                        gathered = {name: one.without_held_out() for name, one in gathered.items()}
                         for part in stop.parts:
                             yield Surveyed(part, gathered, trial)
                     yield from self.leave(stop)
@@ -322,13 +320,14 @@ class TokenWalk:
 
     def _set_bias_(self, name: str, constant: Tensor, *, add: bool) -> None:
         reader = self.model.get_submodule(name)
+        bias = bias_of(reader)
         with torch.no_grad():
-            if reader.bias is None:
-                reader.bias = nn.Parameter(constant.to(reader.weight), requires_grad=False)
+            if bias is None:
+                reader.bias = nn.Parameter(constant.to(weight_of(reader)), requires_grad=False)
             elif add:
-                reader.bias.add_(constant.to(reader.bias))
+                bias.add_(constant.to(bias))
             else:
-                reader.bias.copy_(constant)
+                bias.copy_(constant)
 
     def edited_(self, sources: Sequence[str], changed: Sequence[str]) -> None:
         """Nothing behind a layer depends on statistics of the past."""
@@ -379,8 +378,9 @@ class TokenWalk:
                     target = dense_output.float() + (dense_hidden.float() - hidden.float())
                 else:
                     target = output.float() + (dense_behind.float() - behind.float())
-            bias = 0.0 if reader.bias is None else reader.bias.detach().float()
-            yield Pair(inputs.float(), target - bias, done, self.flow.parts)
+            bias = bias_of(reader)
+            target = target if bias is None else target - bias.detach().float()
+            yield Pair(inputs.float(), target, done, self.flow.parts)
 
     def sums(self, name: str, *, hold_out: bool = True, exact: bool = False) -> LayerMoments:
         """An accumulator of a layer's inputs, over all processes."""
@@ -400,8 +400,8 @@ class TokenWalk:
         reader = self.model.get_submodule(name)
         self.flow.edited([name])
         if self.centred(name):
-            before = 0.0 if reader.bias is None else reader.bias.detach().double()
-            self._set_bias_(name, mean() + before, add=False)
+            bias = bias_of(reader)
+            self._set_bias_(name, mean() if bias is None else mean() + bias.detach().double(), add=False)
         return []
 
     def residual(self, name: str) -> str | None:

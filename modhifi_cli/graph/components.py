@@ -172,34 +172,59 @@ def _inputs_first(module: object) -> bool:
     return is_upsampling(module) or is_transposed(module)
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a module that has one.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    if not isinstance(module.weight, Tensor):
+        raise TypeError(f"{type(module).__name__} has no weight.")
+    return module.weight
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """A layer's bias, or None where it has none."""
+    return module.bias if isinstance(module.bias, Tensor) else None
+
+
+def matrices(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Every module inside one whose weight is a matrix: its path, itself, and that weight."""
+    for path, inner in module.named_modules():
+        weight = getattr(inner, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            yield path, inner, weight
+
+
 def reading_weight(module: nn.Module) -> Tensor:
     """A consumer's weight as the matrix that its input rows meet, ``[numbers written, features]``.
 
     A transposed convolution reads each pixel by itself and writes a patch of k·k pixels for every output; that patches
     overlap is left aside.
     """
-    weight = module.weight.detach()
+    weight = weight_of(module).detach()
     return weight.flatten(1).T if _inputs_first(module) else weight.flatten(1)
 
 
 def write_reading_weight_(module: nn.Module, weight: Tensor) -> None:
     """Put such a matrix, ``[numbers written, features]``, in the place of a consumer's weight."""
+    own = weight_of(module)
     with torch.no_grad():
-        module.weight.copy_((weight.T if _inputs_first(module) else weight).reshape(module.weight.shape))
+        own.copy_((weight.T if _inputs_first(module) else weight).reshape(own.shape))
 
 
 def taps_of(module: nn.Module) -> int:
     """Features per input channel of a conv or linear layer: k·k, or 1."""
-    return 1 if _inputs_first(module) else module.weight[0, 0].numel()
+    return 1 if _inputs_first(module) else weight_of(module)[0, 0].numel()
 
 
-def output_weights(module: nn.Module) -> Tensor | None:
+def output_weights(module: nn.Module | Part) -> Tensor | None:
     """Weights by output (or head), ``[outputs, weights]``; None where there are none."""
-    if not has_weight(module):
+    if not isinstance(module, nn.Module) or not has_weight(module):
         return None
     if head_count(module) is not None:
         return head_weights(module)
-    weight = module.weight.detach()
+    weight = weight_of(module).detach()
     return (weight.transpose(0, 1) if _inputs_first(module) else weight).flatten(1)
 
 

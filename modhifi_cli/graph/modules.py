@@ -18,6 +18,8 @@ class ChannelPadShortcut(nn.Module):
         stride: Every how manieth pixel is kept in height and width.
     """
 
+    source: Tensor
+
     def __init__(self, source: Tensor, in_channels: int, stride: int = 1) -> None:
         super().__init__()
         self.in_channels = in_channels

@@ -149,7 +149,9 @@ def launcher(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
             composed = hydra.compose(verb, own, return_hydra_config=True)
         except Exception as error:
             raise explain(error, verb, own) from error
-    return OmegaConf.to_container(composed.hydra.launcher, resolve=False)
+    launcher = OmegaConf.to_container(composed.hydra.launcher, resolve=False)
+    assert isinstance(launcher, dict)  # a launcher's YAML is a mapping
+    return {str(key): value for key, value in launcher.items()}
 
 
 def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], None]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from modhifi_cli.console import Console
-from modhifi_cli.engine.forecast import SPEEDS, forecast
+from modhifi_cli.engine.forecast import SPEEDS, Run, forecast
 from modhifi_cli.engine.memory import free_memory
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.settings import config
@@ -68,9 +68,7 @@ def show(settings: Mapping[str, Any], console: Console) -> None:
     removed = {name: costs.removed_share(keep, name) for name in costs.names}
     console.note("would remove " + ", ".join(f"{share:.1%} of {name}" for name, share in removed.items()))
     repairs = steps["compensation"].needs_statistics
-    found = forecast(
-        model,
-        decoder,
+    run = Run(
         sequences=sequences,
         length=length,
         batch_size=settings["runtime"]["batch_size"],
@@ -83,6 +81,7 @@ def show(settings: Mapping[str, Any], console: Console) -> None:
         dense_copies=int(bool(settings["measure_dense"])),
         room=free_memory("cuda") if torch.cuda.is_available() else None,
     )
+    found = forecast(model, decoder, run)
     _tell(found, console, settings["runtime"]["device"])
     console.result(
         {

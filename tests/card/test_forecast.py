@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modhifi_cli.cli import main
-from modhifi_cli.engine.forecast import forecast
+from modhifi_cli.engine.forecast import Run, forecast
 from modhifi_cli.engine.prune import prune_
 from modhifi_cli.engine.token_walk import DecoderOptions, TokenWalk
 from modhifi_cli.engine.walk import Budget, Recipe
@@ -49,11 +49,12 @@ def test_the_forecast_is_within_15_percent_of_the_measured_peak(family, changed,
     model, data = tiny(family, **changed), tokens(32, 24)
     with pretend.card() as seen:
         walk = TokenWalk(model, data, options=DecoderOptions(components=("mlp",)), batch_size=8, device="cuda")
-        expected = forecast(
-            model, walk.decoder, sequences=32, length=24, batch_size=8, passes=1,
+        run = Run(
+            sequences=32, length=24, batch_size=8, passes=1,
             reference=recipe.compensation.reference, hold_out=recipe.compensation.wants_held_out, uneven=False,
             statistics=recipe.needs_statistics, offload=False, dense_copies=0,
         )  # fmt: skip
+        expected = forecast(model, walk.decoder, run)
         for _ in prune_(walk, recipe, Budget(0.3)):
             pass
     assert sum(expected.card.values()) == pytest.approx(seen.peak, rel=0.15), (expected.card, seen.peak_at)
