@@ -132,6 +132,23 @@ class Relearnt:
     protocol: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Arena:
+    """What all attacks of one audit share.
+
+    Attributes:
+        own: The attacker's images.
+        held_out: Images that accuracy is measured on.
+        aim: Forget and retain accuracy that count as back, %.
+        settings: How many steps and how large.
+    """
+
+    own: Sides
+    held_out: Sides
+    aim: tuple[float, float]
+    settings: Relearn
+
+
 def relearn(
     models: Mapping[str, nn.Module], seen: Seen, sources: Mapping[str, ImageSource], settings: Relearn, *, seed: int
 ) -> Generator[Progress, None, Relearnt]:
@@ -146,7 +163,9 @@ def relearn(
     """
     parameter = next(models["dense"].parameters())
     own, held_out = _sides(seen, sources, settings, parameter)
-    forget, aim = seen.forget, tuple(settings.threshold * share for share in _accuracies(models["dense"], held_out))
+    back = _accuracies(models["dense"], held_out)
+    aim = (settings.threshold * back[0], settings.threshold * back[1])
+    arena = Arena(own, held_out, aim, settings)
     example = own.forget[:2] if len(own.forget) > 1 else torch.cat([own.forget, own.retain])[:2]
     # The dense network with a fresh row is the control with a fresh row; with its own row it has nothing to relearn.
     starts = {"head_only": ("dense", (True,)), "edited": ("edited", (True, False)), "reference": ("reference", (True, False))}
@@ -160,8 +179,7 @@ def relearn(
             most = None
             for fresh in rows:
                 curve = yield from attack(
-                    models[start], classifier, forget, own=own, held_out=held_out, aim=aim, fresh=fresh,
-                    settings=settings, most=most, seed=seed + draw,
+                    models[start], classifier, seen.forget, arena, fresh=fresh, most=most, seed=seed + draw,
                     item=f"{name}, {'fresh row' if fresh else 'as saved'}",
                 )  # fmt: skip
                 curves.append(curve)
@@ -183,12 +201,9 @@ def attack(
     model: nn.Module,
     classifier: str,
     forget: Sequence[int],
+    arena: Arena,
     *,
-    own: Sides,
-    held_out: Sides,
-    aim: tuple[float, float],
     fresh: bool,
-    settings: Relearn,
     most: int | None = None,
     seed: int,
     item: str,
@@ -201,15 +216,13 @@ def attack(
         model: Network in evaluation mode.
         classifier: Its last linear layer.
         forget: The forgotten classes.
-        own: The attacker's images.
-        held_out: Images that accuracy is measured on.
-        aim: Forget and retain accuracy that count as back, %.
+        arena: Images, aims and settings.
         fresh: Whether the rows of the forgotten classes begin anew.
-        settings: How many steps and how large.
         most: Fewer steps than the settings': a slower attack than one already made is not of interest.
         seed: Of the batches.
         item: What the progress is called.
     """
+    own, aim, settings = arena.own, arena.aim, arena.settings
     copied = copy.deepcopy(model).eval()
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -223,7 +236,7 @@ def attack(
     for step in range(most + 1):
         if _is_checked(step, most):
             steps.append(step)
-            for found, share in zip((of_forget, of_retain), _accuracies(copied, held_out), strict=True):
+            for found, share in zip((of_forget, of_retain), _accuracies(copied, arena.held_out), strict=True):
                 found.append(share)
             if of_forget[-1] >= aim[0] and of_retain[-1] >= aim[1]:
                 reached = step if reached is None else reached

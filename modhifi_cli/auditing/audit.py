@@ -7,7 +7,7 @@ classes. The control has the dense network's features, so everything inside it i
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from modhifi_cli.auditing import further as more
 from modhifi_cli.auditing.attacks import Membership, Relearn, infer_membership, relearn
 from modhifi_cli.auditing.depths import depths_of_all, read
-from modhifi_cli.auditing.figures import DEFINITIONS, accuracies, criteria, distances, figures_of, gap, read_out
+from modhifi_cli.auditing.figures import (
+    DEFINITIONS,
+    Accuracies,
+    Readouts,
+    accuracies,
+    criteria,
+    distances,
+    figures_of,
+    gap,
+    read_out,
+)
 from modhifi_cli.auditing.plan import Plan, Probe, Seen
 from modhifi_cli.auditing.verdict import Limits, Verdict, judge
 from modhifi_cli.errors import ConfigError, DataError
@@ -87,21 +97,53 @@ class AuditReport:
         return content
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is audited.
+
+    Attributes:
+        dense: The network before the edit.
+        edited: After it, with the same logits.
+        reference: A network trained without these classes, with the same logits, or None.
+        calibration: Images, in the order of the labels.
+        calibration_labels: ``[images]`` int64.
+        evaluation: Labelled images that the edit has not seen, or None.
+        forget: The classes that shall be forgotten, at least one and not all.
+        classes: Class names in the order of the logits, or None.
+        labels_account: Where the calibration labels come from, for the report.
+    """
+
+    dense: nn.Module
+    edited: nn.Module
+    reference: nn.Module | None = None
+    _: dataclasses.KW_ONLY
+    calibration: ImageSource
+    calibration_labels: Tensor
+    evaluation: ImageSource | None
+    forget: Sequence[int]
+    classes: Sequence[str] | None
+    labels_account: str = "given"
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The networks that there are, by name."""
+        beside = {} if self.reference is None else {"reference": self.reference}
+        return {"dense": self.dense, "edited": self.edited, **beside}
+
+    @property
+    def sources(self) -> dict[str, ImageSource]:
+        """The images that there are, by name."""
+        beside = {} if self.evaluation is None else {"evaluation": self.evaluation}
+        return {"calibration": self.calibration, **beside}
+
+
 def audit(
-    dense: nn.Module,
-    edited: nn.Module,
+    case: Case,
+    settings: AuditSettings = AuditSettings(),
     *,
-    calibration: ImageSource,
-    calibration_labels: Tensor,
-    evaluation: ImageSource | None,
-    forget: Sequence[int],
-    classes: Sequence[str] | None,
-    reference: nn.Module | None,
     device: torch.device,
     batch_size: int,
     seed: int,
-    settings: AuditSettings = AuditSettings(),
-    labels_account: str = "given",
     answers: Mapping[str, RememberedLogits] | None = None,
 ) -> Iterator[Progress | AuditReport]:
     """Compare the edited network with the dense one, the head-only control and the reference; the report comes last.
@@ -110,19 +152,11 @@ def audit(
     relearning, membership is left out, and accuracies are of images that the edit has seen.
 
     Args:
-        dense: The network before the edit.
-        edited: After it, with the same logits.
-        calibration: Images, in the order of the labels.
-        calibration_labels: ``[images]`` int64.
-        evaluation: Labelled images that the edit has not seen, or None.
-        forget: The classes that shall be forgotten, at least one and not all.
-        classes: Class names in the order of the logits, or None.
-        reference: A network trained without these classes, with the same logits, or None.
+        case: Networks, images and classes.
+        settings: How many samples, steps and so on.
         device: Where forwards run.
         batch_size: Images a forward.
         seed: Of every draw.
-        settings: How many samples, steps and so on.
-        labels_account: Where the calibration labels come from, for the report.
         answers: Memories by network (``dense``, ``edited``) that shall learn the logits of the evaluation images, for
             whoever measures on them next.
 
@@ -133,35 +167,14 @@ def audit(
         NumericsError: If logits or features are not finite.
     """
     clock = _Clock()
-    models = {"dense": dense, "edited": edited} | ({"reference": reference} if reference is not None else {})
+    models, sources = case.models, case.sources
     for model in models.values():
         model.to(device).eval()
-    forget = tuple(sorted(set(int(cls) for cls in forget)))
-    parameter = next(dense.parameters())
-    example = next(iter(calibration.batches(2)))[0].to(device=device, dtype=parameter.dtype)
-    count = _logits_agree(models, example)
-    _check_forget(forget, count, classes)
-    _check_labels(calibration_labels, len(calibration), count, "data")
-    sources = {"calibration": calibration} | ({"evaluation": evaluation} if evaluation is not None else {})
-    labels = {"calibration": calibration_labels.cpu()}
-    plan = Plan.make(calibration_labels, forget, classes, settings.probe, held_back=evaluation is None)
-    depths = depths_of_all(models, example, depths=settings.probe.depths, features=settings.probe.features)
-    readings = {}
-    readings["calibration"], _ = yield from read(
-        models, depths, calibration, lambda _, start: plan.of_calibration(start, batch_size),
-        place="calibration images", stage="audit", device=device, batch_size=batch_size,
-    )  # fmt: skip
-    if evaluation is not None:
-        readings["evaluation"], labels["evaluation"] = yield from read(
-            models, depths, evaluation, plan.of_evaluation,
-            place="evaluation images", stage="audit", device=device, batch_size=batch_size, answers=answers,
-        )  # fmt: skip
-        _check_labels(labels["evaluation"], len(evaluation), count, "evaluation_data")
-    seen = Seen(plan, count, labels, readings, depths)
+    seen = yield from _seen(case, settings.probe, device, batch_size, answers)
     found = accuracies(seen)
     clock.lap("forward")
 
-    plan.check_held_out(classes)
+    seen.plan.check_held_out(case.classes)
     readouts = yield from read_out(seen, settings.probe)
     clock.lap("probes")
 
@@ -186,22 +199,11 @@ def audit(
     if attacked:
         figures = {name: own | more.figures_of(name, attacked) for name, own in figures.items()}
     gaps = {}
-    if reference is not None:
+    if case.reference is not None:
         gaps = {name: gap(figures[name], figures["reference"]) for name in seen.names if name != "reference"}
-    verdict = judge(
-        forget={name: accuracy[name][seen.judged]["forget"] for name in ("dense", "edited", "head_only")},
-        retain={name: accuracy[name][seen.judged]["retain"] for name in ("dense", "edited", "head_only")},
-        criteria=criteria(
-            readouts, again, reference=reference is not None, classes=len(plan.classes),
-            most=float(settings.relearn.steps),
-        ),
-        images="evaluation images" if evaluation is not None else "the calibration images, which the edit has seen,",
-        reference=reference is not None,
-        limits=settings.verdict,
-    )  # fmt: skip
     yield AuditReport(
-        forget=forget,
-        classes=None if classes is None else tuple(classes),
+        forget=seen.forget,
+        classes=None if case.classes is None else tuple(case.classes),
         figures=figures,
         gaps=gaps,
         **vars(found),
@@ -209,17 +211,10 @@ def audit(
         distances=apart,
         relearn=again,
         membership=members,
-        verdict=verdict,
+        verdict=_verdict(case, settings, seen, found, readouts, again),
         definitions=DEFINITIONS if settings.further is None else {**DEFINITIONS, **more.definitions(settings.further)},
-        protocol={
-            "calibration": dict(calibration.protocol),
-            "calibration labels": labels_account,
-            "evaluation": None if evaluation is None else dict(evaluation.protocol),
-            "held out": "evaluation images" if evaluation is not None else "every second calibration image of a class",
-            "probe classes": plan.classes,
-            "probe images": {"trained on": len(plan.train_labels), "asked": len(plan.asked_labels)},
-            "chance of a probe, %": 100 / len(plan.classes),
-            "depths": {name: [at.name for at in found] for name, found in depths.items()},
+        protocol=_protocol(case, seen)
+        | {
             "relearn": relearnt.protocol,
             "membership": why_not or "members are the calibration images: true only if the network was trained on them",
             "seed": seed,
@@ -227,6 +222,73 @@ def audit(
         seconds=clock.seconds,
         further=attacked,
     )
+
+
+def _seen(
+    case: Case,
+    probe: Probe,
+    device: torch.device,
+    batch_size: int,
+    answers: Mapping[str, RememberedLogits] | None,
+) -> Generator[Progress, None, Seen]:
+    """What the networks say of all images, after a look at whether the case can be judged at all."""
+    models, calibration, evaluation = case.models, case.calibration, case.evaluation
+    forget = tuple(sorted(set(int(cls) for cls in case.forget)))
+    parameter = next(case.dense.parameters())
+    example = next(iter(calibration.batches(2)))[0].to(device=device, dtype=parameter.dtype)
+    count = _logits_agree(models, example)
+    _check_forget(forget, count, case.classes)
+    _check_labels(case.calibration_labels, len(calibration), count, "data")
+    labels = {"calibration": case.calibration_labels.cpu()}
+    plan = Plan.make(case.calibration_labels, forget, case.classes, probe, held_back=evaluation is None)
+    depths = depths_of_all(models, example, depths=probe.depths, features=probe.features)
+    readings = {}
+    readings["calibration"], _ = yield from read(
+        models, depths, calibration, lambda _, start: plan.of_calibration(start, batch_size),
+        place="calibration images", device=device, batch_size=batch_size,
+    )  # fmt: skip
+    if evaluation is not None:
+        readings["evaluation"], labels["evaluation"] = yield from read(
+            models, depths, evaluation, plan.of_evaluation,
+            place="evaluation images", device=device, batch_size=batch_size, answers=answers,
+        )  # fmt: skip
+        _check_labels(labels["evaluation"], len(evaluation), count, "evaluation_data")
+    return Seen(plan, count, labels, readings, depths)
+
+
+def _verdict(
+    case: Case, settings: AuditSettings, seen: Seen, found: Accuracies, readouts: Readouts, again: Mapping[str, Any]
+) -> Verdict:
+    """What all of it says of forgetting."""
+    sides = {
+        side: {name: found.accuracy[name][seen.judged][side] for name in ("dense", "edited", "head_only")}
+        for side in ("forget", "retain")
+    }
+    reference = case.reference is not None
+    return judge(
+        **sides,
+        criteria=criteria(
+            readouts, again, reference=reference, classes=len(seen.plan.classes), most=float(settings.relearn.steps)
+        ),
+        images="evaluation images" if case.evaluation is not None else "the calibration images, which the edit has seen,",
+        reference=reference,
+        limits=settings.verdict,
+    )
+
+
+def _protocol(case: Case, seen: Seen) -> dict[str, Any]:
+    """Images, probe classes and depths of an audit, for its report."""
+    plan, evaluation = seen.plan, case.evaluation
+    return {
+        "calibration": dict(case.calibration.protocol),
+        "calibration labels": case.labels_account,
+        "evaluation": None if evaluation is None else dict(evaluation.protocol),
+        "held out": "evaluation images" if evaluation is not None else "every second calibration image of a class",
+        "probe classes": plan.classes,
+        "probe images": {"trained on": len(plan.train_labels), "asked": len(plan.asked_labels)},
+        "chance of a probe, %": 100 / len(plan.classes),
+        "depths": {name: [at.name for at in found] for name, found in seen.depths.items()},
+    }
 
 
 def check_samples(

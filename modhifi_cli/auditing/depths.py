@@ -117,7 +117,6 @@ def read(
     chosen: Callable[[Tensor | None, int], Tensor],
     *,
     place: str,
-    stage: str,
     device: torch.device,
     batch_size: int,
     answers: Mapping[str, RememberedLogits] | None = None,
@@ -131,7 +130,6 @@ def read(
         chosen: Called with a batch's labels (or None) and its first image's number: which of the batch's images have
             their features kept, ``[kept]`` int64.
         place: What the settings call the source.
-        stage: What the progress is called.
         device: Where to run.
         batch_size: Images a forward.
         answers: Memories that shall learn what the networks of the same names say.
@@ -171,7 +169,7 @@ def read(
             if of_batch is not None:
                 labels.append(of_batch.cpu())
             done += count
-            yield Progress(stage, place, done, len(source))
+            yield Progress("audit", place, done, len(source))
     result = {}
     for name in models:
         own = {at: torch.cat(parts) for (model, at), parts in features.items() if model == name}

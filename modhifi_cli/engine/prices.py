@@ -19,6 +19,7 @@ from modhifi_cli.evaluation.latency import describe_device
 from modhifi_cli.evaluation.latency_probe import (
     Saved,
     Stopwatch,
+    Timing,
     measure_table,
     narrowed,
     network_identity,
@@ -355,11 +356,13 @@ class Timed:
                 subject.model,
                 subject.example,
                 subject.groups,
-                batch=self.price.batch(subject.example),
-                rounds=self.price.rounds,
-                max_seconds=self.price.max_seconds,
-                stopwatch=self._stopwatch,
-                serve=self.price.serve,
+                Timing(
+                    self.price.batch(subject.example),
+                    self.price.rounds,
+                    self.price.max_seconds,
+                    self._stopwatch,
+                    self.price.serve,
+                ),
                 steps=subject.steps,
                 copy_of=subject.copy_of,
             ):

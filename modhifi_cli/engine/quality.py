@@ -17,6 +17,7 @@ from modhifi_cli.data.inversion import batchnorms, distance, statistics_of
 from modhifi_cli.engine.gathering import LayerMoments
 from modhifi_cli.errors import NumericsError
 from modhifi_cli.evaluation.sample import SampleAnswers
+from modhifi_cli.graph.components import weight_of
 from modhifi_cli.graph.inputs import FORWARD_ERRORS, not_taken
 from modhifi_cli.numerics.compensation import Joint, kept_weight
 from modhifi_cli.numerics.fidelity import layer_fidelity
@@ -138,15 +139,7 @@ def assess(
     names = {name: module for name, module in model.named_modules()}
     stored = {name: _NormSums() for name, module in names.items() if id(module) in norms}
     layers = {name: _Channels() for name, module in names.items() if _is_consumer(module)}
-    trials: dict[str, LayerMoments] = {}
-    if len(source) >= 10:
-        chosen = [
-            name for name in layers if names[name].weight[0].numel() <= _WIDEST and len(names[name].weight[0]) >= 4
-        ]
-        trials = {
-            name: LayerMoments(name, names[name], positions_per_image=None, seed=0, hold_out=True)
-            for name in chosen[len(chosen) // 6 :: max(1, len(chosen) // _TRIED)][:_TRIED]
-        }
+    trials = _trial_repairs({name: names[name] for name in layers}) if len(source) >= 10 else {}
 
     def hook(name: str) -> Any:
         def hear(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -203,6 +196,16 @@ def assess(
     yield replace(quality, warnings=_warnings(quality))
 
 
+def _trial_repairs(layers: Mapping[str, nn.Module]) -> dict[str, LayerMoments]:
+    """Accumulators of the few layers that a repair is tried on, spread over the network."""
+    rows = {name: weight_of(layer)[0] for name, layer in layers.items()}
+    chosen = [name for name, row in rows.items() if row.numel() <= _WIDEST and len(row) >= 4]
+    return {
+        name: LayerMoments(name, layers[name], positions_per_image=None, seed=0, hold_out=True)
+        for name in chosen[len(chosen) // 6 :: max(1, len(chosen) // _TRIED)][:_TRIED]
+    }
+
+
 def _thumbnails(images: Tensor) -> Tensor:
     """A few numbers of each sample, ``[batch, numbers]``: averages of pixels, or of neighbouring numbers of other inputs."""
     if images.dim() == 4:
@@ -248,12 +251,11 @@ class _NormSums:
 
     def __init__(self) -> None:
         self.rows = 0
-        self._first: Tensor | float = 0.0
-        self._second: Tensor | float = 0.0
+        self._first = self._second = torch.zeros((), dtype=torch.float64)
 
     def add(self, norm: nn.Module, maps: Tensor) -> None:
         maps = maps.flatten(2) if maps.ndim > 2 else maps[..., None]
-        about = (maps - norm.running_mean[:, None]).double()
+        about = (maps - norm.get_buffer("running_mean")[:, None]).double()
         self.rows += maps.shape[0] * maps.shape[2]
         self._first = self._first + about.sum((0, 2))
         self._second = self._second + about.square().sum((0, 2))
@@ -272,8 +274,7 @@ class _Channels:
 
     def __init__(self) -> None:
         self.rows = 0
-        self._mean: Tensor | float = 0.0
-        self._moment: Tensor | float = 0.0
+        self._mean = self._moment = torch.zeros((), dtype=torch.float64)
 
     def add(self, module: nn.Module, inputs: Tensor) -> None:
         if isinstance(module, nn.Linear):
@@ -299,17 +300,18 @@ class _Channels:
 def _try(name: str, module: nn.Module, moments: LayerMoments) -> Repair:
     gathered = moments.result()
     assert gathered.held_out is not None  # ten images hold two out
-    weight = module.weight.flatten(1).double()
-    channels = len(module.weight[0])
+    weight = weight_of(module).flatten(1).double()
+    channels = weight_of(module).shape[1]
     consumer = Consumer(name, weight, gathered.statistics, channels, channels, True, gathered.held_out)
     energy = (
-        gathered.statistics.second_moment.diagonal()
+        gathered.statistics.summed.diagonal()
         if gathered.statistics.samples is None
         else gathered.statistics.samples.double().square().mean(0)
     )
     worth = (weight.square().sum(0) * energy).view(channels, -1).sum(1)
     kept = worth.topk(max(1, channels // 2)).indices.sort().values.cpu()
     ridge = Joint().solve(consumer, kept).ridge
+    assert ridge is not None  # a joint solve always has one
     every, held = regressions(consumer, kept, gathered.held_out)
     fit = every.without(held)
     fit = fit.about(fit.inputs, fit.targets)

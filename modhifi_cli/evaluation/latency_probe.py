@@ -15,7 +15,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -186,20 +185,37 @@ def narrowed(model: nn.Module, groups: Sequence[ComponentGroup], keep: Sequence[
     return model
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How a table is timed.
+
+    Attributes:
+        batch: Images a forward pass, ≥ 1.
+        rounds: Timed rounds at most, ≥ 1.
+        max_seconds: No new round begins after that many seconds; the coarse grid and three rounds of whole networks
+            are measured whatever it takes.
+        stopwatch: (module, images) → milliseconds.
+        serve: Name of the runtime that the stopwatch uses, for the protocol.
+        now: Seconds.
+    """
+
+    batch: int
+    rounds: int
+    max_seconds: float
+    stopwatch: Stopwatch = stopwatch
+    serve: str = "eager"
+    now: Callable[[], float] = time.perf_counter
+
+
 @torch.inference_mode()
 def measure_table(
     model: nn.Module,
     example: Tensor,
     groups: Sequence[ComponentGroup],
+    timing: Timing,
     *,
-    batch: int,
-    rounds: int,
-    max_seconds: float,
-    stopwatch: Stopwatch = stopwatch,
-    serve: str = "eager",
     steps: Sequence[int] = (),
     copy_of: Callable[[Sequence[int]], nn.Module] | None = None,
-    now: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Progress | LatencyTable]:
     """Measure the network's layers and the network itself, and yield the table last.
 
@@ -207,15 +223,9 @@ def measure_table(
         model: Dense network in evaluation mode, on the device that counts; left as found.
         example: One image, ``[1, channels, height, width]``, or ids ``[1, length]``, on the same device.
         groups: What may be narrowed.
-        batch: Images a forward pass, ≥ 1.
-        rounds: Timed rounds at most, ≥ 1.
-        max_seconds: No new round begins after that many seconds; the coarse grid and three rounds of whole networks
-            are measured whatever it takes.
-        stopwatch: (module, images) → milliseconds.
-        serve: Name of the runtime that the stopwatch uses, for the protocol.
+        timing: How it is timed.
         steps: By what each group's width changes: whole networks are timed at such widths.
         copy_of: Widths → a narrowed copy; None: as groups of image networks are cut.
-        now: Seconds.
 
     Yields:
         Progress, and the `LatencyTable`.
@@ -223,12 +233,12 @@ def measure_table(
     Raises:
         ConfigError: If the batch does not fit into memory.
     """
-    images = _random_images(example, batch)
-    started = now()
+    images = _random_images(example, timing.batch)
+    started, stopwatch = timing.now(), timing.stopwatch
     copy_of = copy_of or functools.partial(narrowed, model, groups)
 
     def spent() -> float:
-        return (now() - started) / max_seconds
+        return (timing.now() - started) / timing.max_seconds
 
     try:
         yield Progress("latency table", "shapes", 0, 3)
@@ -236,22 +246,22 @@ def measure_table(
         positions = output_positions(model, images, list(of_layer))
         yield from _find_knots(kinds, stopwatch, spent)
         taken = 1
-        while taken < rounds and spent() < _LAYERS:
+        while taken < timing.rounds and spent() < _LAYERS:
             for number, kind in enumerate(kinds.values()):
                 yield Progress("latency table", f"layers, round {taken + 1}", number, len(kinds))
                 kind.measure(stopwatch)
             taken += 1
-        table = _table(model, example, groups, kinds, of_layer, positions, batch)
+        table = _table(model, example, groups, kinds, of_layer, positions, timing.batch)
         widths = LayerWidths(model, groups)
         keeps = _trial_widths(widths.sizes, steps or [1] * len(groups))
         networks = [model, *(copy_of(keep) for keep in keeps)]
-        protocol = {"runtime": serve, "layer_rounds": taken}
-        yield from _fit_to_networks(table, widths, keeps, networks, images, rounds, protocol, stopwatch, spent)
+        table = replace(table, protocol={"runtime": timing.serve, "layer_rounds": taken})
+        yield from _fit_to_networks(table, widths, keeps, networks, images, timing, spent)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise ConfigError(
-                f"target=latency: a forward pass of {batch} images does not fit into the memory of {images.device}; "
-                f"set target.batch_size to fewer than {batch}."
+                f"target=latency: a forward pass of {timing.batch} images does not fit into the memory of "
+                f"{images.device}; set target.batch_size to fewer than {timing.batch}."
             ) from error
         raise
 
@@ -429,19 +439,17 @@ def _fit_to_networks(
     keeps: Sequence[Sequence[int]],
     networks: Sequence[nn.Module],
     images: Tensor,
-    rounds: int,
-    protocol: Mapping[str, Any],
-    stopwatch: Stopwatch,
+    timing: Timing,
     spent: Callable[[], float],
 ) -> Iterator[Progress | LatencyTable]:
     """The table with how its layers add up: `networks` are the dense one and those of widths `keeps`, all timed in turn."""
     times: list[list[float]] = []
     for network in networks:
-        stopwatch(network, images)
-    most = max(rounds, _FEWEST_ROUNDS)
+        timing.stopwatch(network, images)
+    most = max(timing.rounds, _FEWEST_ROUNDS)
     while len(times) < _FEWEST_ROUNDS or (len(times) < most and spent() < 1):
         yield Progress("latency table", "whole networks", len(times), most)
-        times.append(timed_round(networks, images, len(times), stopwatch))
+        times.append(timed_round(networks, images, len(times), timing.stopwatch))
     medians = np.median(np.array(times), axis=0)
     dense_ms = float(medians[0])
     layers = np.array([table.layers_ms(widths_of(widths, keep)) for keep in (widths.sizes, *keeps)])
@@ -450,7 +458,7 @@ def _fit_to_networks(
     predicted = fixed + scale * layers + per_element * elements
     low, high = np.quantile(np.array(times)[:, 0], [0.1, 0.9])
     protocol = {
-        **protocol,
+        **table.protocol,
         "batch": len(images),
         "input": list(images.shape[1:]),
         "device": describe_device(images.device),

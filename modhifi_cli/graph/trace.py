@@ -6,6 +6,8 @@ node lies on all paths exactly when (paths above it) × (paths below it) = all p
 networks; `segments.py` uses the cuts and verifies each before relying on it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -99,15 +101,12 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
                 produced[id(output)] = name
                 alive.append(output)
 
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     handles = []
     try:
         for module in names:
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave))
-        for parameter in required:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with _without_gradients(model), torch.enable_grad():
             image = example.detach().clone().requires_grad_()
             output = model(image)
     except FORWARD_ERRORS as error:
@@ -115,8 +114,6 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
 
     calls = {name: (len(entries[name]), entries[name][0]) for name in reused if _runs_often(model.get_submodule(name))}
     for name in reused - calls.keys():
@@ -132,6 +129,19 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     norm_of = {layer: norm for layer, norm in norm_of.items() if layer not in reused}
     joins = _joins(order, nodes, once)
     return Trace(visits, frozenset(reused), cuts, norm_of, joins, _upstream(order, nodes, once), calls)
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Within it no parameter asks for a gradient; afterwards those do that did."""
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
 
 
 def _runs_often(module: nn.Module) -> bool:

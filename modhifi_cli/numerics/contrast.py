@@ -104,16 +104,30 @@ def aim_at(
     return Aim(cross, mean)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a layer on two kinds of rows.
+
+    Attributes:
+        retain: Moments of the retain rows, not centred.
+        forget: Moments of the forget rows, not centred.
+        aim: t on the forget rows, bias included.
+        retain_aim: What the outputs on the retain rows shall be, bias included; None: what they are.
+    """
+
+    retain: Statistics
+    forget: Statistics
+    aim: Aim
+    retain_aim: Aim | None = None
+
+
 def contrast(
     weight: Tensor,
     bias: Tensor,
+    asked: Asked,
     *,
-    retain: Statistics,
-    forget: Statistics,
-    aim: Aim,
     beta: float,
     ridge: float,
-    retain_aim: Aim | None = None,
     constant: bool = True,
     name: str = "layer",
 ) -> Contrast:
@@ -125,12 +139,9 @@ def contrast(
     Args:
         weight: W, ``[outputs, features]``.
         bias: b, ``[outputs]``; zeros for a layer without one.
-        retain: Moments of the retain rows, not centred.
-        forget: Moments of the forget rows, not centred.
-        aim: t on the forget rows, bias included.
+        asked: The rows, and what is wanted there.
         beta: β ≥ 0.
         ridge: λ ≥ 0, times the mean energy of a feature on the retain rows.
-        retain_aim: What the outputs on the retain rows shall be, bias included; None: what they are.
         constant: Whether the constant part of the output may change as well.
         name: Layer name, for messages.
 
@@ -140,10 +151,11 @@ def contrast(
     for term, value in (("beta", beta), ("ridge", ridge)):
         if not 0 <= value < float("inf"):
             raise NumericsError(f"{name}: {term} must be a finite number from 0, got {value:g}; change method.{term}.")
+    retain, forget, retain_aim = asked.retain, asked.forget, asked.retain_aim
     weight, bias = weight.double(), bias.double()
     s_r, s_f = (_widened(statistics, constant) for statistics in (retain, forget))
     whole = torch.cat([weight, bias[:, None]], 1) if constant else weight
-    wanted = _wanted(aim, bias, forget, constant)
+    wanted = _wanted(asked.aim, bias, forget, constant)
     kept = whole @ s_r if retain_aim is None else _wanted(retain_aim, bias, retain, constant)
     for what, tensor in (("the weight", whole), ("the moments of the retain rows", s_r), ("the aim", wanted),
                          ("the moments of the forget rows", s_f), ("the aim of the retain rows", kept)):  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.engine.gathering import Gathering, LayerMoments
 from modhifi_cli.errors import ConfigError, is_number, is_whole
-from modhifi_cli.numerics.contrast import Aim, Contrast, contrast
+from modhifi_cli.numerics.contrast import Aim, Asked, Contrast, contrast
 from modhifi_cli.records import ModuleEdit, Statistics
 from modhifi_cli.unlearning.closings import Closing
 
@@ -138,10 +138,7 @@ class Site:
         found = contrast(
             self.weight,
             self.bias,
-            retain=retain,
-            forget=forget,
-            aim=aim,
-            retain_aim=retain_aim,
+            Asked(retain, forget, aim, retain_aim),
             beta=beta,
             ridge=ridge,
             constant=own is not None or self.norm is not None,

@@ -1,5 +1,6 @@
 """`modhifi audit`: what an unlearning run has made its network forget, and what is still inside."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli.auditing.audit import AuditReport, AuditSettings
+from modhifi_cli.auditing.audit import AuditReport, AuditSettings, Case
 from modhifi_cli.console import Console
 from modhifi_cli.engine.labelling import Labels, image_labels
 from modhifi_cli.errors import ConfigError, DataError
@@ -37,10 +38,8 @@ def audit(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     dense, edited = loaded.model.to(dtype), opened.network().model.to(dtype)
     calibration, labels = _labelled(settings, loaded, dense, device, console)
     evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True, console=console)
-    report = make_audit(
-        settings, before["model"], loaded, dense, edited,
-        calibration=calibration, labels=labels, evaluation=evaluation, forget=forget, device=device, console=console,
-    )  # fmt: skip
+    case = case_of(loaded, dense, edited, calibration, labels, evaluation, forget)
+    report = make_audit(settings, before["model"], loaded, case, device=device, console=console)
     command = pieces.command_line("audit", facts["overrides"])
     place = artifacts.RunDirectory.create(folder or pieces.new_folder("audit", loaded.name, settings, facts))
     artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(asked)))
@@ -66,17 +65,38 @@ def audit(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     return final
 
 
-def make_audit(
-    settings: Mapping[str, Any],
-    model: Mapping[str, Any],
+def case_of(
     loaded: LoadedModel,
     dense: nn.Module,
     edited: nn.Module,
-    *,
     calibration: ImageSource,
     labels: Labels,
     evaluation: ImageSource | None,
     forget: tuple[int, ...],
+) -> Case:
+    """What an audit without a reference looks at.
+
+    Args:
+        loaded: Description of the dense network.
+        dense: The dense network in the run's dtype.
+        edited: The edited one.
+        calibration: Images, in the order of the labels.
+        labels: Their classes.
+        evaluation: Labelled images, or None.
+        forget: The forgotten classes.
+    """
+    return Case(
+        dense, edited, calibration=calibration, calibration_labels=labels.values, evaluation=evaluation, forget=forget,
+        classes=loaded.classes, labels_account=labels.account,
+    )  # fmt: skip
+
+
+def make_audit(
+    settings: Mapping[str, Any],
+    model: Mapping[str, Any],
+    loaded: LoadedModel,
+    case: Case,
+    *,
     device: torch.device,
     console: Console,
     answers: Mapping[str, RememberedLogits] | None = None,
@@ -87,12 +107,7 @@ def make_audit(
         settings: Of the verb, with `audit` and `runtime`.
         model: Settings of the dense network, which a reference file is read into.
         loaded: Description of the dense network.
-        dense: The dense network in the run's dtype.
-        edited: The edited one.
-        calibration: Images, in the order of the labels.
-        labels: Their classes.
-        evaluation: Labelled images, or None.
-        forget: The forgotten classes.
+        case: What is audited; the settings' reference is put beside it.
         device: Where forwards run.
         console: Shown progress.
         answers: Memories that shall learn the logits of the evaluation images, by network.
@@ -101,19 +116,11 @@ def make_audit(
 
     reference = _reference(settings["audit"]["reference"], model, loaded)
     events = audited(
-        dense,
-        edited,
-        calibration=calibration,
-        calibration_labels=labels.values,
-        labels_account=labels.account,
-        evaluation=evaluation,
-        forget=forget,
-        classes=loaded.classes,
-        reference=None if reference is None else reference.to(pieces.dtype_of(settings)),
+        dataclasses.replace(case, reference=None if reference is None else reference.to(pieces.dtype_of(settings))),
+        audit_settings(settings),
         device=device,
         batch_size=settings["runtime"]["batch_size"],
         seed=settings["runtime"]["seed"],
-        settings=audit_settings(settings),
         answers=answers,
     )
     report = None

@@ -20,7 +20,7 @@ from modhifi_cli.pages.terms import class_name
 from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress, Results
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces, quality, tracking
-from modhifi_cli.verbs.audit import audit_measurements, audit_settings, make_audit, show_audit, write_audit
+from modhifi_cli.verbs.audit import audit_measurements, audit_settings, case_of, make_audit, show_audit, write_audit
 
 
 def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
@@ -84,9 +84,15 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
         audited = None
         if settings["audit"] is not None:
             with steps("audit"):
-                audited = _audited(
-                    settings, loaded, dense, model, calibration, labels, evaluation, forget, device, console, answers
-                )
+                case = case_of(loaded, dense, model, calibration, labels, evaluation, forget)
+                try:
+                    audited = make_audit(
+                        settings, settings["model"], loaded, case, device=device, console=console, answers=answers
+                    )
+                except DataError as error:
+                    raise DataError(
+                        f"{error} Or leave the audit out: audit=none, and resume=DIR keeps the edits."
+                    ) from error
                 write_audit(place.path, audited, model=loaded.name, repeat=f"modhifi audit run={place.final}")
         with steps("evaluate"):
             beside = {"dense": dense} if settings["measure_dense"] else {}
@@ -107,28 +113,6 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     tracking.track(settings, final, console)
     return final
 
-
-def _audited(
-    settings: Mapping[str, Any],
-    loaded: LoadedModel,
-    dense: nn.Module,
-    model: nn.Module,
-    calibration: ImageSource,
-    labels: Any,
-    evaluation: ImageSource | None,
-    forget: tuple[int, ...],
-    device: torch.device,
-    console: Console,
-    answers: Mapping[str, RememberedLogits],
-) -> AuditReport:
-    try:
-        return make_audit(
-            settings, settings["model"], loaded, dense, model,
-            calibration=calibration, labels=labels, evaluation=evaluation, forget=forget, device=device,
-            console=console, answers=answers,
-        )  # fmt: skip
-    except DataError as error:
-        raise DataError(f"{error} Or leave the audit out: audit=none, and resume=DIR keeps the edits.") from error
 
 
 def _labels(

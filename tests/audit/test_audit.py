@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.auditing.attacks import Membership, Relearn, Sides, attack, fresh_rows_, steps_needed
-from modhifi_cli.auditing.audit import AuditReport, AuditSettings, audit
+from modhifi_cli.auditing.attacks import Arena, Membership, Relearn, Sides, attack, fresh_rows_, steps_needed
+from modhifi_cli.auditing.audit import AuditReport, AuditSettings, Case, audit
 from modhifi_cli.auditing.depths import find_depths, summarise
 from modhifi_cli.auditing.plan import Probe
 from modhifi_cli.auditing.verdict import INSIDE, NOT_FORGOTTEN, OUTPUT_ONLY
@@ -89,13 +89,11 @@ def blind(network):
 def run(dense, edited, *, forget=(3,), reference=None, settings=QUICK, calibration=None, evaluation="default", **more):
     calibration = calibration or patterns(60, 0)
     evaluation = patterns(60, 1) if evaluation == "default" else evaluation
-    given = {"calibration_labels": calibration.labels, "classes": NAMES} | more
-    events = list(
-        audit(
-            dense, edited, calibration=calibration, evaluation=evaluation, forget=forget, reference=reference,
-            device=torch.device("cpu"), batch_size=64, seed=0, settings=settings, **given,
-        )
+    case = Case(
+        dense, edited, reference, calibration=calibration, evaluation=evaluation, forget=forget,
+        **({"calibration_labels": calibration.labels, "classes": NAMES} | more),
     )  # fmt: skip
+    events = list(audit(case, settings, device=torch.device("cpu"), batch_size=64, seed=0))
     assert all(isinstance(event, Progress) for event in events[:-1])
     assert isinstance(events[-1], AuditReport)
     return events[-1]
@@ -323,8 +321,8 @@ def relearn(model, *, fresh, steps=12, aim=(50.0, 50.0), settings=None):
     settings = settings or Relearn(samples=32, batch=8, steps=steps)
     return returned(
         attack(
-            model, "3", [3], own=sides(patterns(30, 0)), held_out=sides(patterns(30, 1)), aim=aim, fresh=fresh,
-            settings=settings, seed=0, item="",
+            model, "3", [3], Arena(sides(patterns(30, 0)), sides(patterns(30, 1)), aim, settings), fresh=fresh, seed=0,
+            item="",
         )
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 from modhifi_cli.engine.plan import discover
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation import latency_probe
-from modhifi_cli.evaluation.latency_probe import Saved, fit, measure_table, narrowed, saved_share, widths_of
+from modhifi_cli.evaluation.latency_probe import Saved, Timing, fit, measure_table, narrowed, saved_share, widths_of
 from modhifi_cli.evaluation.latency_table import LatencyTable, LayerTimes, monotone
 from modhifi_cli.evaluation.runtimes import clocks
 from modhifi_cli.graph.counting import LayerWidths, independent_inputs, output_size
@@ -25,7 +25,7 @@ from tests.machines import Machine
 def table_of(model, machine, example, **settings):
     _, groups, _ = discover(model, example)
     settings = {"batch": 2, "rounds": 1, "max_seconds": 1e9, "stopwatch": machine, **settings}
-    *steps, table = measure_table(model, example[:1], groups, **settings)
+    *steps, table = measure_table(model, example[:1], groups, Timing(**settings))
     assert all(isinstance(step, Progress) for step in steps)
     return groups, table
 

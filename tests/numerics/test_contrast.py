@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modhifi_cli.errors import NumericsError
-from modhifi_cli.numerics.contrast import Aim, Group, aim_at, contrast
+from modhifi_cli.numerics.contrast import Aim, Asked, Group, aim_at, contrast
 from modhifi_cli.numerics.moments import RowMoments
 from modhifi_cli.records import Statistics
 
@@ -60,7 +60,7 @@ def test_the_closed_form_is_the_least_squares_solution_on_stacked_rows(layer, co
     targets = torch.randn(len(forget), OUTPUTS).double()
     aim = Aim(targets.T @ forget.double() / len(forget), targets.mean(0))
     found = contrast(
-        weight, bias, retain=moments(retain), forget=moments(forget), aim=aim, beta=beta, ridge=ridge, constant=constant
+        weight, bias, Asked(moments(retain), moments(forget), aim), beta=beta, ridge=ridge, constant=constant
     )
     change = stacked(weight, bias, retain, forget, targets, beta=beta, ridge=ridge, constant=constant)
     assert torch.allclose(found.weight - weight, change[:, :-1], atol=1e-6)
@@ -71,7 +71,7 @@ def test_the_closed_form_is_the_least_squares_solution_on_stacked_rows(layer, co
 def test_no_weight_on_the_forget_rows_changes_nothing_exactly(layer):
     weight, bias, retain, forget = layer
     r, f = moments(retain), moments(forget)
-    found = contrast(weight, bias, retain=r, forget=f, aim=mean_aim(weight, bias, r, f), beta=0.0, ridge=1e-3)
+    found = contrast(weight, bias, Asked(r, f, mean_aim(weight, bias, r, f)), beta=0.0, ridge=1e-3)
     assert torch.equal(found.weight, weight)
     assert not found.constant.any()
     assert found.moved == 0 and found.lost == 0
@@ -81,7 +81,7 @@ def test_more_weight_moves_the_forget_rows_further_and_costs_more(layer):
     weight, bias, retain, forget = layer
     r, f = moments(retain), moments(forget)
     aim = mean_aim(weight, bias, r, f)
-    found = [contrast(weight, bias, retain=r, forget=f, aim=aim, beta=beta, ridge=1e-3) for beta in (0.1, 1, 10, 1e6)]
+    found = [contrast(weight, bias, Asked(r, f, aim), beta=beta, ridge=1e-3) for beta in (0.1, 1, 10, 1e6)]
     assert [c.moved for c in found] == sorted(c.moved for c in found)
     assert [c.lost for c in found] == sorted(c.lost for c in found)
     assert found[-1].moved == pytest.approx(1, abs=1e-3)
@@ -122,7 +122,7 @@ def test_a_weight_below_zero_or_not_finite_is_refused(layer, term, value):
     r, f = moments(retain), moments(forget)
     settings = {"beta": 1.0, "ridge": 0.1, term: value}
     with pytest.raises(NumericsError, match=f"conv9: {term} must be a finite number from 0"):
-        contrast(weight, bias, retain=r, forget=f, aim=mean_aim(weight, bias, r, f), name="conv9", **settings)
+        contrast(weight, bias, Asked(r, f, mean_aim(weight, bias, r, f)), name="conv9", **settings)
 
 
 def test_a_weight_that_is_not_finite_is_named(layer):
@@ -130,4 +130,4 @@ def test_a_weight_that_is_not_finite_is_named(layer):
     r, f = moments(retain), moments(forget)
     weight[0, 0] = float("nan")
     with pytest.raises(NumericsError, match="conv9: the weight must be finite"):
-        contrast(weight, bias, retain=r, forget=f, aim=mean_aim(weight, bias, r, f), beta=1, ridge=0, name="conv9")
+        contrast(weight, bias, Asked(r, f, mean_aim(weight, bias, r, f)), beta=1, ridge=0, name="conv9")
