@@ -151,7 +151,7 @@ def audit(
         DataError: If there are too few samples of the classes.
         NumericsError: If values are not finite.
     """
-    from modhifi_cli.auditing.audit import AuditReport, AuditSettings
+    from modhifi_cli.auditing.audit import AuditReport, AuditSettings, Case
     from modhifi_cli.auditing.audit import audit as audited
     from modhifi_cli.pages import audit as pages
     from modhifi_cli.unlearning.classes import forget_classes
@@ -169,21 +169,19 @@ def audit(
     report = None
     with listening(progress, "auditing") as listen:
         found = _labels(given, labels, classes, batch_size, listen)
-        for event in audited(
+        case = Case(
             given.network,
             _beside(edited, given),
+            None if reference is None else _beside(reference, given),
             calibration=given.samples,
             calibration_labels=found.values,
             labels_account=found.account,
             evaluation=unseen,
             forget=forget_classes(_asked(forget), classes, found.classes),
             classes=None if classes is None else tuple(classes),
-            reference=None if reference is None else _beside(reference, given),
-            device=given.device,
-            batch_size=batch_size,
-            seed=seed,
-            settings=AuditSettings(**parts),
-        ):
+        )
+        asked = AuditSettings(**parts)
+        for event in audited(case, asked, device=given.device, batch_size=batch_size, seed=seed):
             if isinstance(event, AuditReport):
                 report = event
             elif isinstance(event, Progress):

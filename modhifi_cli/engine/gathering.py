@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.engine.team import Team
+from modhifi_cli.engine.team import Counted, Team
 from modhifi_cli.graph.components import input_size, reads_features
 from modhifi_cli.numerics.cross import CrossMoments, CrossStatistics, merge_cross
 from modhifi_cli.numerics.depthwise import FilterMoments, FilterStatistics
@@ -70,7 +70,7 @@ class Gathered:
         return self if self.fitted is None else replace(self, statistics=self.fitted)
 
 
-Result = TypeVar("Result", covariant=True)
+Result = TypeVar("Result", bound=Counted, covariant=True)
 
 
 class Sums(Protocol[Result]):

@@ -51,6 +51,8 @@ _FEWEST_HELD_OUT = 8  # images; fewer say less than images that were fitted to
 class ImageWalk:
     """A network that reads images, on its calibration images (`walk.Walk`).
 
+    One parameter for each setting of a run that says how it is walked.
+
     Args:
         model: Dense network, evaluation mode. It is moved to `device`.
         calibration: Images; labels are taken from it, or predicted, only for a scoring that needs them.
@@ -448,7 +450,9 @@ class ImageWalk:
     def aims(self, name: str) -> TargetMoments | DepthwiseMoments:
         """An accumulator of a layer's inputs against its targets; of a depthwise one filter by filter."""
         module = self.model.get_submodule(name)
-        return (DepthwiseMoments if is_depthwise(module) else TargetMoments)(name, module, **self._shared)
+        if is_depthwise(module):
+            return DepthwiseMoments(name, module, **self._shared)
+        return TargetMoments(name, module, **self._shared)
 
     @property
     def _shared(self) -> dict[str, Any]:

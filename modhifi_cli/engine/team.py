@@ -8,7 +8,7 @@ wherever something was edited.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,16 @@ from modhifi_cli.numerics.batchnorm import ChannelMoments
 from modhifi_cli.numerics.moments import second_moment
 from modhifi_cli.records import Statistics
 
-Means = TypeVar("Means")
+
+class Counted(Protocol):
+    """Means over some rows."""
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+
+
+Means = TypeVar("Means", bound=Counted)
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,10 @@ class Team:
             own: Means over this process's rows: a dataclass of ``rows`` and tensors that are means of as many rows.
             nothing: This process has had no row, and `own` says of what shape the others' are.
         """
-        if self.size == 1:
-            return own
-        rows = 0 if nothing else own.rows
+        return own if self.size == 1 else self._mean(own, 0 if nothing else own.rows)
+
+    def _mean(self, own: Any, rows: int) -> Any:
+        """As `mean`, of any such dataclass: what it holds is found by the names of its fields."""
         if isinstance(own, Statistics):
             return self._statistics(own, rows)
         if isinstance(own, ChannelMoments):
@@ -107,7 +117,7 @@ class Team:
     def _statistics(self, own: Statistics, rows: int) -> Statistics:
         every = self.total(rows, own.mean.device)
         whole = self.total(int(own.samples is None), own.mean.device)
-        if not whole and every <= own.features:  # samples, too, where there are fewer rows than features
+        if own.samples is not None and not whole and every <= own.features:  # samples, too, where there are fewer rows than features
             found = self._summed({"mean": own.mean}, rows)
             return Statistics(rows=found["rows"], mean=found["mean"], samples=self.gather(own.samples[:rows]))
         square = second_moment(own, centred=False)
