@@ -20,7 +20,7 @@ from modhifi_cli.unlearning.collapse import CollapseU
 from modhifi_cli.unlearning.contrast import ContrastU
 from modhifi_cli.unlearning.discedit_u import DisCEditU
 from modhifi_cli.unlearning.modhifi_u import ModHiFiU
-from modhifi_cli.unlearning.search import Trial, unlearn_
+from modhifi_cli.unlearning.search import Order, Trial, unlearn_
 
 METHODS = {
     "modhifi_u, share given": lambda: ModHiFiU(fraction=0.1),
@@ -80,8 +80,8 @@ def main() -> None:
         with FlopCounterMode(display=False) as spent:
             events = list(
                 unlearn_(
-                    loaded.model, calibration=images, labels=images.labels, forget=(int(answers.mode().values),),
-                    method=method(), batch_size=asked.batch,
+                    loaded.model, Order((int(answers.mode().values),), method()), calibration=images,
+                    labels=images.labels, batch_size=asked.batch,
                 )
             )  # fmt: skip
         one, (inside, outside) = counted(plain)[0], counted(spent)

@@ -69,7 +69,7 @@ def unlearn(
         UnsupportedModelError: If the network is no classifier that can be edited.
     """
     from modhifi_cli.unlearning.classes import forget_classes
-    from modhifi_cli.unlearning.search import UnlearnSummary, trials_as_rows, unlearn_
+    from modhifi_cli.unlearning.search import Order, UnlearnSummary, trials_as_rows, unlearn_
 
     chosen = config.steps("unlearn", ["forget_class=0", f"method={method}", *settings])
     given = ready(model, batches, device, in_place=in_place, forward=forward, inputs=inputs)
@@ -79,16 +79,11 @@ def unlearn(
         wanted = forget_classes(_asked(forget), classes, found.classes)
         for event in unlearn_(
             given.network,
+            Order(wanted, config.build(chosen["method"]), layers, forget_target, retain_drop, seed=seed),
             calibration=given.samples,
             labels=found.values,
-            forget=wanted,
-            method=config.build(chosen["method"]),
-            layers=layers,
-            forget_target=forget_target,
-            retain_drop=retain_drop,
             batch_size=batch_size,
             device=given.device,
-            seed=seed,
             gathering=config.build(chosen["statistics"]),
         ):
             if isinstance(event, Edit):

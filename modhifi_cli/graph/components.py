@@ -5,7 +5,7 @@ and grouped convolutions) pass them on one by one, *consumers* read them. Groups
 dense network; `Layout` knows which of those coordinates are still alive after earlier edits.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch

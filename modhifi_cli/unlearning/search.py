@@ -83,20 +83,53 @@ class UnlearnSummary:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Order:
+    """What is to be forgotten, how, and when a strength is good enough.
+
+    Attributes:
+        forget: Classes to forget, sorted, as `forget_classes` gives them.
+        method: How one layer forgets.
+        layers: ``"auto"`` (the method's own choice), ``"last N"``, or names (or their beginnings, such as a stage's).
+        forget_target: A strength is enough where forget accuracy is below this, 0 … 1.
+        retain_drop: With a method that searches downwards (`contrast`): loss of retain accuracy that is allowed, 0 … 1.
+        finetune: Training after the edit; off by default.
+        seed: For everything that is drawn.
+
+    Raises:
+        ConfigError: If a share is none.
+    """
+
+    forget: Sequence[int]
+    method: Method
+    layers: str | Sequence[str] = "auto"
+    forget_target: float = 0.01
+    retain_drop: float = 0.003
+    finetune: Finetune = Finetune()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("forget_target", "retain_drop"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name} must be a share from 0 to 1; got {value!r}.")
+
+    def rank(self, trial: Trial, dense: Trial, *, downwards: bool) -> tuple[bool, bool, bool, float]:
+        """Good enough, forgets, keeps, and what is gained: the larger, the better."""
+        forgets = trial.forget <= self.forget_target
+        keeps = trial.retain is not None and trial.retain >= dense.retain - self.retain_drop
+        gained = -1.0 if trial.retain is None else trial.retain - trial.forget
+        return forgets and (keeps or not downwards), forgets, keeps, gained
+
+
 def unlearn_(
     model: nn.Module,
+    order: Order,
     *,
     calibration: ImageSource,
     labels: Tensor,
-    forget: Sequence[int],
-    method: Method,
-    layers: str | Sequence[str] = "auto",
-    forget_target: float = 0.01,
-    retain_drop: float = 0.003,
-    finetune: Finetune = Finetune(),
     batch_size: int = 64,
     device: torch.device | str = "cpu",
-    seed: int = 0,
     gathering: Gathering | None = None,
     done: Sequence[Edit] = (),
 ) -> Iterator[UnlearnPlan | Progress | Trial | Edit | UnlearnSummary]:
@@ -104,17 +137,11 @@ def unlearn_(
 
     Args:
         model: Dense classifier, evaluation mode. It is moved to `device`.
+        order: What is to be forgotten, and how.
         calibration: Images of the forget classes and of others.
         labels: Class of every image, ``[images]`` int64.
-        forget: Classes to forget, sorted, as `forget_classes` gives them.
-        method: How one layer forgets.
-        layers: ``"auto"`` (the method's own choice), ``"last N"``, or names (or their beginnings, such as a stage's).
-        forget_target: A strength is enough where forget accuracy is below this, 0 … 1.
-        retain_drop: With a method that searches downwards (`contrast`): loss of retain accuracy that is allowed.
-        finetune: Training after the edit; off by default.
         batch_size: Images a forward.
         device: Where the forwards run.
-        seed: For everything that is drawn.
         gathering: How statistics are gathered.
         done: Edits of an interrupted run with the same settings: they are applied, not computed.
 
@@ -124,18 +151,17 @@ def unlearn_(
         NumericsError: If values are not finite.
         UnsupportedModelError: If the network is no classifier with a linear layer at its end.
     """
-    goals = _Goals(forget_target, retain_drop)
-    device = torch.device(device)
+    method, device = order.method, torch.device(device)
     gathering = gathering or Gathering()
     if len(labels) != len(calibration):
         raise DataError(f"there are {len(calibration)} calibration images but {len(labels)} labels; give one for each.")
     model.to(device).eval()
     _check_weights(model)
-    counts = count_samples(labels, forget)
+    counts = count_samples(labels, order.forget)
     example = example_of(calibration, device)
     classifier = find_classifier(model, example, wanted="unlearn", advice="use a classifier that ends in one")
     segments = Segments(model, example)
-    chosen = choose_layers(model, segments, example, classifier, layers, method)
+    chosen = choose_layers(model, segments, example, classifier, order.layers, method)
     names = [layer.name for layer in chosen]
     yield UnlearnPlan(tuple(names), *counts)
 
@@ -151,8 +177,8 @@ def unlearn_(
     )
     yield from activations.advance(_in_front(segments, names[0]), item="calibration images")
     logits = yield from _outputs(activations, classifier, "dense logits")
-    samples = samples_of(logits, labels, forget, hold_out=method.edits_classifier and method.given is None)
-    run = _Run(model, activations, samples, chosen, method, classifier, batch_size, gathering, seed, goals)
+    samples = samples_of(logits, labels, order.forget, hold_out=method.edits_classifier and method.given is None)
+    run = _Run(model, activations, samples, chosen, order, classifier, batch_size, gathering)
     if method.closings:
         run.means = yield from class_means(
             activations,
@@ -170,38 +196,14 @@ def unlearn_(
     else:
         found = _Found(method.given)
         edits = yield from _edit_layers(run, found.strength)
-    if finetune.epochs:
-        found = replace(found, finetuned=finetune.epochs)
-        edits.append((yield from finetune_(model, calibration, samples, finetune, batch_size, device, seed)))
-    # The facts of every edit name the strength and the number of edits, so that an interrupted saving can go on.
-    for number, edit in enumerate(edits):
-        facts = {**edit.facts, "strength": found.strength, "edits": len(edits)}
-        if number >= len(done):
-            yield replace(edit, facts=facts | (found.facts() if number == 0 else {}))
+    if order.finetune.epochs:
+        found = replace(found, finetuned=order.finetune.epochs)
+        edits.append((yield from finetune_(model, calibration, samples, order.finetune, batch_size, device, order.seed)))
+    yield from found.told(edits)[len(done) :]
     yield found.summary(names, method)
 
 
 # ------------------------------------------------------------------------------------------------------------ the search
-
-
-@dataclass(frozen=True)
-class _Goals:
-    """When a strength is good enough; shares 0 … 1."""
-
-    forget_target: float
-    retain_drop: float
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value <= 1:
-                raise ConfigError(f"{name} must be a share from 0 to 1; got {value!r}.")
-
-    def rank(self, trial: Trial, dense: Trial, *, downwards: bool) -> tuple[bool, bool, bool, float]:
-        """Good enough, forgets, keeps, and what is gained: the larger, the better."""
-        forgets = trial.forget <= self.forget_target
-        keeps = trial.retain is not None and trial.retain >= dense.retain - self.retain_drop
-        gained = -1.0 if trial.retain is None else trial.retain - trial.forget
-        return forgets and (keeps or not downwards), forgets, keeps, gained
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,14 @@ class _Found:
         """JSON-able, for the first edit."""
         trials = [vars(trial) for trial in self.trials]
         return {"trials": trials, "warnings": list(self.warnings), "finetuned": self.finetuned}
+
+    def told(self, edits: Sequence[Edit]) -> list[Edit]:
+        """The edits with the strength and their number among their facts, so that an interrupted saving can go on."""
+        common = {"strength": self.strength, "edits": len(edits)}
+        return [
+            replace(edit, facts={**edit.facts, **common, **(self.facts() if number == 0 else {})})
+            for number, edit in enumerate(edits)
+        ]
 
     def summary(self, names: Sequence[str], method: Method) -> UnlearnSummary:
         return UnlearnSummary(
@@ -239,17 +249,16 @@ class _Run:
     activations: Activations
     samples: Samples
     layers: tuple[Layer, ...]
-    method: Method
+    order: Order
     classifier: str
     batch_size: int
     gathering: Gathering
-    seed: int
-    goals: _Goals
     # The first layer's inputs do not depend on the strength, so its fit serves every trial.
     first: Fit | None = None
     means: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.method = self.order.method
         self.home = self.activations.position()
         # The forget samples alone, for a method that asks for no others: `looked` is where its walks go.
         self.looked, self.numbers = self.activations, torch.arange(len(self.samples.labels))
@@ -278,7 +287,7 @@ def _search(run: _Run, dense: Trial) -> Generator[Progress | Trial, None, tuple[
 
     Upwards (shares): the first that forgets. Downwards (β): the largest that keeps retain accuracy, and forgets.
     """
-    method, goals, downwards = run.method, run.goals, run.method.edits_classifier
+    method, order, downwards = run.method, run.order, run.method.edits_classifier
     yield dense
     tried: list[tuple[Trial, list[Edit]]] = []
     for strength in method.strengths:
@@ -287,7 +296,7 @@ def _search(run: _Run, dense: Trial) -> Generator[Progress | Trial, None, tuple[
         trial = yield from _try(run, strength)
         tried.append((trial, edits))
         yield trial
-        if goals.rank(trial, dense, downwards=downwards)[0]:
+        if order.rank(trial, dense, downwards=downwards)[0]:
             break
     else:
         # None is good enough: the best of them is told by both accuracies.
@@ -296,13 +305,13 @@ def _search(run: _Run, dense: Trial) -> Generator[Progress | Trial, None, tuple[
                 run.restore_(edits)
                 retain = yield from _retain_accuracy(run)
                 tried[number] = replace(trial, retain=retain, images=len(run.samples.labels)), edits
-    best, edits = max(tried, key=lambda one: goals.rank(one[0], dense, downwards=downwards))
+    best, edits = max(tried, key=lambda one: order.rank(one[0], dense, downwards=downwards))
     warnings = []
-    if not goals.rank(best, dense, downwards=downwards)[0]:
+    if not order.rank(best, dense, downwards=downwards)[0]:
         warnings.append(
             f"no {method.strength} of {', '.join(f'{s:g}' for s in method.strengths)} brought forget accuracy on "
-            f"the calibration images to {goals.forget_target:.1%} or less"
-            + (f" within {100 * goals.retain_drop:g} points of retain accuracy" if downwards else "")
+            f"the calibration images to {order.forget_target:.1%} or less"
+            + (f" within {100 * order.retain_drop:g} points of retain accuracy" if downwards else "")
             + f"; {best.strength:g} came nearest, with forget {best.forget:.1%} and retain {best.retain:.1%}."
         )
     run.restore_(edits)
@@ -315,7 +324,7 @@ def _try(run: _Run, strength: float) -> Generator[Progress, None, Trial]:
     if not run.method.forget_only:
         return _judge(given, run.samples, strength)
     forget = float((given.argmax(1) == run.samples.labels[run.numbers]).double().mean())
-    if forget > run.goals.forget_target:
+    if forget > run.order.forget_target:
         return Trial(strength, forget, None, len(run.numbers))
     retain = yield from _retain_accuracy(run)
     return Trial(strength, forget, retain, len(run.samples.labels))
@@ -359,7 +368,7 @@ def _edit_layers(run: _Run, strength: float) -> Generator[Progress, None, list[E
 def _fit(run: _Run, layer: Layer) -> Generator[Progress, None, Fit]:
     """Show one layer's fit all samples, in one walk."""
     fit = run.method.fit(
-        Site(layer, run.samples, run.model, run.gathering, run.seed, run.means.get(layer.name))
+        Site(layer, run.samples, run.model, run.gathering, run.order.seed, run.means.get(layer.name))
     )
     if layer.closing is None:
         look = _numbered(layer, fit.update, run.batch_size, run.numbers)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.console import Console
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.files import artifacts
-from modhifi_cli.records import Edit, ImageSource, Progress
+from modhifi_cli.records import Edit, Progress
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
+from modhifi_cli.verbs.work import Work
 
 FOLDER = "trials"
 _FIRST_OF_TEXT = 0.1  # share of the first trial with a language model
@@ -53,22 +53,19 @@ class _Found:
 
 
 def search_(
+    work: Work,
     model: nn.Module,
-    settings: Mapping[str, Any],
-    calibration: ImageSource,
-    device: torch.device,
-    place: artifacts.RunDirectory,
-    dense_hash: str,
-    console: Console,
     *,
-    edit_: Callable[..., tuple[Any, list[Edit], dict[str, float]]],
-    plan: Callable[[nn.Module, Mapping[str, Any], ImageSource], Any],
+    edit_: Callable[[Work, nn.Module, Sequence[Edit]], tuple[Any, list[Edit], Mapping[str, float]]],
+    plan: Callable[[Work, nn.Module], Any],
 ) -> tuple[Any, list[Edit], dict[str, float], list[dict[str, Any]]]:
     """Search, then leave the accepted trial's network in `model` and its edits in the run's folder.
 
     Args:
-        edit_: (model, settings, calibration, edits done, place) prunes a copy; summary, edits, predicted errors.
-        plan: (model, settings, calibration) → the plan of such a run, before anything is cut.
+        work: The run.
+        model: The dense network.
+        edit_: (a trial's work, a copy of the network, edits done) prunes the copy; summary, edits, predicted errors.
+        plan: (such a work, a copy) → the plan of such a run, before anything is cut.
 
     Returns:
         Summary, edits and predicted errors of the accepted trial, and a row for every trial.
@@ -77,89 +74,130 @@ def search_(
         ConfigError: If even the smallest cut breaks the bound; the run's folder is gone then.
     """
     from modhifi_cli.data.parts import Part
-    from modhifi_cli.engine.max_drop import DropSearch, Trial, measured_drop, predicted_drop, predicted_share
-    from modhifi_cli.engine.plan import Summary
-    from modhifi_cli.graph.surgery import apply_edit_
+    from modhifi_cli.engine.max_drop import DropSearch, Trial, measured_drop
     from modhifi_cli.numerics.allocation import UnreachableShare
 
-    asked = config.build(settings["target"])
-    of_text = pieces.is_decoder(settings)
-    answers = _next_tokens if of_text else _logits
-    fitted = Part(calibration, share=asked.held_out, held_out=False)
-    judges = Part(calibration, share=asked.held_out, held_out=True)
-    dense = answers(model, judges, settings, device, console)
-    resolution, what = 100 / len(dense), "tokens" if of_text else "images"
+    asked, place = config.build(work.settings["target"]), work.place
+    answers = _next_tokens if pieces.is_decoder(work.settings) else _logits
+    fitted = dataclasses.replace(work, calibration=Part(work.calibration, share=asked.held_out, held_out=False))
+    judges = dataclasses.replace(work, calibration=Part(work.calibration, share=asked.held_out, held_out=True))
+    dense = answers(judges, model)
+    resolution = 100 / len(dense)
     artifacts.make_folder(place.path / FOLDER)
     found = _Found.read(place.path / FOLDER / "trials.json")
-
-    def of_share(share: float) -> dict[str, Any]:
-        return {**settings, "sparsity": share}
-
-    if not found.planned and of_text:  # nothing predicts what a share costs in next tokens
-        found.start = _FIRST_OF_TEXT
-        found.write()
-    elif not found.planned:
-        try:
-            impact_at = plan(copy.deepcopy(model), of_share(_GUESS), fitted).impact_at
-        except UnreachableShare as error:
-            found.largest, impact_at = _below(error.reachable), None
-        if impact_at is not None:
-            found.start = predicted_share(dense, _up_to(impact_at), asked.value, largest=found.largest)
-        found.write()
+    if not found.planned:
+        _foresee_(found, fitted, model, dense, plan)
     while True:
         search = DropSearch(asked.value, asked.trials, resolution, found.largest, min(0.02, found.largest))
         finished = [Trial(trial["sparsity"], trial["drop"]) for trial in found.trials]
         share = search.next_share(found.start, finished)
         if share is None:
             break
-        console.note(f"trial {len(finished) + 1} of at most {asked.trials}: {share:.1%} of {asked.of}")
-        inner = place.inside(f"{FOLDER}/{len(finished):02d}")
-        done, made_on = inner.load_edits()
-        if done and made_on != dense_hash:
-            raise DataError(f"{inner.path}: its edits were made on other weights; start a new run.")
+        work.console.note(f"trial {len(finished) + 1} of at most {asked.trials}: {share:.1%} of {asked.of}")
+        one = dataclasses.replace(
+            fitted, settings=_of_share(work, share), place=place.inside(f"{FOLDER}/{len(finished):02d}")
+        )
         ours = copy.deepcopy(model)
         try:
-            summary, edits, errors = edit_(ours, of_share(share), fitted, done, inner)
+            summary, _, errors = edit_(one, ours, _done(one))
         except UnreachableShare as error:
             if error.reachable >= share or found.largest <= _below(error.reachable):
                 raise
             found.largest = _below(error.reachable)
             found.write()
             continue
-        drop = measured_drop(dense, answers(ours, judges, settings, device, console))
-        impact = getattr(summary, "predicted_impact", None)
-        found.trials.append(
-            {
-                "sparsity": share,
-                "achieved": dict(summary.achieved),
-                "latency": summary.latency,
-                "warnings": list(summary.warnings),
-                "predicted_error": errors,
-                "predicted_drop": None if impact is None else predicted_drop(dense, impact),
-                "drop": drop,
-                "accepted": drop <= asked.value,
-            }
-        )
+        drop = measured_drop(dense, answers(judges, ours))
+        found.trials.append(_trial(share, summary, errors, dense, drop, accepted=drop <= asked.value))
         found.write()
         place.log(f"trial of {share:.4f}: {drop:.2f} points lost")
         del ours
     best = search.best([Trial(trial["sparsity"], trial["drop"]) for trial in found.trials])
     if best is None:
-        last = min(found.trials, key=lambda trial: trial["sparsity"])
         place.discard()
-        raise ConfigError(
-            f"target.value={asked.value:g} cannot be kept: even {last['sparsity']:.1%} fewer {asked.of} cost "
-            f"{last['drop']:.2f} points of agreement on the {len(dense)} held-out {what} (one {what[:-1]} is "
-            f"{resolution:.2f}); raise target.value, give more calibration {what}, or choose another preset."
-        )
-    edits = list(place.inside(f"{FOLDER}/{best:02d}").load_edits()[0])
+        raise _unkept(work, asked, found, len(dense))
+    edits = _accept_(work, model, best)
+    summary = _summary(found.trials[best])
+    return summary, edits, found.trials[best]["predicted_error"], _rows(found.trials, best, asked.of, len(dense))
+
+
+def _of_share(work: Work, share: float) -> dict[str, Any]:
+    """The settings of a trial."""
+    return {**work.settings, "sparsity": share}
+
+
+def _foresee_(found: _Found, fitted: Work, model: nn.Module, dense: Tensor, plan: Callable[[Work, nn.Module], Any]) -> None:
+    """Begin the search where the plan says that the bound is met."""
+    from modhifi_cli.engine.max_drop import predicted_share
+    from modhifi_cli.numerics.allocation import UnreachableShare
+
+    if pieces.is_decoder(fitted.settings):  # nothing predicts what a share costs in next tokens
+        found.start = _FIRST_OF_TEXT
+    else:
+        value = config.build(fitted.settings["target"]).value
+        try:
+            guess = dataclasses.replace(fitted, settings=_of_share(fitted, _GUESS))
+            impact_at = plan(guess, copy.deepcopy(model)).impact_at
+        except UnreachableShare as error:
+            found.largest, impact_at = _below(error.reachable), None
+        if impact_at is not None:
+            found.start = predicted_share(dense, _up_to(impact_at), value, largest=found.largest)
+    found.write()
+
+
+def _done(one: Work) -> Sequence[Edit]:
+    """Edits of a trial that was interrupted."""
+    done, made_on = one.place.load_edits()
+    if done and made_on != one.dense_hash:
+        raise DataError(f"{one.place.path}: its edits were made on other weights; start a new run.")
+    return done
+
+
+def _trial(
+    share: float, summary: Any, errors: Mapping[str, float], dense: Tensor, drop: float, *, accepted: bool
+) -> dict[str, Any]:
+    """A finished trial as it is kept."""
+    from modhifi_cli.engine.max_drop import predicted_drop
+
+    impact = getattr(summary, "predicted_impact", None)
+    return {
+        "sparsity": share,
+        "achieved": dict(summary.achieved),
+        "latency": summary.latency,
+        "warnings": list(summary.warnings),
+        "predicted_error": errors,
+        "predicted_drop": None if impact is None else predicted_drop(dense, impact),
+        "drop": drop,
+        "accepted": accepted,
+    }
+
+
+def _unkept(work: Work, asked: Any, found: _Found, judges: int) -> ConfigError:
+    """The bound cannot be kept, in one sentence."""
+    what = "tokens" if pieces.is_decoder(work.settings) else "images"
+    last = min(found.trials, key=lambda trial: trial["sparsity"])
+    return ConfigError(
+        f"target.value={asked.value:g} cannot be kept: even {last['sparsity']:.1%} fewer {asked.of} cost "
+        f"{last['drop']:.2f} points of agreement on the {judges} held-out {what} (one {what[:-1]} is "
+        f"{100 / judges:.2f}); raise target.value, give more calibration {what}, or choose another preset."
+    )
+
+
+def _accept_(work: Work, model: nn.Module, best: int) -> list[Edit]:
+    """Apply a trial's edits to the network and put them into the run's folder."""
+    from modhifi_cli.graph.surgery import apply_edit_
+
+    edits = list(work.place.inside(f"{FOLDER}/{best:02d}").load_edits()[0])
     for edit in edits:
         apply_edit_(model, edit)
-    for edit in edits[len(place.load_edits()[0]) :]:
-        place.save_edit(edit, dense_hash)
-    accepted = found.trials[best]
-    summary = Summary(accepted["achieved"], tuple(accepted["warnings"]), accepted["latency"])
-    return summary, edits, accepted["predicted_error"], _rows(found.trials, best, asked.of, len(dense))
+    for edit in edits[len(work.place.load_edits()[0]) :]:
+        work.place.save_edit(edit, work.dense_hash)
+    return edits
+
+
+def _summary(trial: Mapping[str, Any]) -> Any:
+    from modhifi_cli.engine.plan import Summary
+
+    return Summary(trial["achieved"], tuple(trial["warnings"]), trial["latency"])
 
 
 def _below(reachable: float) -> float:
@@ -197,35 +235,31 @@ def _rows(trials: Sequence[Mapping[str, Any]], best: int, of: str, judges: int) 
     return rows
 
 
-def _logits(
-    model: nn.Module, images: ImageSource, settings: Mapping[str, Any], device: torch.device, console: Console
-) -> Tensor:
+def _logits(judges: Work, model: nn.Module) -> Tensor:
     """Logits of a network on the held-out images, ``[images, classes]`` float64 on the CPU."""
     from modhifi_cli.evaluation.forward import logits_of_batches, ready_to_measure
 
-    with ready_to_measure({"network": model}, device):
+    with ready_to_measure({"network": model}, judges.device):
         batches = logits_of_batches(
             {"network": model},
-            images,
+            judges.calibration,
             place="data",
             stage="held-out agreement",
-            device=device,
-            batch_size=settings["runtime"]["batch_size"],
-            progress=console.progress,
+            device=judges.device,
+            batch_size=judges.settings["runtime"]["batch_size"],
+            progress=judges.console.progress,
         )
         return torch.cat([logits["network"] for logits, _ in batches])
 
 
-def _next_tokens(
-    model: nn.Module, sequences: ImageSource, settings: Mapping[str, Any], device: torch.device, console: Console
-) -> Tensor:
+def _next_tokens(judges: Work, model: nn.Module) -> Tensor:
     """The token that a language model expects behind every held-out token, ``[tokens]`` int64 on the CPU."""
     from modhifi_cli.evaluation.forward import ready_to_measure
 
     expected, done = [], 0
-    with ready_to_measure({"network": model}, device), torch.inference_mode():
-        for tokens, _ in sequences.batches(1):  # one sequence: logits over a vocabulary are large
-            expected.append(model(tokens.to(device)).logits.argmax(-1).flatten().cpu())
+    with ready_to_measure({"network": model}, judges.device), torch.inference_mode():
+        for tokens, _ in judges.calibration.batches(1):  # one sequence: logits over a vocabulary are large
+            expected.append(model(tokens.to(judges.device)).logits.argmax(-1).flatten().cpu())
             done += len(tokens)
-            console.progress(Progress("held-out agreement", "tokens", done, len(sequences)))
+            judges.console.progress(Progress("held-out agreement", "tokens", done, len(judges.calibration)))
     return torch.cat(expected)

@@ -53,7 +53,8 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
         calibration = pieces.image_source(settings, "data", dense, labelled=False, console=console)
     kept = {**settings, "model": of["model"]}  # a language model stays in its own precision, as in the run
     models = {name: pieces.placed(model, kept, device) for name, model in models.items()}
-    measurements = pieces.measure(settings, models, calibration, evaluation, loaded.preprocess, device, console)
+    on = pieces.MeasuredOn(calibration, evaluation, loaded.preprocess)
+    measurements = pieces.measure(settings, models, on, device, console)
     place = artifacts.RunDirectory.create(folder or pieces.new_folder("evaluate", loaded.name, settings, facts))
     command = pieces.command_line("evaluate", facts["overrides"])
     artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(asked)))

@@ -4,14 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from modhifi_cli.console import Console
-from modhifi_cli.files import artifacts
 from modhifi_cli.files import healing as files
 from modhifi_cli.records import Edit, ImageSource, Progress
 from modhifi_cli.settings import config
+from modhifi_cli.verbs.work import Work
 
 
 def refuse(settings: Mapping[str, Any], calibration: ImageSource) -> None:
@@ -31,22 +29,14 @@ def apart(edits: Sequence[Edit]) -> tuple[tuple[Edit, ...], Edit | None]:
 
 
 def heal_(
-    model: nn.Module,
-    dense: nn.Module | None,
-    settings: Mapping[str, Any],
-    calibration: ImageSource,
-    edits: list[Edit],
-    done: Edit | None,
-    device: torch.device,
-    place: artifacts.RunDirectory,
-    dense_hash: str,
-    console: Console,
+    work: Work, model: nn.Module, dense: nn.Module | None, edits: list[Edit], done: Edit | None
 ) -> dict[str, Any] | None:
     """Heal the pruned network in place if the settings ask for it; its edit is appended to `edits` and saved.
 
     Returns:
         What results.json says of it, or None where there was none.
     """
+    settings, place, console = work.settings, work.place, work.console
     if not settings.get("healing"):
         return None
     from modhifi_cli.engine.healing import Healed, HealingState, about, heal_
@@ -61,10 +51,10 @@ def heal_(
     for event in heal_(
         model,
         dense,
-        calibration,
+        work.calibration,
         recipe=config.build(settings["healing"]),
         edits=edits,
-        device=device,
+        device=work.device,
         seed=settings["runtime"]["seed"],
         state=files.load_state(place.path),
     ):
@@ -73,7 +63,7 @@ def heal_(
         elif isinstance(event, HealingState):
             files.save_state(place.path, event)
         elif isinstance(event, Edit):
-            place.save_edit(event, dense_hash)
+            place.save_edit(event, work.dense_hash)
             edits.append(event)
         elif isinstance(event, Healed):
             outcome = event

@@ -181,12 +181,25 @@ class _Cast:
             yield images.to(self._dtype), labels
 
 
+@dataclasses.dataclass(frozen=True)
+class MeasuredOn:
+    """What networks are measured on.
+
+    Attributes:
+        calibration: The samples that an edit has seen, or None.
+        evaluation: Those that it has not, or None.
+        preprocess: What the networks take.
+    """
+
+    calibration: ImageSource | None
+    evaluation: ImageSource | None
+    preprocess: Preprocess | TextInput
+
+
 def measure(
     settings: Mapping[str, Any],
     models: Mapping[str, nn.Module],
-    calibration: ImageSource | None,
-    evaluation: ImageSource | None,
-    preprocess: Preprocess,
+    on: MeasuredOn,
     device: torch.device,
     console: Console,
     shared: "Shared | None" = None,
@@ -206,9 +219,9 @@ def measure(
             console,
             settings["runtime"]["batch_size"],
             models=shared.models(name, models) if shared else remembered if name in _OF_LOGITS else models,
-            evaluation_data=evaluation,
-            calibration_data=calibration,
-            example=_example_of(settings, preprocess, device),
+            evaluation_data=on.evaluation,
+            calibration_data=on.calibration,
+            example=_example_of(settings, on.preprocess, device),
             device=device,
             progress=console.progress,
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,64 @@ from modhifi_cli.engine.memory import peaks
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.files import artifacts
 from modhifi_cli.pages import terms
-from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Note, Progress, Results
+from modhifi_cli.records import Edit, ImageSource, Measurement, Note, Progress, Results
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import drop, dry_run, healing, pieces, quality, timing, tracking
 from modhifi_cli.verbs.shared import Shared
+from modhifi_cli.verbs.work import Work
 
 _STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
 _GROUP_FACTS = ("dead_outputs", "fidelity", "subset_fidelity", "rows", "seconds")
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A run before its first edit.
+
+    Attributes:
+        work: What its steps look at.
+        dense: A copy of the network, or None where nobody will look at it.
+        widths: Of the dense network, as `describe_widths` gives them.
+        done: Edits of the run that this one goes on with.
+        healed: That of its healing, if it had come so far.
+    """
+
+    work: Work
+    dense: nn.Module | None
+    widths: Mapping[str, Mapping[str, int]]
+    done: tuple[Edit, ...]
+    healed: Edit | None
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What cutting came to: its summary, all edits, the errors it predicted, and the rows of a search's trials."""
+
+    summary: Any
+    edits: list[Edit]
+    predicted: Mapping[str, float]
+    trials: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a run's results tell beside its cut.
+
+    Attributes:
+        sample: Entries on the calibration sample.
+        seen: Its quality, or None.
+        healed: What is told of the healing, or None.
+        measurements: Of the networks.
+        exported: What was written for other programs.
+        seconds: By part.
+    """
+
+    sample: Mapping[str, Any]
+    seen: Any
+    healed: Mapping[str, Any] | None
+    measurements: Sequence[Measurement]
+    exported: Sequence[Any]
+    seconds: Mapping[str, float]
 
 
 def prune(
@@ -29,20 +81,12 @@ def prune(
     folder: Path | None,
     shared: Shared | None = None,
 ) -> Path | None:
-    from modhifi_cli.graph.surgery import describe_widths, weights_hash
-
     if settings["dry_run"]:
         return dry_run.show(settings, console)
-    command = pieces.command_line("prune", facts["overrides"])
     pieces.foresee_exports(settings)
     tracking.foresee(settings)
     if pieces.team_of(settings)[0] > 0:
         return _follow(settings)
-    resumed = settings["resume"]
-    place = artifacts.RunDirectory.reopen(resumed) if resumed else None
-    if place is not None:
-        pieces.same_settings(place.path, settings)
-    device = pieces.device_of(settings)
     steps = pieces.Steps(
         console,
         {"load": "loading", "prune": "pruning"}
@@ -50,6 +94,67 @@ def prune(
         | {"save": "saving", "evaluate": "measuring"}
         | ({"latency": "timing"} if settings["target"]["_target_"].endswith(".Latency") else {}),
     )
+    begun = _begin(settings, facts, console, folder, shared, steps)
+    work, place, loaded, device = begun.work, begun.work.place, begun.work.loaded, begun.work.device
+    price = config.build(settings["target"])
+    with pieces.kept_for_resume("prune", place, facts, resumed=bool(settings["resume"]), console=console):
+        shared_text = _introduce(work, price)
+        with steps("prune"):
+            model = pieces.placed(loaded.model, settings, device)
+            settings, seen = quality.before_the_run(
+                model, work.calibration, settings, loaded.preprocess, device, console, place
+            )
+            pieces.shared_by_all(settings["batchnorm"])
+            work = dataclasses.replace(work, settings=settings)
+            times = timing.Times(settings, facts, place)
+            cut = _searched_(work, model, times) if price.searched else _edit_(work, model, begun.done, times)
+        with steps("heal"):
+            healed = healing.heal_(work, model, begun.dense, cut.edits, begun.healed)
+        with steps("save"):
+            pieces.save_network(place, loaded, model)
+            asked = {"sparsity": settings["sparsity"], "target": price.name}
+            exported = pieces.export(place.path / "export", settings["export"], loaded, model, asked)
+        with steps("evaluate"):
+            beside = {"dense": begun.dense} if settings["measure_dense"] else {}
+            on = pieces.MeasuredOn(work.calibration, work.evaluation, loaded.preprocess)
+            measurements = pieces.measure(settings, {**beside, "pruned": model}, on, device, console, shared)
+        with steps("latency"):
+            summary = times.clocked(cut.summary, begun.dense, model, loaded.preprocess, device, console)
+        sample = pieces.sample_shown(
+            place.path, settings, loaded, begun.dense, work.calibration, device, None if seen is None else seen.sample
+        )
+        lagging = terms.not_faster(measurements)
+        if lagging is not None:
+            place.log(f"warning: {lagging}")
+            console.warning(lagging)
+        told = () if lagging is None else (lagging,)
+        summary = dataclasses.replace(summary, warnings=(*summary.warnings, *shared_text, *told, *healing.told(healed)))
+        outcome = _Outcome(sample, seen, healed, measurements, exported, steps.seconds)
+        _write_outcome(work, model, begun.widths, dataclasses.replace(cut, summary=summary), outcome)
+        pieces.write_card(place.path)
+        final = place.finish()
+    _show_outcome(console, final, summary, measurements)
+    tracking.track(settings, final, console)
+    return final
+
+
+def _begin(
+    settings: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    console: Console,
+    folder: Path | None,
+    shared: Shared | None,
+    steps: pieces.Steps,
+) -> _Begun:
+    """Load what the run needs and make its folder, or open that of the run it goes on with."""
+    from modhifi_cli.graph.surgery import describe_widths, weights_hash
+
+    command = pieces.command_line("prune", facts["overrides"])
+    resumed = settings["resume"]
+    place = artifacts.RunDirectory.reopen(resumed) if resumed else None
+    if place is not None:
+        pieces.same_settings(place.path, settings)
+    device = pieces.device_of(settings)
     with steps("load"):
         found = pieces.sources(settings, console) if shared is None else shared.sources(settings)
         loaded, calibration, evaluation = found
@@ -64,95 +169,43 @@ def prune(
         artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(settings)))
         artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
         artifacts.write_json(place.path / "calibration.json", calibration.protocol)
-    done, healed_before = healing.apart(pieces.edits_so_far(place, dense_hash, calibration) if resumed else ())
+    done, healed = healing.apart(pieces.edits_so_far(place, dense_hash, calibration) if resumed else ())
     place.log(command)
-    price = config.build(settings["target"])
-    with pieces.kept_for_resume("prune", place, facts, resumed=bool(resumed), console=console):
-        shared_text = _announce(settings, loaded, calibration, evaluation, console, place)
-        with steps("prune"):
-            model = pieces.placed(loaded.model, settings, device)
-            settings, seen = quality.before_the_run(
-                model, calibration, settings, loaded.preprocess, device, console, place
-            )
-            pieces.shared_by_all(settings["batchnorm"])
-            times = timing.Times(settings, facts, place)
-            trials: list[dict[str, Any]] = []
-            if price.searched:
-                summary, edits, predicted, trials = drop.search_(
-                    model,
-                    settings,
-                    calibration,
-                    device,
-                    place,
-                    dense_hash,
-                    console,
-                    edit_=lambda ours, asked, images, before, inner: _edit_(
-                        ours, asked, images, device, before, inner, dense_hash, console, times
-                    ),
-                    plan=lambda ours, asked, images: _plan(ours, asked, images, device, console, times),
-                )
-            else:
-                summary, edits, predicted = _edit_(
-                    model, settings, calibration, device, done, place, dense_hash, console, times
-                )
-        with steps("heal"):
-            healed = healing.heal_(
-                model, dense, settings, calibration, edits, healed_before, device, place, dense_hash, console
-            )
-        with steps("save"):
-            pieces.save_network(place, loaded, model)
-            asked = {"sparsity": settings["sparsity"], "target": price.name}
-            exported = pieces.export(place.path / "export", settings["export"], loaded, model, asked)
-        with steps("evaluate"):
-            beside = {"dense": dense} if settings["measure_dense"] else {}
-            models = {**beside, "pruned": model}
-            measurements = pieces.measure(
-                settings, models, calibration, evaluation, loaded.preprocess, device, console, shared
-            )
-        with steps("latency"):
-            summary = times.clocked(summary, dense, model, loaded.preprocess, device, console)
-        sample = pieces.sample_shown(
-            place.path, settings, loaded, dense, calibration, device, None if seen is None else seen.sample
-        )
-        lagging = terms.not_faster(measurements)
-        if lagging is not None:
-            place.log(f"warning: {lagging}")
-            console.warning(lagging)
-        told = () if lagging is None else (lagging,)
-        summary = dataclasses.replace(summary, warnings=(*summary.warnings, *shared_text, *told, *healing.told(healed)))
-        _write_outcome(
-            place, settings, loaded, widths, sample, model, summary, edits, predicted, measurements, exported, steps.seconds,
-            calibration, trials, seen, healed,
-        )  # fmt: skip
-        pieces.write_card(place.path)
-        final = place.finish()
-    _show_outcome(console, final, summary, measurements)
-    tracking.track(settings, final, console)
-    return final
+    work = Work(settings, loaded, calibration, evaluation, device, place, dense_hash, console)
+    return _Begun(work, dense, widths, done, healed)
 
 
-def _announce(
-    settings: Mapping[str, Any], loaded: LoadedModel, calibration: ImageSource, evaluation: ImageSource | None, console: Console,
-    place: artifacts.RunDirectory,
-) -> tuple[str, ...]:
-    """Say what is about to be done, on what and where; warnings about shared text, for the record."""
+def _introduce(work: Work, price: Any) -> tuple[str, ...]:
+    """Say what the run is about; returned is what calibration and evaluation text share."""
+    settings, loaded, calibration, console = work.settings, work.loaded, work.calibration, work.console
     what = "sequences" if pieces.is_decoder(settings) else "images"
-    goal = config.build(settings["target"]).goal(settings["sparsity"])
+    goal = price.goal(settings["sparsity"])
     console.note(
-        f"{loaded.name}: {goal}; {loaded.weights}, {len(calibration)} calibration {what}; working in {place.path}"
+        f"{loaded.name}: {goal}; {loaded.weights}, {len(calibration)} calibration {what}; working in {work.place.path}"
     )
     if pieces.is_decoder(settings):
         from modhifi_cli.models.hf import will_open
 
         even = not getattr(config.build(settings["allocation"]), "needs_curves", False)
         console.note(str(will_open(loaded.model, even=even)))
-    shared_text = pieces.told_overlap(settings, calibration, evaluation, console, place)
+    shared_text = pieces.told_overlap(settings, calibration, work.evaluation, console, work.place)
     if calibration.protocol.get("skipped"):
         console.warning(
             f"{calibration.protocol['skipped']} images that cannot be decoded were skipped (data.skip_corrupt), "
             f"{calibration.protocol['skipped_files'][0]} the first"
         )
     return shared_text
+
+
+def _searched_(work: Work, model: nn.Module, times: timing.Times) -> _Cut:
+    """The cut of a run that finds its share itself."""
+
+    def edited(one: Work, ours: nn.Module, done: Sequence[Edit]) -> tuple[Any, list[Edit], Mapping[str, float]]:
+        cut = _edit_(one, ours, done, times)
+        return cut.summary, cut.edits, cut.predicted
+
+    found = drop.search_(work, model, edit_=edited, plan=lambda one, ours: _plan(one, ours, times))
+    return _Cut(*found)
 
 
 def _follow(settings: Mapping[str, Any]) -> None:
@@ -170,22 +223,13 @@ def _follow(settings: Mapping[str, Any]) -> None:
         pass
 
 
-def _edit_(
-    model: nn.Module,
-    settings: Mapping[str, Any],
-    calibration: ImageSource,
-    device: torch.device,
-    done: Sequence[Edit],
-    place: artifacts.RunDirectory,
-    dense_hash: str,
-    console: Console,
-    times: timing.Times,
-) -> tuple[Any, list[Edit], dict[str, float]]:
-    """Run the task; every edit is on disk before the next group starts. Summary, edits, and the errors it predicted."""
+def _edit_(work: Work, model: nn.Module, done: Sequence[Edit], times: timing.Times) -> _Cut:
+    """Run the task; every edit is on disk before the next group starts."""
     from modhifi_cli.engine.plan import Plan, Summary
     from modhifi_cli.evaluation.latency_table import LatencyTable
 
-    events = _events(model, settings, calibration, device, done, times.price())
+    place, console = work.place, work.console
+    events = _events(model, work.settings, work.calibration, work.device, done, times.price())
     edits, summary, warned = [_light(edit) for edit in done], None, set()
     predicted: dict[str, float] = {}
     if done:
@@ -200,7 +244,7 @@ def _edit_(
             place.log(event.text)
             console.note(event.text)
         elif isinstance(event, Edit):
-            place.save_edit(event, dense_hash)
+            place.save_edit(event, work.dense_hash)
             edits.append(_light(event))
             counts = f"kept {event.kept.numel()}, removed {event.removed.numel()}"
             place.log(f"edit {event.name}: {counts}" if event.removed.numel() else f"repaired {event.name}")
@@ -214,7 +258,7 @@ def _edit_(
                 place.log(f"warning: {text}")
                 console.warning(text)
     assert summary is not None, "the task ended without a summary"
-    return summary, edits, predicted
+    return _Cut(summary, edits, predicted)
 
 
 def _light(edit: Edit) -> Edit:
@@ -222,21 +266,14 @@ def _light(edit: Edit) -> Edit:
     return dataclasses.replace(edit, modules=tuple(dataclasses.replace(part, tensors={}) for part in edit.modules))
 
 
-def _plan(
-    model: nn.Module,
-    settings: Mapping[str, Any],
-    calibration: ImageSource,
-    device: torch.device,
-    console: Console,
-    times: timing.Times,
-) -> Any:
+def _plan(work: Work, model: nn.Module, times: timing.Times) -> Any:
     """The plan of a run, which is then abandoned before its first edit; the latency table it measured is kept."""
     from modhifi_cli.engine.plan import Plan
     from modhifi_cli.evaluation.latency_table import LatencyTable
 
-    for event in _events(model, settings, calibration, device, (), times.price()):
+    for event in _events(model, work.settings, work.calibration, work.device, (), times.price()):
         if isinstance(event, Progress):
-            console.progress(event)
+            work.console.progress(event)
         elif isinstance(event, LatencyTable):
             times.keep(event)
         elif isinstance(event, Plan):
@@ -321,25 +358,11 @@ def _show_plan(console: Console, plan: Any) -> None:
 
 
 def _write_outcome(
-    place: artifacts.RunDirectory,
-    settings: Mapping[str, Any],
-    loaded: LoadedModel,
-    widths: Mapping[str, Mapping[str, int]],
-    sample: Mapping[str, Any],
-    model: nn.Module,
-    summary: Any,
-    edits: Sequence[Edit],
-    predicted: Mapping[str, float],
-    measurements: Sequence[Measurement],
-    exported: Sequence[Any],
-    seconds: Mapping[str, float],
-    calibration: ImageSource,
-    trials: Sequence[Mapping[str, Any]],
-    seen: Any,
-    healed: Mapping[str, Any] | None,
+    work: Work, model: nn.Module, widths: Mapping[str, Mapping[str, int]], cut: _Cut, outcome: _Outcome
 ) -> None:
     from modhifi_cli.graph.surgery import describe_widths
 
+    settings, place, loaded, edits, summary = work.settings, work.place, work.loaded, cut.edits, cut.summary
     kept = describe_widths(model)
     groups = [
         {"group": edit.name, "pass": edit.iteration, "kept": edit.kept.numel(), "removed": edit.removed.numel()}
@@ -361,18 +384,18 @@ def _write_outcome(
             sparsity=settings["sparsity"],
             achieved=dict(summary.achieved),
             latency=summary.latency,
-            healing=healed,
-            trials=[dict(trial) for trial in trials],
-            measurements=measurements,
+            healing=outcome.healed,
+            trials=[dict(trial) for trial in cut.trials],
+            measurements=outcome.measurements,
             groups=groups,
-            predicted_error=dict(predicted),
-            exports=[{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
-            calibration=dict(calibration.protocol) | labelled,
-            **quality.entries(sample, calibration, seen),
+            predicted_error=dict(cut.predicted),
+            exports=[{**dataclasses.asdict(export), "path": export.path.name} for export in outcome.exported],
+            calibration=dict(work.calibration.protocol) | labelled,
+            **quality.entries(outcome.sample, work.calibration, outcome.seen),
             widths={name: {key: [counts[key], kept.get(name, {}).get(key, 0)] for key in counts} for name, counts in widths.items()},
-            warnings=[*(seen.warnings if seen else ()), *summary.warnings],
+            warnings=[*(outcome.seen.warnings if outcome.seen else ()), *summary.warnings],
             memory=peaks(settings["runtime"]["device"]),
-            seconds=dict(seconds),
+            seconds=dict(outcome.seconds),
         ),
     )
     pieces.write_pages(place.path)

@@ -75,9 +75,7 @@ class Shared:
             found = pieces.measure(
                 {**self._settings, "evaluation": asked},
                 {"dense": loaded.model.to(device=self._device, dtype=pieces.dtype_of(self._settings))},
-                calibration,
-                evaluation,
-                loaded.preprocess,
+                pieces.MeasuredOn(calibration, evaluation, loaded.preprocess),
                 self._device,
                 console,
             )

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,117 @@ from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Pro
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces, quality, tracking
 from modhifi_cli.verbs.audit import audit_measurements, audit_settings, case_of, make_audit, show_audit, write_audit
+from modhifi_cli.verbs.work import Work
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A run before its first edit.
+
+    Attributes:
+        work: What its steps look at.
+        model: The network that is edited.
+        dense: A copy of it.
+        labels: Classes of the calibration images.
+        forget: Classes to forget.
+        done: Edits of the run that this one goes on with.
+    """
+
+    work: Work
+    model: nn.Module
+    dense: nn.Module
+    labels: Any
+    forget: tuple[int, ...]
+    done: Sequence[Edit]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a run's results tell.
+
+    Attributes:
+        summary: Of the task.
+        edits: All edits.
+        audited: What the audit says, or None.
+        measurements: Of the networks.
+        exported: What was written for other programs.
+        sample: Entries on the calibration sample.
+        seen: Its quality, or None.
+        seconds: By part.
+    """
+
+    summary: Any
+    edits: Sequence[Edit]
+    audited: AuditReport | None
+    measurements: Sequence[Measurement]
+    exported: Sequence[Any]
+    sample: Mapping[str, Any]
+    seen: Any
+    seconds: Mapping[str, float]
 
 
 def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
-    from modhifi_cli.graph.surgery import weights_hash
-    from modhifi_cli.unlearning.classes import forget_classes
-
-    asked, settings = settings, dict(settings)
-    command = pieces.command_line("unlearn", facts["overrides"])
     pieces.foresee_exports(settings)
     tracking.foresee(settings)
-    resumed = settings["resume"]
-    place = artifacts.RunDirectory.reopen(resumed) if resumed else None
-    if place is not None:
-        pieces.same_settings(place.path, asked)
-    device = pieces.device_of(settings)
     steps = pieces.Steps(
         console,
         {"load": "loading", "quality": "checking the calibration set", "unlearn": "unlearning", "save": "saving"}
         | ({} if settings["audit"] is None else {"audit": "auditing"})
         | {"evaluate": "measuring"},
     )
+    begun = _begin(settings, facts, console, folder, steps)
+    work, model, dense = begun.work, begun.model, begun.dense
+    settings, place, loaded, device = work.settings, work.place, work.loaded, work.device
+    with pieces.kept_for_resume("unlearn", place, facts, resumed=bool(settings["resume"])):
+        console.note(f"{loaded.name}: {loaded.weights}; {begun.labels.account}; working in {place.path}")
+        console.note(f"to be forgotten: {', '.join(class_name(cls, loaded.classes) for cls in begun.forget)}")
+        with steps("quality"):
+            _, seen = quality.before_the_run(
+                model, work.calibration, settings, loaded.preprocess, device, console, place
+            )
+        with steps("unlearn"):
+            summary, edits = _edit_(begun)
+        with steps("save"):
+            pieces.save_network(place, loaded, model)
+            told = {"forgotten": ", ".join(map(str, begun.forget))}
+            exported = pieces.export(place.path / "export", settings["export"], loaded, model, told)
+        # The audit reads every evaluation image through both networks; what they answer need not be computed again.
+        answers = {"dense": RememberedLogits(dense), "edited": RememberedLogits(model)}
+        audited = None
+        if settings["audit"] is not None:
+            with steps("audit"):
+                audited = _audited(begun, answers)
+        with steps("evaluate"):
+            beside = {"dense": dense} if settings["measure_dense"] else {}
+            on = pieces.MeasuredOn(work.calibration, work.evaluation, loaded.preprocess)
+            models = {**beside, "edited": model}
+            measurements = pieces.measure(settings, models, on, device, console, answers=answers)
+        sample = pieces.sample_shown(
+            place.path, settings, loaded, dense, work.calibration, device, None if seen is None else seen.sample
+        )
+        outcome = _Outcome(summary, edits, audited, measurements, exported, sample, seen, steps.seconds)
+        _write_outcome(begun, outcome)
+        pieces.write_card(place.path)
+        final = place.finish()
+    _show_outcome(console, final, settings, begun.forget, summary, measurements, audited)
+    tracking.track(settings, final, console)
+    return final
+
+
+def _begin(
+    asked: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None, steps: pieces.Steps
+) -> _Begun:
+    """Load what the run needs and make its folder, or open that of the run it goes on with."""
+    from modhifi_cli.graph.surgery import weights_hash
+    from modhifi_cli.unlearning.classes import forget_classes
+
+    settings = dict(asked)
+    command = pieces.command_line("unlearn", facts["overrides"])
+    resumed = settings["resume"]
+    place = artifacts.RunDirectory.reopen(resumed) if resumed else None
+    if place is not None:
+        pieces.same_settings(place.path, asked)
+    device = pieces.device_of(settings)
     with steps("load"):
         pieces.require_data(settings)
         loaded = config.build(settings["model"])
@@ -64,55 +155,24 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
         artifacts.write_json(place.path / "calibration.json", calibration.protocol)
     done = pieces.edits_so_far(place, dense_hash, calibration) if resumed else ()
     place.log(command)
-    with pieces.kept_for_resume("unlearn", place, facts, resumed=bool(resumed)):
-        console.note(f"{loaded.name}: {loaded.weights}; {labels.account}; working in {place.path}")
-        console.note(f"to be forgotten: {', '.join(class_name(cls, loaded.classes) for cls in forget)}")
-        with steps("quality"):
-            _, seen = quality.before_the_run(
-                model, calibration, settings, loaded.preprocess, device, console, place
-            )
-        with steps("unlearn"):
-            summary, edits = _edit_(
-                model, settings, loaded, calibration, labels.values, forget, device, done, place, dense_hash, console
-            )
-        with steps("save"):
-            pieces.save_network(place, loaded, model)
-            told = {"forgotten": ", ".join(map(str, forget))}
-            exported = pieces.export(place.path / "export", settings["export"], loaded, model, told)
-        # The audit reads every evaluation image through both networks; what they answer need not be computed again.
-        answers = {"dense": RememberedLogits(dense), "edited": RememberedLogits(model)}
-        audited = None
-        if settings["audit"] is not None:
-            with steps("audit"):
-                case = case_of(loaded, dense, model, calibration, labels, evaluation, forget)
-                try:
-                    audited = make_audit(
-                        settings, settings["model"], loaded, case, device=device, console=console, answers=answers
-                    )
-                except DataError as error:
-                    raise DataError(
-                        f"{error} Or leave the audit out: audit=none, and resume=DIR keeps the edits."
-                    ) from error
-                write_audit(place.path, audited, model=loaded.name, repeat=f"modhifi audit run={place.final}")
-        with steps("evaluate"):
-            beside = {"dense": dense} if settings["measure_dense"] else {}
-            models = {**beside, "edited": model}
-            measurements = pieces.measure(
-                settings, models, calibration, evaluation, loaded.preprocess, device, console, answers=answers
-            )
-        sample = pieces.sample_shown(
-            place.path, settings, loaded, dense, calibration, device, None if seen is None else seen.sample
-        )
-        _write_outcome(
-            place, settings, loaded, labels, forget, sample, summary, edits, measurements, audited, exported, steps.seconds,
-            calibration, seen,
-        )  # fmt: skip
-        pieces.write_card(place.path)
-        final = place.finish()
-    _show_outcome(console, final, settings, forget, summary, measurements, audited)
-    tracking.track(settings, final, console)
-    return final
+    work = Work(settings, loaded, calibration, evaluation, device, place, dense_hash, console)
+    return _Begun(work, model, dense, labels, forget, done)
 
+
+def _audited(begun: _Begun, answers: Mapping[str, RememberedLogits]) -> AuditReport:
+    """Audit the edited network and put the audit into the run's folder."""
+    work, loaded = begun.work, begun.work.loaded
+    case = case_of(
+        loaded, begun.dense, begun.model, work.calibration, begun.labels, work.evaluation, begun.forget
+    )
+    try:
+        audited = make_audit(
+            work.settings, work.settings["model"], loaded, case, device=work.device, console=work.console, answers=answers
+        )
+    except DataError as error:
+        raise DataError(f"{error} Or leave the audit out: audit=none, and resume=DIR keeps the edits.") from error
+    write_audit(work.place.path, audited, model=loaded.name, repeat=f"modhifi audit run={work.place.final}")
+    return audited
 
 
 def _labels(
@@ -142,51 +202,35 @@ def _labels(
     return found
 
 
-def _edit_(
-    model: nn.Module,
-    settings: Mapping[str, Any],
-    loaded: LoadedModel,
-    calibration: ImageSource,
-    labels: torch.Tensor,
-    forget: Sequence[int],
-    device: torch.device,
-    done: Sequence[Edit],
-    place: artifacts.RunDirectory,
-    dense_hash: str,
-    console: Console,
-) -> tuple[Any, list[Edit]]:
+def _edit_(begun: _Begun) -> tuple[Any, list[Edit]]:
     """Run the task; every edit goes to disk as it comes. The summary, and all edits."""
-    from modhifi_cli.auditing.audit import check_samples
     from modhifi_cli.unlearning.finetune import Finetune
-    from modhifi_cli.unlearning.search import Trial, UnlearnPlan, UnlearnSummary, unlearn_
+    from modhifi_cli.unlearning.search import Order, Trial, UnlearnPlan, UnlearnSummary, unlearn_
 
+    work, settings, console = begun.work, begun.work.settings, begun.work.console
     method = config.build(settings["method"])
-    edits, summary = list(done), None
-    for event in unlearn_(
-        model,
-        calibration=calibration,
-        labels=labels,
-        forget=forget,
-        method=method,
+    order = Order(
+        begun.forget,
+        method,
         layers=settings["layers"],
         forget_target=float(settings["forget_target"]),
         retain_drop=float(settings["retain_drop"]),
         finetune=Finetune(**settings["finetune"]),
-        batch_size=settings["runtime"]["batch_size"],
-        device=device,
         seed=settings["runtime"]["seed"],
+    )
+    edits, summary = list(begun.done), None
+    for event in unlearn_(
+        begun.model,
+        order,
+        calibration=work.calibration,
+        labels=begun.labels.values,
+        batch_size=settings["runtime"]["batch_size"],
+        device=work.device,
         gathering=config.build(settings["statistics"]),
-        done=done,
+        done=begun.done,
     ):
         if isinstance(event, UnlearnPlan):
-            if settings["audit"] is not None:
-                evaluated = settings["evaluation_data"] is not None
-                try:
-                    check_samples(
-                        labels, forget, loaded.classes, evaluated=evaluated, settings=audit_settings(settings)
-                    )
-                except DataError as error:
-                    raise DataError(f"{error} Or leave the audit out: audit=none.") from error
+            _refuse_audit(begun)
             console.note(
                 f"edits {len(event.layers)} layers with {event.forget_samples} forget and {event.retain_samples} "
                 f"retain samples: {', '.join(event.layers)}"
@@ -200,43 +244,47 @@ def _edit_(
                 "calibration images"
             )
         elif isinstance(event, Edit):
-            place.save_edit(event, dense_hash)
+            work.place.save_edit(event, work.dense_hash)
             edits.append(event)
-            place.log(f"edit {event.name}")
+            work.place.log(f"edit {event.name}")
         elif isinstance(event, UnlearnSummary):
             summary = event
     assert summary is not None, "the task ended without a summary"
     for text in summary.warnings:
-        place.log(f"warning: {text}")
+        work.place.log(f"warning: {text}")
         console.warning(text)
     if summary.finetuned:
         console.warning(_finetuned(summary))
     return summary, edits
 
 
-def _write_outcome(
-    place: artifacts.RunDirectory,
-    settings: Mapping[str, Any],
-    loaded: LoadedModel,
-    labels: Any,
-    forget: Sequence[int],
-    sample: Mapping[str, Any],
-    summary: Any,
-    edits: Sequence[Edit],
-    measurements: Sequence[Measurement],
-    audited: AuditReport | None,
-    exported: Sequence[Any],
-    seconds: Mapping[str, float],
-    calibration: ImageSource,
-    seen: Any,
-) -> None:
+def _refuse_audit(begun: _Begun) -> None:
+    """Refuse, before anything is computed, an audit that would have too few images."""
+    from modhifi_cli.auditing.audit import check_samples
+
+    settings = begun.work.settings
+    if settings["audit"] is None:
+        return
+    evaluated = settings["evaluation_data"] is not None
+    try:
+        check_samples(
+            begun.labels.values, begun.forget, begun.work.loaded.classes, evaluated=evaluated,
+            settings=audit_settings(settings),
+        )  # fmt: skip
+    except DataError as error:
+        raise DataError(f"{error} Or leave the audit out: audit=none.") from error
+
+
+def _write_outcome(begun: _Begun, outcome: _Outcome) -> None:
     from modhifi_cli.unlearning.search import trials_as_rows
 
+    work, labels, summary, audited = begun.work, begun.labels, outcome.summary, outcome.audited
+    settings, place, loaded = work.settings, work.place, work.loaded
     method = str(settings["method"]["_target_"]).rpartition(".")[2]
     hidden = ("trials", "warnings", "strength", "edits", "finetuned")
-    layers = [{"layer": edit.name} | {k: v for k, v in edit.facts.items() if k not in hidden} for edit in edits]
+    layers = [{"layer": edit.name} | {k: v for k, v in edit.facts.items() if k not in hidden} for edit in outcome.edits]
     trials = trials_as_rows(summary.trials, summary.strength_name)
-    warnings = [*(seen.warnings if seen else ()), *summary.warnings]
+    warnings = [*(outcome.seen.warnings if outcome.seen else ()), *summary.warnings]
     warnings += [_finetuned(summary)] if summary.finetuned else []
     artifacts.write_json(
         place.path / "results.json",
@@ -244,7 +292,7 @@ def _write_outcome(
             verb="unlearn",
             model=loaded.name,
             weights=loaded.weights,
-            forget=list(forget),
+            forget=list(begun.forget),
             classes=None if loaded.classes is None else list(loaded.classes),
             method=method,
             strength={summary.strength_name: summary.strength},
@@ -252,14 +300,14 @@ def _write_outcome(
             labels=labels.origin,
             layers=layers,
             trials=trials,
-            measurements=measurements,
+            measurements=outcome.measurements,
             audit=None if audited is None else _audit_in_short(audited),
-            exports=[{**dataclasses.asdict(export), "path": export.path.name} for export in exported],
-            calibration=dict(calibration.protocol) | {"labels": labels.account},
-            **quality.entries(sample, calibration, seen),
+            exports=[{**dataclasses.asdict(export), "path": export.path.name} for export in outcome.exported],
+            calibration=dict(work.calibration.protocol) | {"labels": labels.account},
+            **quality.entries(outcome.sample, work.calibration, outcome.seen),
             warnings=warnings,
             memory=peaks(settings["runtime"]["device"]),
-            seconds=dict(seconds),
+            seconds=dict(outcome.seconds),
         ),
     )
     pieces.write_pages(place.path)

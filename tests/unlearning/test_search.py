@@ -17,7 +17,7 @@ from modhifi_cli.unlearning.contrast import ContrastU
 from modhifi_cli.unlearning.discedit_u import DisCEditU
 from modhifi_cli.unlearning.finetune import Finetune, finetune_
 from modhifi_cli.unlearning.modhifi_u import ModHiFiU
-from modhifi_cli.unlearning.search import Trial, UnlearnSummary, unlearn_
+from modhifi_cli.unlearning.search import Order, Trial, UnlearnSummary, unlearn_
 from tests.tasks import returned
 
 
@@ -76,8 +76,9 @@ def trained(resnet):
 
 
 def run(model, source, method, *, forget=(2,), **settings):
-    settings = {"batch_size": 16, **settings}
-    events = list(unlearn_(model, calibration=source, labels=source.labels, forget=forget, method=method, **settings))
+    beside = {key: settings.pop(key) for key in ("batch_size", "device", "gathering", "done") if key in settings}
+    order = Order(forget, method, **settings)
+    events = list(unlearn_(model, order, calibration=source, labels=source.labels, **({"batch_size": 16} | beside)))
     return [event for event in events if isinstance(event, Edit)], events
 
 
@@ -321,7 +322,7 @@ def test_too_few_retain_samples(trained):
 def test_labels_and_images_that_disagree_in_number(trained):
     with pytest.raises(DataError, match="there are 60 calibration images but 59 labels"):
         source = images()
-        list(unlearn_(trained, calibration=source, labels=source.labels[1:], forget=(2,), method=ContrastU()))
+        list(unlearn_(trained, Order((2,), ContrastU()), calibration=source, labels=source.labels[1:]))
 
 
 def test_a_network_without_a_classifier(randomise_):
