@@ -15,8 +15,6 @@ from modhifi_cli.records import Consumer, ImageSource, Results
 if TYPE_CHECKING:
     from torch import Generator
 
-    from modhifi_cli.numerics.regression import Regression
-
 __all__ = ["Allocation", "Compensation", "ImageSource", "Schedule", "Scores", "Scoring", "Selection", "Solution"]
 
 
@@ -28,8 +26,11 @@ class Scores(Protocol):
         dead_outputs: Outputs without energy, which cast no vote.
     """
 
-    votes: tuple[Tensor, ...]
-    dead_outputs: int
+    @property
+    def votes(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def dead_outputs(self) -> int: ...
 
 
 class Solution(Protocol):
@@ -40,8 +41,11 @@ class Solution(Protocol):
         ridge: λ of a joint solve, or None.
     """
 
-    weight: Tensor
-    ridge: float | None
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def ridge(self) -> float | None: ...
 
 
 class Scoring(Protocol):
@@ -52,8 +56,11 @@ class Scoring(Protocol):
         needs_labels: Whether it looks at the classes of the samples; it is then given ``places``, too.
     """
 
-    needs_statistics: bool
-    needs_labels: bool
+    @property
+    def needs_statistics(self) -> bool: ...
+
+    @property
+    def needs_labels(self) -> bool: ...
 
     def __call__(
         self, consumers: Sequence[Consumer], producers: Sequence[Tensor], *, generator: "Generator", **places: Any
@@ -80,7 +87,8 @@ class Selection(Protocol):
         needs_statistics: Whether it looks at the moments of what the consumers read.
     """
 
-    needs_statistics: bool
+    @property
+    def needs_statistics(self) -> bool: ...
 
     def __call__(self, scores: Scores, consumers: Sequence[Consumer], *, keep: int) -> Tensor:
         """Kept components, ``[keep]`` int64 sorted."""
@@ -98,9 +106,14 @@ class Compensation(Protocol):
         reference: ``"current"`` or ``"dense"``: whether layers are solved again towards the dense network at the end.
     """
 
-    needs_statistics: bool
-    wants_held_out: bool
-    reference: str
+    @property
+    def needs_statistics(self) -> bool: ...
+
+    @property
+    def wants_held_out(self) -> bool: ...
+
+    @property
+    def reference(self) -> str: ...
 
     def solve(self, consumer: Consumer, kept: Tensor) -> Solution:
         """The weight on the features of the kept components of the consumer's whole input."""
@@ -120,10 +133,11 @@ class DenseCompensation(Compensation, Protocol):
     @property
     def grid(self) -> Sequence[float]: ...
 
-    def fit(
-        self, every: "Regression", held_out: "Regression | None" = None, *, centred: bool
-    ) -> tuple[Tensor, float, float | None]:
-        """The change of a weight, its ridge, and what held-out samples gain by it (below 0 for better), or None."""
+    def fit(self, every: Any, held_out: Any = None, *, centred: bool) -> tuple[Tensor, float, float | None]:
+        """The change of a weight that a `Regression` asks for, its ridge, and by how much it errs less on held-out rows.
+
+        The last is below 0 for better, and None where nothing was held out.
+        """
 
 
 def solves_towards_dense(compensation: Compensation) -> TypeGuard[DenseCompensation]:
@@ -138,7 +152,8 @@ class Allocation(Protocol):
         needs_curves: Whether it looks at error curves.
     """
 
-    needs_curves: bool
+    @property
+    def needs_curves(self) -> bool: ...
 
     def __call__(
         self,

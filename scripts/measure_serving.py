@@ -58,8 +58,10 @@ def perplexity(logits: numpy.ndarray, ids: numpy.ndarray) -> float:
 
 
 def speed(files: list[Path]) -> dict[str, tuple[float, float]]:
-    """Tokens a second of llama.cpp with one thread, by name of the file: reading a prompt, and writing one token after
-    another. The files take turns, so that what else the machine does meets all of them; the best of all rounds."""
+    """Tokens a second of llama.cpp with one thread, by name of the file: reading a prompt, and writing token after token.
+
+    The files take turns, so that what else the machine does meets all of them; the best of all rounds.
+    """
     prompt = list(range(100, 100 + PROMPT))
     took: dict[str, list[tuple[float, float]]] = {file.name: [] for file in files}
     for _ in range(ROUNDS):

@@ -96,3 +96,67 @@ def test_only_settings_know_hydra_and_only_console_and_cli_print(path):
 
 def test_nothing_is_called_utils():
     assert not [path for path in FILES if path.stem in ("utils", "helpers", "misc", "common")]
+
+
+LONGEST, MOST_PARAMETERS = 60, 8
+# What a docstring says where a signature is the user's interface.
+REASON = "One parameter for each"
+
+
+def functions(tree: ast.AST) -> list[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
+    """Every function with the text that may give a reason: its docstring, or for ``__init__`` the class's."""
+    found = []
+    for node in ast.walk(tree):
+        for inner in ast.iter_child_nodes(node):
+            if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                told = ast.get_docstring(inner) or ""
+                if inner.name == "__init__" and isinstance(node, ast.ClassDef):
+                    told += ast.get_docstring(node) or ""
+                found.append((inner, told))
+    return found
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef, source: list[str]) -> int:
+    first = function.body[0]
+    documented = ast.get_docstring(function) is not None
+    docstring = range(first.lineno, first.end_lineno + 1) if documented else range(0)
+    lines = range(function.lineno, function.end_lineno + 1)
+    return sum(
+        bool(source[line - 1].strip()) and not source[line - 1].lstrip().startswith("#")
+        for line in lines
+        if line not in docstring
+    )
+
+
+def parameters_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    given = function.args
+    named = [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return len(named) - (named[:1] in (["self"], ["cls"])) + (given.vararg is not None) + (given.kwarg is not None)
+
+
+def too_much(text: str) -> list[str]:
+    source, found = text.splitlines(), []
+    for function, told in functions(ast.parse(text)):
+        lines, parameters = lines_of_code(function, source), parameters_of(function)
+        if lines > LONGEST:
+            found.append(f"{function.name} has {lines} lines of code; split it by meaning")
+        if parameters > MOST_PARAMETERS and REASON not in told:
+            found.append(f"{function.name} has {parameters} parameters; put into one record what belongs together")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_function_is_long_and_none_has_many_parameters_without_a_reason(path):
+    assert not too_much(path.read_text(encoding="utf-8"))
+
+
+def test_long_functions_and_long_signatures_are_seen():
+    body = "\n".join(f"    x = {number}" for number in range(LONGEST))
+    assert too_much(f"def f():\n{body}\n") == ["f has 61 lines of code; split it by meaning"]
+    assert not too_much(f'def f():\n    """Told\n\n    in lines."""\n    # or in remarks\n\n{body[body.index(chr(10)) + 1 :]}\n')
+    wide = "(self, a, b, c, d, e, *f, g, **h)"
+    assert not too_much(f"def f{wide}: ...\n")
+    assert too_much(f"class A:\n    def f{wide.replace('g', 'g, i')}: ...\n")[0].startswith("f has 9 parameters")
+    reason = f'"""{REASON} key of the YAML."""'
+    assert not too_much(f"class A:\n    {reason}\n    def __init__{wide.replace('g', 'g, i')}: ...\n")
+    assert too_much(f"class A:\n    {reason}\n    def f{wide.replace('g', 'g, i')}: ...\n")

@@ -40,6 +40,8 @@ def unlearn(
 ) -> tuple[nn.Module, Unlearned]:
     """Take classes out of a classifier in closed form. What it answers changes; what it still holds, only an audit says.
 
+    One parameter for each of the command line's settings that applies here, by its word.
+
     Args:
         model: A trained classifier that ends in a linear layer.
         batches: Images of the classes to forget and of others, with labels (pairs) or without.
@@ -124,7 +126,7 @@ def audit(
 ) -> Audited:
     """What an edited classifier still holds of the classes it shall have forgotten: probes, relearning, membership.
 
-    The arguments are the command line's settings by their words, so there are many.
+    One parameter for each of the command line's settings that applies here, by its word.
 
     Args:
         dense: The network before the edit; left as it was, like all others.
@@ -175,8 +177,7 @@ def audit(
             forget=forget_classes(_asked(forget), classes, found.classes),
             classes=None if classes is None else tuple(classes),
         )
-        asked = AuditSettings(**parts)
-        for event in audited(case, asked, device=given.device, batch_size=batch_size, seed=seed):
+        for event in audited(case, AuditSettings(**parts), device=given.device, batch_size=batch_size, seed=seed):
             if isinstance(event, AuditReport):
                 report = event
             elif isinstance(event, Progress):

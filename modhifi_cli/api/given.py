@@ -129,6 +129,8 @@ def ready(
 ) -> Given:
     """The network and its samples, looked at before any work.
 
+    One parameter for each of the command line's settings that applies here, by its word.
+
     Args:
         model: As the functions are given it; a network that takes or gives anything else than one tensor stands in a
             wrapper (`Called`) from here on.

@@ -36,6 +36,8 @@ def synthesize(
 ) -> Tensor:
     """Calibration samples made from the network alone, ready for `prune` or `unlearn`.
 
+    One parameter for each of the command line's settings that applies here, by its word.
+
     Args:
         model: A network for images, or a causal language model of transformers; left as it was.
         data: ``"inversion"`` (images whose BatchNorm statistics are the stored ones; follows gradients of pixels),

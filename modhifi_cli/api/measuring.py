@@ -35,6 +35,8 @@ def evaluate(
 ) -> Measured:
     """Measure a network: size, accuracy where there are labels, perplexity of text, agreement with a dense network.
 
+    One parameter for each of the command line's settings that applies here, by its word.
+
     Args:
         model: A classifier or a language model; left as it was.
         batches: Images, with labels (pairs) or without; of a language model texts or ids of tokens.
@@ -106,7 +108,7 @@ def compare(
 ) -> Compared:
     """Prune by several methods to several budgets from the same samples, and measure all of them on the same ones.
 
-    The arguments are the command line's settings by their words, so there are many.
+    One parameter for each of the command line's settings that applies here, by its word.
 
     Args:
         model: As of `prune`; left as it was.

@@ -47,7 +47,7 @@ def prune(
 ) -> tuple[nn.Module, Pruned]:
     """Remove the components that carry least of each layer's output, and repair the rest in closed form.
 
-    The arguments are the command line's settings by their words, so there are many.
+    One parameter for each of the command line's settings that applies here, by its word.
 
     Args:
         model: A trained network. What it gives beside or instead of logits counts as a whole: maps, several heads, lists,
@@ -285,6 +285,8 @@ def score(
     progress: Listener | bool | None = None,
 ) -> dict[str, Tensor]:
     """How much each component of each group matters, without cutting anything.
+
+    One parameter for each of the command line's settings that applies here, by its word.
 
     Args:
         model: A trained network that takes an image batch; left as it was.

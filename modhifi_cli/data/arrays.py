@@ -56,6 +56,8 @@ def load(
 ) -> ArrayImages:
     """Images, and labels if asked for, from array files.
 
+    One parameter for each key of the YAML, and for what every one of the kind is given.
+
     Args:
         path: A file, or a folder whose array files are the parts of one set, in the order of their names.
         preprocess: What the model wants.

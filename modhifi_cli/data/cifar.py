@@ -34,6 +34,8 @@ def load(
 ) -> ArrayImages:
     """Images of one split.
 
+    One parameter for each key of the YAML, and for what every one of the kind is given.
+
     torchvision's files hold images and labels together; without `labelled` the labels are dropped unread.
 
     Args:

@@ -73,6 +73,8 @@ def load(
 ) -> ArrayImages:
     """Images from procedural starts that the network calls the wanted classes, each equally often.
 
+    One parameter for each key of the YAML, and for what every one of the kind is given.
+
     Args:
         preprocess: What the network wants.
         labelled: Whether labels are asked for; they are the network's predictions, made by whoever needs them.

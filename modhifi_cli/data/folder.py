@@ -50,6 +50,8 @@ def load(
 ) -> ImageSource:
     """Images, and labels if asked for, of a folder.
 
+    One parameter for each key of the YAML, and for what every one of the kind is given.
+
     Args:
         path: The folder.
         preprocess: What the model wants.

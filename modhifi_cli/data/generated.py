@@ -4,7 +4,9 @@ What a language model says of its own accord is near what it was trained on, so 
 text. Low temperatures fall into loops and high ones into noise: they are mixed, and loops and copies are left out.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -40,6 +42,8 @@ def load(
     cache: str | None = "auto",
 ) -> TokenWindows:
     """Windows of text sampled from the network itself.
+
+    One parameter for each key of the YAML, and for what every one of the kind is given.
 
     Args:
         preprocess: The network's `TextInput`.
@@ -78,36 +82,17 @@ def load(
         "seed": seed,
     }
     store = making.store(cache, making.name, identity)
-    found: list[Tensor] = []
-    known: set[tuple[int, ...]] = set()
-    loops = copies = number = made = 0
+    drawn = _Drawn(int(count), distinct)
     parts = -(-int(count) // TOGETHER)
-    while len(found) < count:
-        if number == _MOST_PARTS * parts:
-            raise DataError(
-                f"data=generated: of {number * TOGETHER} sequences sampled {loops} are loops and {copies} copies, and "
-                f"{count} others were asked for; lower data.distinct or data.sequences, or raise data.temperatures."
-            )
+    for number in drawn.numbers(parts):
         draw = partial(_sample, making, preprocess, number, parts, length, temperatures, start, seed)
         part, new = kept_or_made(store, number, lambda draw=draw: {"tokens": draw()})
-        made += new
-        for tokens in part["tokens"]:
-            if variety(tokens) < distinct:
-                loops += 1
-                continue
-            ids = tokens.tolist()
-            size = min(_SHARED, len(ids) - 1)
-            grams = {tuple(ids[at : at + size]) for at in range(1, len(ids) - size + 1)}
-            if grams & known:
-                copies += 1
-                continue
-            known |= grams
-            found.append(tokens)
-        number += 1
+        drawn.made += new
+        drawn.take(part["tokens"])
     if store.place is not None:
-        how = "made and kept in" if made else "taken from"
+        how = "made and kept in" if drawn.made else "taken from"
         making.note(f"{count} sequences sampled from {making.name}, {how} {store.place}")
-    windows = found[: int(count)]
+    windows = drawn.found[: int(count)]
     digest = sha256_of_samples(window.numpy().tobytes() for window in windows)
     protocol = {
         "source": "generated",
@@ -118,12 +103,61 @@ def load(
         "temperatures": temperatures,
         "start": start,
         "tokens": sum(len(window) for window in windows),
-        "loops_left_out": loops,
-        "copies_left_out": copies,
+        "loops_left_out": drawn.loops,
+        "copies_left_out": drawn.copies,
         "seed": seed,
         "sha256": digest,
     }
     return TokenWindows(windows, [0] * len(windows), protocol, preprocess)
+
+
+@dataclass
+class _Drawn:
+    """The sequences of a set while they are sampled: neither loops nor copies of one another.
+
+    Attributes:
+        count: How many are asked for.
+        distinct: Share of different runs below which a sequence is a loop.
+        found: Those that are taken.
+        loops, copies: Left out.
+        made: Parts that were sampled now and not kept from earlier.
+    """
+
+    count: int
+    distinct: float
+    found: list[Tensor] = field(default_factory=list)
+    loops: int = 0
+    copies: int = 0
+    made: int = 0
+    _known: set[tuple[int, ...]] = field(default_factory=set)
+
+    def numbers(self, parts: int) -> Iterator[int]:
+        """Parts to sample until there is enough; given up where far more than `parts` have not been enough."""
+        for number in itertools.count():
+            if len(self.found) >= self.count:
+                return
+            if number == _MOST_PARTS * parts:
+                raise DataError(
+                    f"data=generated: of {number * TOGETHER} sequences sampled {self.loops} are loops and {self.copies} "
+                    f"copies, and {self.count} others were asked for; lower data.distinct or data.sequences, or raise "
+                    "data.temperatures."
+                )
+            yield number
+
+    def take(self, sequences: Tensor) -> None:
+        """Take of a part, ``[sequences, length]``, what is neither a loop nor a copy."""
+        for tokens in sequences:
+            if variety(tokens) < self.distinct:
+                self.loops += 1
+                continue
+            ids = tokens.tolist()
+            size = min(_SHARED, len(ids) - 1)
+            grams = {tuple(ids[at : at + size]) for at in range(1, len(ids) - size + 1)}
+            if grams & self._known:
+                self.copies += 1
+                continue
+            self._known |= grams
+            self.found.append(tokens)
 
 
 def variety(tokens: Tensor) -> float:

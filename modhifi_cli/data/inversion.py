@@ -8,7 +8,7 @@ however many images fit into one forward: the sums of the others stand in for th
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -86,6 +86,8 @@ def load(
 ) -> ArrayImages:
     """Images whose BatchNorm statistics match the stored ones and, where classes matter, that the network calls these.
 
+    One parameter for each key of the YAML, and for what every one of the kind is given.
+
     Args:
         preprocess: What the network wants.
         labelled: Whether labels are asked for; they are the network's predictions, made by whoever needs them.
@@ -124,6 +126,25 @@ def load(
     require_statistics(making.model)
     own = Parts.of("inversion", VERSION, inversion, making, preprocess, classes=classes, seed=seed, cache=cache)
     own.model.to(memory_format=torch.channels_last)  # a quarter faster on processors
+    found, facts = _made(own, inversion, count, confidence)
+    own.tell(f"{count} images inverted from BatchNorm statistics")
+    images = np.concatenate(found)[:count]
+    protocol = protocol_of(
+        images, own.identity, inversion, path="made from the network's BatchNorm statistics",
+        classes=own.wanted, confidence=confidence,
+    ) | {
+        "distance_before": round(float(np.mean([fact["before"] for fact in facts])), 5),
+        "distance_after": round(float(np.mean([fact["after"] for fact in facts])), 5),
+    }  # fmt: skip
+    if inversion.class_weight:
+        protocol["predicted_as_wanted"] = round(float(np.mean([fact["as_wanted"] for fact in facts])), 4)
+    return ArrayImages(images, None, preprocess, protocol, prepared=True)
+
+
+def _made(
+    own: Parts, inversion: Inversion, count: int, confidence: float
+) -> tuple[list[np.ndarray], list[dict[str, float]]]:
+    """Parts until there are enough images that the network is sure of, and what is known of each part."""
     found: list[np.ndarray] = []
     facts: list[dict[str, float]] = []
     have, number, parts = 0, 0, -(-count // inversion.together)
@@ -143,18 +164,7 @@ def load(
             {"before": before, "after": after, "as_wanted": float((part["predicted"] == part["wanted"]).float().mean())}
         )
         number += 1
-    own.tell(f"{count} images inverted from BatchNorm statistics")
-    images = np.concatenate(found)[:count]
-    protocol = protocol_of(
-        images, own.identity, inversion, path="made from the network's BatchNorm statistics",
-        classes=own.wanted, confidence=confidence,
-    ) | {
-        "distance_before": round(float(np.mean([fact["before"] for fact in facts])), 5),
-        "distance_after": round(float(np.mean([fact["after"] for fact in facts])), 5),
-    }  # fmt: skip
-    if inversion.class_weight:
-        protocol["predicted_as_wanted"] = round(float(np.mean([fact["as_wanted"] for fact in facts])), 4)
-    return ArrayImages(images, None, preprocess, protocol, prepared=True)
+    return found, facts
 
 
 def batchnorms(model: nn.Module) -> list[nn.Module]:
@@ -232,11 +242,7 @@ def invert(
         heard.take()
         chunks = [Moved(chunk) for chunk in part.pixels.split(size)]
         aims = [aim.to(device) for aim in part.aims.split(size)]
-        sums: list[list[_Sums]] = []
-        for chunk in chunks:
-            with torch.no_grad():
-                model(part.normalised(chunk.images()))
-            sums.append(heard.take())
+        _, sums = _answers(model, heard, (part.normalised(chunk.images()) for chunk in chunks))
         before = float(heard.distance(_total(sums)))
         optimiser, falling = falling_adam([group for chunk in chunks for group in chunk.groups(inversion.lr)], inversion)
         began = time.perf_counter()
@@ -248,38 +254,19 @@ def invert(
                 images = chunk.images()
                 seen = shifted(images, shift, mirrored=step % 2 == 1)
                 logits = model(part.normalised(seen))
-                own = heard.take()
-                others = _total(sums[:place] + sums[place + 1 :])
-                distance = heard.distance(
-                    [mine.plus(rest) for mine, rest in zip(own, others or [None] * len(own), strict=True)]
-                )
-                sums[place] = [mine.detached() for mine in own]
-                costs = F.cross_entropy(logits, aim, reduction="none")
-                share = len(chunk) / count
-                loss = distance + share * inversion.class_weight * (costs - _CONFIDENT).relu().mean()
-                loss = loss + share * _IN_RANGE * outside(images)
-                if inversion.smoothness:
-                    loss = loss + share * inversion.smoothness * (roughness(seen, 2) + roughness(seen, 3))
+                distance = heard.beside_(sums, place)
+                loss = _loss(distance, logits, aim, images, seen, len(chunk) / count, inversion)
                 if not bool(torch.isfinite(loss)):
                     raise _diverged(number, step, inversion, "the distance is no longer a finite number")
                 for change, gradient in zip(chunk.changes, torch.autograd.grad(loss, chunk.changes), strict=True):
                     change.grad = gradient
             optimiser.step()
             falling.step()
-            making.progress(
-                Progress(
-                    "inversion",
-                    f"part {number + 1} of {parts}",
-                    number * inversion.steps + step + 1,
-                    parts * inversion.steps,
-                )
-            )
+            done, total = number * inversion.steps + step + 1, parts * inversion.steps
+            making.progress(Progress("inversion", f"part {number + 1} of {parts}", done, total))
         images = as_bytes(torch.cat([chunk.images().detach().clamp(0, 1) for chunk in chunks]))
-        probabilities, sums = [], []
-        with torch.no_grad():
-            for made in images.split(size):
-                probabilities.append(model(normalise(made.numpy(), preprocess).to(device)).softmax(1).cpu())
-                sums.append(heard.take())
+        seen_again = (normalise(made.numpy(), preprocess).to(device) for made in images.split(size))
+        probabilities, sums = _answers(model, heard, seen_again)
         after = float(heard.distance(_total(sums)))
     if not after <= _DIVERGED * before:
         raise _diverged(
@@ -293,6 +280,30 @@ def invert(
         "confidence": sure,
         "distance": torch.tensor([before, after], dtype=torch.float64),
     }
+
+
+def _answers(
+    model: nn.Module, heard: "_Listening", batches: Iterable[Tensor]
+) -> tuple[list[Tensor], list[list["_Sums"]]]:
+    """Probabilities of normalised images, batch by batch on the CPU, and what the BatchNorms heard of them."""
+    probabilities, sums = [], []
+    with torch.no_grad():
+        for batch in batches:
+            probabilities.append(model(batch).softmax(1).cpu())
+            sums.append(heard.take())
+    return probabilities, sums
+
+
+def _loss(
+    distance: Tensor, logits: Tensor, aim: Tensor, images: Tensor, seen: Tensor, share: float, inversion: Inversion
+) -> Tensor:
+    """What is lowered for one chunk, a scalar: the set's distance, and what the chunk's share of the images costs."""
+    costs = F.cross_entropy(logits, aim, reduction="none")
+    loss = distance + share * inversion.class_weight * (costs - _CONFIDENT).relu().mean()
+    loss = loss + share * _IN_RANGE * outside(images)
+    if inversion.smoothness:
+        loss = loss + share * inversion.smoothness * (roughness(seen, 2) + roughness(seen, 3))
+    return loss
 
 
 def _diverged(number: int, step: int, inversion: Inversion, how: str) -> NumericsError:
@@ -359,6 +370,16 @@ class _Listening:
         heard, self._heard = self._heard, []
         self._ran, self._order = self._order, []
         return heard
+
+    def beside_(self, sums: list[list[_Sums]], place: int) -> Tensor:
+        """The distance of all chunks' sums, one chunk's as they were just heard; they then stand at its place."""
+        own = self.take()
+        others = _total(sums[:place] + sums[place + 1 :])
+        distance = self.distance(
+            [mine.plus(rest) for mine, rest in zip(own, others or [None] * len(own), strict=True)]
+        )
+        sums[place] = [mine.detached() for mine in own]
+        return distance
 
     def distance(self, sums: Sequence[_Sums]) -> Tensor:
         """Of the statistics that sums stand for from the stored ones, mean over BatchNorms; a scalar."""

@@ -88,6 +88,8 @@ def load(
 ) -> TokenWindows:
     """Token windows of a text.
 
+    One parameter for each key of the YAML, and for what every one of the kind is given.
+
     For calibration (``labelled=False``) windows are drawn: of one document without overlap, of several documents from
     a stream of them in a drawn order. For evaluation the stream is read from its beginning in its own order.
 
@@ -142,6 +144,8 @@ def windows_of(
 ) -> TokenWindows:
     """Token windows of documents at hand, as `load` makes them of a file's.
 
+    One parameter for each key of the YAML that does not say where the text comes from.
+
     Args:
         documents: Texts, none of them empty.
         account: What to call them.
@@ -153,9 +157,7 @@ def windows_of(
     """
     place = settings_group(labelled=labelled)
     _check(place, sequences, length, stride, tokens, layout, preprocess)
-    with_bos = layout == "documents" and preprocess.bos is not None if bos == "auto" else bool(bos)
-    if with_bos and preprocess.bos is None:
-        raise ConfigError(f"{place}.bos=true: the tokenizer has no token that begins a sequence; set it to false.")
+    with_bos = _with_bos(place, layout, bos, preprocess)
     generator = torch.Generator().manual_seed(seed)
     order = list(range(len(documents)))
     if not labelled and len(documents) > 1:
@@ -181,8 +183,7 @@ def windows_of(
     if not windows:
         raise DataError(f"{place}: {account} holds less than one window of {length} tokens; lower {place}.length.")
     if with_bos:
-        first = torch.tensor([preprocess.bos])
-        windows = [torch.cat([first, window]) for window in windows]
+        windows = [torch.cat([torch.tensor([preprocess.bos]), window]) for window in windows]
         context = [skipped + 1 if skipped else 0 for skipped in context]
     digest = sha256_of_samples(window.numpy().tobytes() for window in windows)
     protocol = {
@@ -200,6 +201,14 @@ def windows_of(
     if not labelled:
         protocol |= {"seed": seed}
     return TokenWindows(windows, context, protocol, preprocess)
+
+
+def _with_bos(place: str, layout: str, bos: bool | str, preprocess: TextInput) -> bool:
+    """Whether windows begin with the token that begins a sequence."""
+    wanted = layout == "documents" and preprocess.bos is not None if bos == "auto" else bool(bos)
+    if wanted and preprocess.bos is None:
+        raise ConfigError(f"{place}.bos=true: the tokenizer has no token that begins a sequence; set it to false.")
+    return wanted
 
 
 def of_tokens(tokens: Sequence[Tensor], *, preprocess: TextInput) -> TokenWindows:

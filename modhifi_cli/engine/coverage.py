@@ -6,6 +6,7 @@ whether the right numbers are cut everywhere, not whether the right components g
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from modhifi_cli.engine.plan import discover
 from modhifi_cli.errors import UnsupportedModelError
 from modhifi_cli.graph.answers import flattened
-from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, is_transposed
+from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, is_transposed, weight_of
 from modhifi_cli.graph.decoder import Part, find_parts, slice_part_
 from modhifi_cli.graph.experts import Experts, open_experts_
 from modhifi_cli.graph.law import KeepsDouble, randomise_, zero_consumers_
@@ -140,7 +141,8 @@ def cut_decoder_(model: nn.Module, *, share: float = 0.3, seed: int = 0) -> Cut:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     found = find_parts(model, components=("attention", "mlp"))
     inside = [model.get_submodule(name) for name in found.layers]
-    tokens = torch.arange(16)[None] % model.config.get_text_config().vocab_size
+    settings: Any = model.config  # transformers' configuration, which PyTorch takes for a tensor or a module
+    tokens = torch.arange(16)[None] % settings.get_text_config().vocab_size
     ran = _that_run(model, tokens)  # a decoder of pairs has attention to an encoder, which is not there
     weights = {id(module): module for layer in inside for module in layer.modules() if _holds_weights(module)
                and (id(module) in ran or not isinstance(module, nn.Linear))}  # fmt: skip
@@ -216,7 +218,7 @@ def _zero_(model: nn.Module, part: Part, gone: Tensor) -> None:
     if isinstance(reader, nn.Linear):
         reader.weight[:, entries] = 0
     else:
-        reader.weight[entries] = 0
+        weight_of(reader)[entries] = 0
 
 
 def _drawn_evenly(part: Part, share: float, generator: torch.Generator) -> Tensor:

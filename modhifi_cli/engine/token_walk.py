@@ -293,8 +293,8 @@ class TokenWalk:
         Otherwise it would stay as wide as it is, and the experts of its layer could not be put together again.
         """
         statistics = found.statistics
-        moment = statistics.second_moment
-        silent = not bool(moment.any()) if moment is not None else not bool(statistics.samples.any())
+        samples = statistics.samples
+        silent = not bool((statistics.summed if samples is None else samples).any())
         if not silent or of_experts(self.model, name) is None:
             return found
         if name not in self._silent:

@@ -33,6 +33,8 @@ def measure(
 ) -> tuple[Measurement, ...]:
     """Speed of the networks, interleaved so that they see the same state of the machine.
 
+    One parameter for each key of the YAML, and for what every one of the kind is given.
+
     A round is a prefill of a random prompt that fills the cache, then greedy steps of one token with that cache.
 
     Args:

@@ -46,6 +46,8 @@ def measure(
 ) -> tuple[Measurement, ...]:
     """Latency of a whole batch in milliseconds, and how many times faster the edited networks are.
 
+    One parameter for each key of the YAML, and for what every one of the kind is given.
+
     Batches are the paper's, 64 on a CPU and 640 on a GPU. Each runtime times all networks in a process of its own
     (`runtimes.process`). A small machine stops early: after `max_seconds` (warm-up takes at most half of it) no new round
     begins once `minimum_iterations` are done.

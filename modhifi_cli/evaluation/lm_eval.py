@@ -45,6 +45,8 @@ def measure(
 ) -> tuple[Measurement, ...]:
     """Every metric of every task, for every network.
 
+    One parameter for each key of the YAML, and for what every one of the kind is given.
+
     Args:
         tasks: lm-eval's names.
         limit: The first so many documents of each task; None takes all.

@@ -60,6 +60,8 @@ def load(
 ) -> LoadedModel:
     """A causal decoder with its tokenizer.
 
+    One parameter for each key of the YAML, and for what every one of the kind is given.
+
     Args:
         path: Folder in Hugging Face's layout, or a name on the hub.
         gguf: A GGUF file instead; its weights are dequantised, its tokenizer is taken from it.

@@ -91,6 +91,8 @@ def load(
 ) -> LoadedModel:
     """A network of the user's own.
 
+    One parameter for each key of the YAML.
+
     Args:
         factory: ``package.module:name`` of a function or class that returns an `nn.Module`. It is imported as
             ``python -m`` would: the present folder counts.

@@ -246,6 +246,8 @@ def page(
 ) -> Page:
     """The page of several runs: what was found, a table, the figures, where each run lies.
 
+    One parameter for each thing that the page tells.
+
     Args:
         rows: As `grouped` makes them.
         figures: As `charts` makes them.

@@ -87,7 +87,7 @@ def torch_pruning_(
     """Prune `model` in place with Torch-Pruning's high-level pruner, its ratio bisected until the budget is met.
 
     Fang et al., "DepGraph: Towards Any Structural Pruning" (arXiv:2301.12900). Layers that write the network's output
-    are left alone. Nothing is fine-tuned.
+    are left alone. Nothing is fine-tuned. One parameter for each key of the YAML, and for what every run gives.
 
     Args:
         model: Dense network in evaluation mode; moved to `device` and edited as the generator is consumed.
@@ -123,8 +123,7 @@ def torch_pruning_(
     model.to(device).eval()
     images, _ = next(iter(calibration.batches(2)))
     example = (images if len(images) > 1 else torch.cat([images, images.flip(-1)]))[:2].to(device)
-    excluded = _excluded(model, exclude)
-    round_to = 1 if round_to == AUTO else int(round_to)
+    asked = _Asked(importance, whole_network, _excluded(model, exclude), 1 if round_to == AUTO else int(round_to))
     segments = Segments(model, example)
     pricing: Pricing | None = None
     if price.timed:
@@ -134,7 +133,7 @@ def torch_pruning_(
         yield from pricing.prepare()
 
     def cut(ratio: float, raised: Mapping[str, float]) -> _Cut:
-        found = _cut(model, example, ratio, raised, importance, whole_network, excluded, round_to)
+        found = _cut(model, example, ratio, raised, asked)
         if pricing is not None:
             found.removed[target] = pricing.removed_share_of(found.model)
         return found
@@ -153,6 +152,17 @@ def torch_pruning_(
         return
     yield Plan(best.groups, (), best.removed)
     waiting = list(done)
+    yield from _edits_(model, best, waiting)
+    _same_network(model, best.model)
+    if waiting:
+        apply_edit_(model, waiting.pop(0))
+    elif batchnorm == "reestimate":
+        yield from _refresh(model, segments, calibration, batch_size, device)
+    yield _summary(best, target, sparsity)
+
+
+def _edits_(model: nn.Module, best: _Cut, waiting: list[Edit]) -> Iterator[Edit]:
+    """Apply the edits; those that are `waiting` from an interrupted run are taken off its front and not told again."""
     for edit in best.edits:
         before = waiting.pop(0) if waiting else None
         if before is not None and (before.name, before.kept.tolist()) != (edit.name, edit.kept.tolist()):
@@ -162,18 +172,16 @@ def torch_pruning_(
         apply_edit_(model, edit)
         if before is None:
             yield edit
-    _same_network(model, best.model)
-    if waiting:
-        apply_edit_(model, waiting.pop(0))
-    elif batchnorm == "reestimate":
-        yield from _refresh(model, segments, calibration, batch_size, device)
+
+
+def _summary(best: _Cut, target: str, sparsity: float) -> Summary:
     missed = abs(best.removed[target] - sparsity) > NEAR
     warning = (
         f"sparsity={sparsity:g} of {target} was asked for and {best.removed[target]:.3f} reached: no pruning ratio of "
         "Torch-Pruning came closer."
     )
     saved = best.removed.get("latency")
-    yield Summary(
+    return Summary(
         {name: best.removed[name] for name in COUNTED},
         (warning,) if missed else (),
         None if saved is None else {"table": saved, "predicted": saved},
@@ -262,49 +270,34 @@ def _excluded(model: nn.Module, exclude: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _cut(
-    model: nn.Module,
-    example: Tensor,
-    ratio: float,
-    raised: Mapping[str, float],
-    importance: str,
-    whole_network: bool,
-    excluded: frozenset[str],
-    round_to: int,
-) -> _Cut:
+@dataclass(frozen=True)
+class _Asked:
+    """What Torch-Pruning is asked for, whatever the ratio.
+
+    Attributes:
+        importance: ``"magnitude"`` or ``"bn_scale"``.
+        whole_network: Whether channels are ranked across layers.
+        excluded: Modules to leave alone.
+        round_to: Widths are multiples of it.
+    """
+
+    importance: str
+    whole_network: bool
+    excluded: frozenset[str]
+    round_to: int
+
+
+def _cut(model: nn.Module, example: Tensor, ratio: float, raised: Mapping[str, float], asked: _Asked) -> _Cut:
     """Let Torch-Pruning cut a copy of the network, and write down what it does group by group."""
     ours = copy.deepcopy(model)
     for parameter in ours.parameters():
         parameter.requires_grad_(True)
     names = {module: name for name, module in ours.named_modules() if name}
-    kind, score = {
-        "magnitude": (torch_pruning.pruner.MagnitudePruner, torch_pruning.importance.GroupMagnitudeImportance(p=2)),
-        "bn_scale": (torch_pruning.pruner.BNScalePruner, torch_pruning.importance.BNScaleImportance()),
-    }[importance]
-    customized = {ChannelPadShortcut: _ShortcutPruner()}
     edits: list[Edit] = []
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
             warnings.simplefilter("ignore")
-            graph = torch_pruning.DependencyGraph().build_dependency(
-                ours, example, customized_pruners=customized, verbose=False
-            )
-            left_alone = [module for module, name in names.items() if name in excluded]
-            left_alone += _output_layers(graph, names)
-            pruner = kind(
-                ours,
-                example,
-                importance=score,
-                global_pruning=whole_network,
-                pruning_ratio=ratio,
-                pruning_ratio_dict={ours.get_submodule(name): own for name, own in raised.items()},
-                ignored_layers=left_alone,
-                round_to=round_to if round_to > 1 else None,
-                customized_pruners=customized,
-                in_channel_groups={},  # its defaults are dictionaries that all pruners of a process share
-                out_channel_groups={},
-                num_heads={},
-            )
+            pruner = _pruner(ours, example, names, ratio, raised, asked)
             sizes: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {}
             for group in pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers):
                 name, touched = _touched(pruner.DG, group, names)
@@ -331,15 +324,46 @@ def _cut(
         for name, (size, producers, consumers) in sizes.items()
     )
     total = sum(group.components for group in groups)
-    return _Cut(
+    removed = {
+        "params": 1 - after.parameters / before.parameters,
+        "flops": 1 - after.macs / before.macs,
+        "components": 1 - sum(group.keep for group in groups) / max(total, 1),
+    }
+    return _Cut(ours, tuple(edits), groups, removed)
+
+
+def _pruner(
+    ours: nn.Module,
+    example: Tensor,
+    names: dict[nn.Module, str],
+    ratio: float,
+    raised: Mapping[str, float],
+    asked: _Asked,
+) -> Any:
+    """Torch-Pruning's own pruner of a network."""
+    kind, score = {
+        "magnitude": (torch_pruning.pruner.MagnitudePruner, torch_pruning.importance.GroupMagnitudeImportance(p=2)),
+        "bn_scale": (torch_pruning.pruner.BNScalePruner, torch_pruning.importance.BNScaleImportance()),
+    }[asked.importance]
+    customized = {ChannelPadShortcut: _ShortcutPruner()}
+    graph = torch_pruning.DependencyGraph().build_dependency(
+        ours, example, customized_pruners=customized, verbose=False
+    )
+    left_alone = [module for module, name in names.items() if name in asked.excluded]
+    left_alone += _output_layers(graph, names)
+    return kind(
         ours,
-        tuple(edits),
-        groups,
-        {
-            "params": 1 - after.parameters / before.parameters,
-            "flops": 1 - after.macs / before.macs,
-            "components": 1 - sum(group.keep for group in groups) / max(total, 1),
-        },
+        example,
+        importance=score,
+        global_pruning=asked.whole_network,
+        pruning_ratio=ratio,
+        pruning_ratio_dict={ours.get_submodule(name): own for name, own in raised.items()},
+        ignored_layers=left_alone,
+        round_to=asked.round_to if asked.round_to > 1 else None,
+        customized_pruners=customized,
+        in_channel_groups={},  # its defaults are dictionaries that all pruners of a process share
+        out_channel_groups={},
+        num_heads={},
     )
 
 

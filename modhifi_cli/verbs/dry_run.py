@@ -46,13 +46,13 @@ def show(settings: Mapping[str, Any], console: Console) -> None:
         model, components=options.components, unit=options.unit, exclude=tuple(settings["exclude"]), check=False
     )
     steps = {key: config.build(settings[key]) for key in _STEPS}
+    uneven = steps["allocation"].needs_curves
     data = settings["data"] or {}
     length = min(data.get("length") or _LENGTH, model.config.max_position_embeddings)
     sequences = data.get("sequences") or _SEQUENCES
     budget = Budget(float(settings["sparsity"]), price, settings["round_to"])
     shares = steps["schedule"](budget.sparsity)
     sizes = [part.components for part in decoder.parts]
-    uneven = steps["allocation"].needs_curves
     # Without a look at the data every layer is worth the same.
     example = torch.zeros(1, length, dtype=torch.int64)
     widths = Widths(model, decoder, example, allocation=Uniform(), budget=budget)
@@ -67,20 +67,7 @@ def show(settings: Mapping[str, Any], console: Console) -> None:
     costs = DecoderCosts(model, decoder, length=length)
     removed = {name: costs.removed_share(keep, name) for name in costs.names}
     console.note("would remove " + ", ".join(f"{share:.1%} of {name}" for name, share in removed.items()))
-    repairs = steps["compensation"].needs_statistics
-    run = Run(
-        sequences=sequences,
-        length=length,
-        batch_size=settings["runtime"]["batch_size"],
-        passes=len(shares),
-        reference=steps["compensation"].reference if repairs else "none",
-        hold_out=repairs and steps["compensation"].wants_held_out or uneven,
-        uneven=uneven,
-        statistics=any(step.needs_statistics for step in steps.values() if hasattr(step, "needs_statistics")),
-        offload=options.offload,
-        dense_copies=int(bool(settings["measure_dense"])),
-        room=free_memory("cuda") if torch.cuda.is_available() else None,
-    )
+    run = _run(settings, steps, sequences=sequences, length=length, passes=len(shares), offload=options.offload)
     found = forecast(model, decoder, run)
     _tell(found, console, settings["runtime"]["device"])
     console.result(
@@ -90,6 +77,26 @@ def show(settings: Mapping[str, Any], console: Console) -> None:
             "operations": dict(found.operations), "seconds": found.seconds,
         }
     )  # fmt: skip
+
+
+def _run(
+    settings: Mapping[str, Any], steps: Mapping[str, Any], *, sequences: int, length: int, passes: int, offload: bool
+) -> Run:
+    """What of the run decides what it takes."""
+    uneven, repairs = steps["allocation"].needs_curves, steps["compensation"].needs_statistics
+    return Run(
+        sequences=sequences,
+        length=length,
+        batch_size=settings["runtime"]["batch_size"],
+        passes=passes,
+        reference=steps["compensation"].reference if repairs else "none",
+        hold_out=repairs and steps["compensation"].wants_held_out or uneven,
+        uneven=uneven,
+        statistics=any(step.needs_statistics for step in steps.values() if hasattr(step, "needs_statistics")),
+        offload=offload,
+        dense_copies=int(bool(settings["measure_dense"])),
+        room=free_memory("cuda") if torch.cuda.is_available() else None,
+    )
 
 
 def _tell(found: Any, console: Console, device: str) -> None:

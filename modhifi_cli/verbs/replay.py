@@ -1,20 +1,22 @@
 """`modhifi replay`: apply a run's saved edits to the dense network, without data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from modhifi_cli.console import Console
 from modhifi_cli.errors import DataError
 from modhifi_cli.files import artifacts
-from modhifi_cli.records import Progress
+from modhifi_cli.records import Edit, Progress
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
 from modhifi_cli.verbs.opened import open_run
 
 
 def replay(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
-    from modhifi_cli.graph.surgery import apply_edit_, weights_hash
+    from modhifi_cli.graph.surgery import weights_hash
 
     # The saved network may be lost: edits and dense weights are enough to make it again.
     opened = open_run(settings, console, needs=("config.yaml", "edits.json", "edits.safetensors"))
@@ -34,16 +36,7 @@ def replay(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
             f"{found[:12]}; give the same weights with model.weights=FILE."
         )
     model = loaded.model
-    for number, edit in enumerate(edits):
-        console.progress(Progress("replay", edit.name, number + 1, len(edits)))
-        try:
-            apply_edit_(model, edit)
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise DataError(
-                f"run={source}: edit {edit.name} does not fit the network ({type(error).__name__}: {error}); restore the "
-                "run folder."
-            ) from error
-    model.eval()
+    _apply_(model, edits, source, console)
     place = artifacts.RunDirectory.create(folder or pieces.new_folder("replay", loaded.name, settings, facts))
     command = pieces.command_line("replay", facts["overrides"])
     for edit in edits:
@@ -78,3 +71,19 @@ def replay(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
     console.note(f"the network lies in {final / 'model'}")
     console.result({"folder": str(final), "edits": len(edits), "equals_saved_model": same})
     return final
+
+
+def _apply_(model: nn.Module, edits: Sequence[Edit], source: Path, console: Console) -> None:
+    """Apply all edits; what does not fit is the folder's fault."""
+    from modhifi_cli.graph.surgery import apply_edit_
+
+    for number, edit in enumerate(edits):
+        console.progress(Progress("replay", edit.name, number + 1, len(edits)))
+        try:
+            apply_edit_(model, edit)
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise DataError(
+                f"run={source}: edit {edit.name} does not fit the network ({type(error).__name__}: {error}); restore the "
+                "run folder."
+            ) from error
+    model.eval()

@@ -61,10 +61,10 @@ def study(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     console.progress(Progress("cells", "done", len(cells), len(cells)))
     if not rows:
         raise ConfigError(f"minutes={settings['minutes']}: no cell was finished in that time; give more minutes.")
-    _write(
-        place, settings, name, loaded, calibration, evaluation, asked, subject, rows, cells, missing, seconds, command
-    )
-    _show(console, place, name, loaded, asked.conclude(rows), missing, len(cells))
+    outcome = asked.conclude(rows)
+    finished = _Finished(name, loaded, subject, outcome, rows, seconds, len(cells), missing)
+    _write(place, settings, finished, command)
+    _show(console, place, name, loaded, outcome, missing, len(cells))
     return place
 
 
@@ -160,54 +160,65 @@ def _computed(steps: Any, console: Console) -> list[dict[str, Any]]:
             return done.value
 
 
-def _write(
-    place: Path,
-    settings: Mapping[str, Any],
-    name: str,
-    loaded: LoadedModel,
-    calibration: ImageSource,
-    evaluation: ImageSource | None,
-    asked: Any,
-    subject: Any,
-    rows: Sequence[Mapping[str, Any]],
-    cells: Sequence[Mapping[str, Any]],
-    missing: int,
-    seconds: Mapping[str, float],
-    command: str,
-) -> None:
-    outcome = _named(asked.conclude(rows), loaded.name)
+@dataclasses.dataclass(frozen=True)
+class _Finished:
+    """A study as far as it has come.
+
+    Attributes:
+        name: Of the study.
+        loaded: The network.
+        subject: What the study looked at.
+        outcome: What its rows say.
+        rows: Of all finished cells.
+        seconds: Of each of them.
+        cells: How many cells there are.
+        missing: How many of them are not finished.
+    """
+
+    name: str
+    loaded: LoadedModel
+    subject: Any
+    outcome: Any
+    rows: Sequence[Mapping[str, Any]]
+    seconds: Mapping[str, float]
+    cells: int
+    missing: int
+
+
+def _write(place: Path, settings: Mapping[str, Any], study: _Finished, command: str) -> None:
+    outcome, subject, missing = _named(study.outcome, study.loaded.name), study.subject, study.missing
     artifacts.write_text(place / "config.yaml", config.to_yaml(pieces.portable(settings)))
     artifacts.write_json(place / "environment.json", artifacts.environment(command, str(subject.device)))
-    artifacts.write_text(place / "rows.csv", csv_text(rows))
+    artifacts.write_text(place / "rows.csv", csv_text(study.rows))
     for chart in outcome.charts:
         artifacts.write_json(place / f"{chart.name}.json", chart_to_json(chart))
     warnings = []
     if missing:
         warnings.append(
-            f"{missing} of {len(cells)} cells are not finished (minutes={settings['minutes']:g}); the same command "
+            f"{missing} of {study.cells} cells are not finished (minutes={settings['minutes']:g}); the same command "
             "goes on with them."
         )
     artifacts.write_json(
         place / "results.json",
         Results.written(
             verb="study",
-            study=name,
-            model=loaded.name,
-            weights=loaded.weights,
+            study=study.name,
+            model=study.loaded.name,
+            weights=study.loaded.weights,
             settings={key: value for key, value in settings["study"].items() if not key.startswith("_")},
             seeds=settings["seeds"],
             findings=[vars(finding) for finding in outcome.findings],
             summary=list(outcome.summary),
             notes=list(outcome.notes),
             charts=[chart.name for chart in outcome.charts],
-            rows=len(rows),
-            cells=len(cells),
+            rows=len(study.rows),
+            cells=study.cells,
             missing_cells=missing,
-            calibration=dict(calibration.protocol),
-            evaluation=None if evaluation is None else dict(evaluation.protocol),
+            calibration=dict(subject.calibration.protocol),
+            evaluation=None if subject.evaluation is None else dict(subject.evaluation.protocol),
             warnings=warnings,
             memory=peaks(settings["runtime"]["device"]),
-            seconds=dict(seconds),
+            seconds=dict(study.seconds),
         ),
     )
     pieces.write_pages(place)
