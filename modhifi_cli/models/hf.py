@@ -80,13 +80,7 @@ def load(
         DataError: If a folder lacks its configuration, weights or tokenizer, or the hub cannot be reached.
         UnsupportedModelError: If it is no causal decoder, or its weights are quantised.
     """
-    if (path is None) == (gguf is None):
-        raise ConfigError("model: give either model.path=FOLDER_OR_HUB_NAME or model.gguf=FILE.")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"model.dtype must be auto or one of {', '.join(DTYPES)}, got '{dtype}'.")
-    if weights not in ("default", "random"):
-        raise ConfigError(f"model.weights of a language model must be default or random, got '{weights}'; give "
-                          "model.path=FOLDER for other weights.")
+    _check(path, gguf, dtype, weights)
     place = Path(gguf or path or "").expanduser()
     source, options = _source(path, gguf, place, weights, tokenizer)
     options |= {"trust_remote_code": trust_remote_code}
@@ -129,6 +123,16 @@ def load(
         again=again,
         license=None if weights == "random" else _license(place, gguf=gguf is not None),
     )
+
+
+def _check(path: str | None, gguf: str | None, dtype: str, weights: str) -> None:
+    if (path is None) == (gguf is None):
+        raise ConfigError("model: give either model.path=FOLDER_OR_HUB_NAME or model.gguf=FILE.")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"model.dtype must be auto or one of {', '.join(DTYPES)}, got '{dtype}'.")
+    if weights not in ("default", "random"):
+        raise ConfigError(f"model.weights of a language model must be default or random, got '{weights}'; give "
+                          "model.path=FOLDER for other weights.")
 
 
 def _mapped(place: Path, config: Any, dtype: Any) -> nn.Module | None:
