@@ -87,13 +87,7 @@ def prune(
     tracking.foresee(settings)
     if pieces.team_of(settings)[0] > 0:
         return _follow(settings)
-    steps = pieces.Steps(
-        console,
-        {"load": "loading", "prune": "pruning"}
-        | ({"heal": "healing"} if settings.get("healing") else {})
-        | {"save": "saving", "evaluate": "measuring"}
-        | ({"latency": "timing"} if settings["target"]["_target_"].endswith(".Latency") else {}),
-    )
+    steps = _steps(settings, console)
     begun = _begin(settings, facts, console, folder, shared, steps)
     work, place, loaded, device = begun.work, begun.work.place, begun.work.loaded, begun.work.device
     price = config.build(settings["target"])
@@ -136,6 +130,17 @@ def prune(
     _show_outcome(console, final, summary, measurements)
     tracking.track(settings, final, console)
     return final
+
+
+def _steps(settings: Mapping[str, Any], console: Console) -> pieces.Steps:
+    """The parts of the run by their words."""
+    return pieces.Steps(
+        console,
+        {"load": "loading", "prune": "pruning"}
+        | ({"heal": "healing"} if settings.get("healing") else {})
+        | {"save": "saving", "evaluate": "measuring"}
+        | ({"latency": "timing"} if settings["target"]["_target_"].endswith(".Latency") else {}),
+    )
 
 
 def _begin(
