@@ -48,7 +48,8 @@ def victims() -> dict[str, Victim]:
         "sweep": Victim(["prune", "-m", *QUICK, "sparsity=0.3,0.4"], lambda room: _networks(room, "sweeps/*")),
         "compare": Victim(["compare", *small, *grid, "check_data=false"], lambda room: _networks(room, "compare/*/cells")),
         "replay": Victim(["replay", "run=run", "console=plain"], lambda room: _networks(room, "replay/embedded")),
-        "study": Victim(["study", "name=existence", *small, "layers=[layer1.0.conv1]", "seeds=[0,1]"], lambda room: _files(room, "outputs/study/**/rows.csv")),
+        "study": Victim(["study", "name=existence", *small, "layers=[layer1.0.conv1]", "seeds=[0,1]"],
+                        lambda room: _files(room, "outputs/study/**/rows.csv")),
         "synthesize": Victim(["synthesize", "data=procedural", "data.num_samples=64", "console=plain"], _pixels),
         "evaluate": Victim(["evaluate", "run=run", "evaluation=[size]", "measure_dense=false", "console=plain"],
                            lambda room: _numbers(room, "evaluate")),
@@ -56,7 +57,8 @@ def victims() -> dict[str, Victim]:
         "export": Victim(["export", "run=run", "export=[onnx]", "console=plain"], lambda room: _files(room, "run/**/*.onnx")),
         "report": Victim(["report", "run=run", "console=plain"], lambda room: _files(room, "run/report.md")),
         "verify": Victim(["verify", "run=run", "console=plain"], lambda room: "nothing"),
-        "coverage": Victim(["coverage", "pattern=squeezenet1_1", "jobs=1", "console=plain"], lambda room: _files(room, "outputs/coverage/*/networks/*.json", "status")),
+        "coverage": Victim(["coverage", "pattern=squeezenet1_1", "jobs=1", "console=plain"],
+                           lambda room: _files(room, "outputs/coverage/*/networks/*.json", "status")),
     }  # fmt: skip
 
 
