@@ -8,7 +8,7 @@ to report.
 import torch
 from torch import Tensor
 
-from modhifi_cli.numerics.contributions import ContributionMoments, output_energy, output_moment
+from modhifi_cli.numerics.contributions import ContributionMoments, output_energy, output_moment, remembered
 from modhifi_cli.numerics.linalg import feature_index, solve_positive
 from modhifi_cli.numerics.regression import kept_weight, regressions
 from modhifi_cli.records import Consumer
@@ -95,6 +95,7 @@ def layer_fidelity(consumer: Consumer, kept: Tensor, weight: Tensor | None = Non
     return 1 - max(float((output_moment(consumer, change) * change).sum()), 0.0) / energy
 
 
+@remembered
 def joint_fidelity(consumer: Consumer, kept: Tensor) -> float:
     """Joint subset fidelity: the share of output energy that a linear map of the kept features can rebuild at best.
 

@@ -1,11 +1,13 @@
 """Fidelity laws: brute-force rescaling, monotonicity, dead outputs, and the layer fidelity that reports print."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from modhifi_cli.errors import NumericsError
 from modhifi_cli.numerics.compensation import PerKernel
-from modhifi_cli.numerics.contributions import contribution_moments, similarity
+from modhifi_cli.numerics.contributions import contribution_moments, remembered, similarity
 from modhifi_cli.numerics.fidelity import joint_fidelity, layer_fidelity, saliency, singleton_fidelity, subset_fidelity
 from modhifi_cli.numerics.linalg import feature_index
 from tests import reference
@@ -122,3 +124,17 @@ def test_joint_fidelity_never_falls_when_a_component_is_added_and_bounds_every_r
         assert joint >= layer_fidelity(consumer, kept, PerKernel()(consumer, kept)) - 1e-9
         before = joint
     assert before == pytest.approx(1)
+
+
+def test_a_number_of_a_consumer_is_computed_once_for_each_choice_of_components_and_forgotten_with_it():
+    (consumer, _), calls = helpers.make(), []
+
+    @remembered
+    def number(one, kept):
+        calls.append(kept.tolist())
+        return float(kept.sum())
+
+    assert number(consumer, torch.tensor([0, 2])) == number(consumer, torch.tensor([0, 2])) == 2.0
+    assert number(consumer, torch.tensor([0, 1])) == 1.0
+    assert number(replace(consumer, name="another"), torch.tensor([0, 1])) == 1.0
+    assert calls == [[0, 2], [0, 1], [0, 1]]
