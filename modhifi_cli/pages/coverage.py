@@ -20,7 +20,7 @@ def page(content: Mapping[str, Any], environment: Mapping[str, Any]) -> Page:
     if content.get("examined") == len(rows):  # in one run, so that its time is that of the table
         took = f", {content['seconds'] / 60:.0f} minutes with {content['jobs']} at once"
     lead = (
-        f"{content['date']}, {versions}, {environment['system']}. `{environment['command']}`; {seconds / 60:.0f} minutes "
+        f"{content['date']}, {versions}, {environment['system']}. Made by {environment['command']}; {seconds / 60:.0f} minutes "
         f"of processor time{took}. Random weights and images; {100 * content['settings']['share']:.0f} % of the "
         "components of every group removed."
     )

@@ -394,7 +394,7 @@ img.sheet{max-width:100%;width:36rem;height:auto;image-rendering:pixelated;borde
 .c4{background:var(--c4)}.c5{background:var(--c5)}.c6{background:var(--c6)}
 details{border-top:1px solid var(--line);margin-top:1.6rem}summary{cursor:pointer}
 summary h2{display:inline-block;margin:.8rem 0 .4rem}
-@media (max-width:34rem){main{padding:1rem .8rem 3rem}td:not(.n):not(:first-child){min-width:9rem}.line{grid-template-columns:6.2rem minmax(0,1fr)}.bar{padding-right:7.5em}
+@media (max-width:34rem){main{padding:1rem .8rem 3rem}td:not(.n){min-width:9rem}.line{grid-template-columns:6.2rem minmax(0,1fr)}.bar{padding-right:7.5em}
 .facts{grid-template-columns:1fr 1fr}}
 @media print{details>*{display:block}.scroll{overflow:visible}}
 """.replace("\n", "")
