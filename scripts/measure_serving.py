@@ -16,6 +16,7 @@ removed, and one Markdown table goes to standard output.
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import subprocess
@@ -83,27 +84,33 @@ def speed(files: list[Path]) -> dict[str, tuple[float, float]]:
 def measure(name: str, loaded, folder: Path | None, ids: numpy.ndarray, work: Path) -> list[dict[str, str]]:
     """Rows of one network; each is kept in `work`, and its GGUF files stay there."""
     place = work / f"{name}.npy"
-    if not place.is_file():
-        with torch.inference_mode():
-            ours = torch.cat([loaded.model(input_ids=torch.from_numpy(row)[None]).logits for row in ids]).float().numpy()
-        numpy.save(work / "new.npy", ours)
-        (work / "new.npy").replace(place)
-    ours = numpy.load(place)
-    parameters = sum(p.numel() for p in loaded.model.parameters())
-    rows = [{"network": name, "in": "modhifi, PyTorch f32", "perplexity": f"{perplexity(ours, ids):.3f}",
-             "argmax as ours": "", "MB": f"{4 * parameters / 1e6:.1f}", "parameters": f"{parameters:,}"}]  # fmt: skip
+
+    @functools.cache
+    def ours() -> numpy.ndarray:
+        if not place.is_file():
+            with torch.inference_mode():
+                found = [loaded.model(input_ids=torch.from_numpy(row)[None]).logits for row in ids]
+            numpy.save(work / "new.npy", torch.cat(found).float().numpy())
+            (work / "new.npy").replace(place)
+        return numpy.load(place)
+
+    rows: list[dict[str, str]] = []
 
     def row(key: str, make: Callable[[], tuple[str, numpy.ndarray, dict[str, str]]]) -> None:
         told = work / f"{name}-{key}.json"
         if not told.is_file():
             where, found, more = make()
-            same = float((found.argmax(-1) == ours.argmax(-1)).mean())
-            off = float(numpy.abs(found - ours).max())
-            near = f"{100 * same:.2f} % (largest difference {off:.2g} of {numpy.abs(ours).max():.3g})"
+            same, off = float((found.argmax(-1) == ours().argmax(-1)).mean()), float(numpy.abs(found - ours()).max())
+            near = f"{100 * same:.2f} % (largest difference {off:.2g} of {numpy.abs(ours()).max():.3g})"
             one = {"network": name, "in": where, "perplexity": f"{perplexity(found, ids):.3f}", "argmax as ours": near} | more
             told.write_text(json.dumps(one))
             print(one, file=sys.stderr, flush=True)
         rows.append(json.loads(told.read_text()))
+
+    def in_ours():
+        parameters = sum(p.numel() for p in loaded.model.parameters())
+        told = {"argmax as ours": "", "MB": f"{4 * parameters / 1e6:.1f}", "parameters": f"{parameters:,}"}
+        return "modhifi, PyTorch f32", ours(), told
 
     def in_transformers(way: str, words: str):
         numpy.save(work / "ids.npy", ids)
@@ -120,6 +127,7 @@ def measure(name: str, loaded, folder: Path | None, ids: numpy.ndarray, work: Pa
         where = f"llama.cpp {kind}, {report.runtime.split('architecture ')[1].split(',')[0]}"
         return where, found, {"MB": f"{report.bytes / 1e6:.1f}", "file": path.name}
 
+    row("ours", in_ours)
     if folder is not None:
         row("transformers", lambda: in_transformers("plain", "f32"))
     for kind in ("f32", "f16", "q8_0"):
