@@ -81,15 +81,15 @@ def speed(files: list[Path]) -> dict[str, tuple[float, float]]:
     }
 
 
-def measure(name: str, loaded, folder: Path | None, ids: numpy.ndarray, work: Path) -> list[dict[str, str]]:
-    """Rows of one network; each is kept in `work`, and its GGUF files stay there."""
+def measure(name: str, load, folder: Path | None, ids: numpy.ndarray, work: Path) -> list[dict[str, str]]:
+    """Rows of the network that `load` gives; each is kept in `work`, and its GGUF files stay there."""
     place = work / f"{name}.npy"
 
     @functools.cache
     def ours() -> numpy.ndarray:
         if not place.is_file():
             with torch.inference_mode():
-                found = [loaded.model(input_ids=torch.from_numpy(row)[None]).logits for row in ids]
+                found = [load().model(input_ids=torch.from_numpy(row)[None]).logits for row in ids]
             numpy.save(work / "new.npy", torch.cat(found).float().numpy())
             (work / "new.npy").replace(place)
         return numpy.load(place)
@@ -108,12 +108,11 @@ def measure(name: str, loaded, folder: Path | None, ids: numpy.ndarray, work: Pa
         rows.append(json.loads(told.read_text()))
 
     def in_ours():
-        parameters = sum(p.numel() for p in loaded.model.parameters())
+        parameters = sum(p.numel() for p in load().model.parameters())
         told = {"argmax as ours": "", "MB": f"{4 * parameters / 1e6:.1f}", "parameters": f"{parameters:,}"}
         return "modhifi, PyTorch f32", ours(), told
 
     def in_transformers(way: str, words: str):
-        numpy.save(work / "ids.npy", ids)
         by = json.loads((folder / "architecture.json").read_text())["opens"]["by"]
         script = [sys.executable, "-c", _STRANGER, str(folder), str(work / "ids.npy"), str(work / "out.npy"), way]
         subprocess.run(script, check=True)
@@ -121,7 +120,7 @@ def measure(name: str, loaded, folder: Path | None, ids: numpy.ndarray, work: Pa
 
     def in_llama(kind: str):
         path = work / f"{name}-{kind}.gguf"
-        report = Gguf(type=kind)(loaded, example=torch.zeros(1, 4), path=path, facts={})
+        report = Gguf(type=kind)(load(), example=torch.zeros(1, 4), path=path, facts={})
         with contextlib.closing(Llama(path, length=LENGTH)) as llama:
             found = numpy.stack([llama.logits(row_.tolist()) for row_ in ids])
         where = f"llama.cpp {kind}, {report.runtime.split('architecture ')[1].split(',')[0]}"
@@ -165,16 +164,19 @@ def main(folder: str, text: str, dense: str, *runs: str) -> None:
     required()
     work = Path(folder)
     work.mkdir(parents=True, exist_ok=True)
-    loaded = hf.load(gguf=dense, name="dense")
-    words = loaded.preprocess.tokenizer(Path(text).read_text(encoding="utf-8")[: 20 * WINDOWS * LENGTH])["input_ids"]
-    ids = numpy.array(words[: WINDOWS * LENGTH], dtype=numpy.int64).reshape(WINDOWS, LENGTH)
-    rows = measure("dense", loaded, None, ids, work)
+    load = functools.cache(lambda: hf.load(gguf=dense, name="dense"))
+    if not (work / "ids.npy").is_file():
+        words = load().preprocess.tokenizer(Path(text).read_text(encoding="utf-8")[: 20 * WINDOWS * LENGTH])["input_ids"]
+        numpy.save(work / "ids.npy", numpy.array(words[: WINDOWS * LENGTH], dtype=numpy.int64).reshape(WINDOWS, LENGTH))
+    ids = numpy.load(work / "ids.npy")
+    rows = measure("dense", load, None, ids, work)
     for number, run in enumerate(runs or ("even", "uneven")):
         there = Path(run) if runs else work / run
         if not runs and not (there / "model" / "architecture.json").is_file():
-            cut(loaded, there, even=run == "even")
+            cut(load(), there, even=run == "even")
         name = f"{'even' if artifacts.opens_natively(there) else 'uneven'}-{number}"
-        rows += measure(name, artifacts.load_saved(there), there / "model", ids, work)
+        saved = functools.cache(functools.partial(artifacts.load_saved, there))
+        rows += measure(name, saved, there / "model", ids, work)
     files = [work / row["file"] for row in rows if "file" in row]
     for name, (read, said) in speed(files).items():
         (row,) = [row for row in rows if row.get("file") == name]
