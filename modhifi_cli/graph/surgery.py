@@ -241,6 +241,8 @@ def restore_widths_(model: nn.Module, widths: Mapping[str, Mapping[str, int]]) -
     for name, module in model.named_modules():
         if isinstance(module, Experts):  # those that are left are named
             left = [place for place, one in enumerate(module.numbers) if f"{name}.{one}.down_proj" in widths]
+            if not left:
+                raise DataError(f"{name}: the saved widths name none of its experts; the architecture file is damaged.")
             module.keep_(torch.tensor(left, dtype=torch.int64))
     for name, attributes in widths.items():
         try:

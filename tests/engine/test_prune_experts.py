@@ -9,11 +9,12 @@ from torch import nn
 
 from modhifi_cli.cli import main
 from modhifi_cli.engine.token_walk import DecoderOptions
-from modhifi_cli.errors import ConfigError
+from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.files import artifacts
 from modhifi_cli.graph.components import Layout
 from modhifi_cli.graph.decoder import component_parameters, decoder_layers, find_parts, slice_part_
 from modhifi_cli.graph.experts import Experts, closed, common_width, open_experts_
+from modhifi_cli.graph.surgery import restore_widths_
 
 from .. import decoders
 
@@ -169,3 +170,10 @@ def test_an_expert_that_no_token_reaches_is_cut_by_its_weights_and_that_is_said(
     assert "the router gives no calibration token to" in " ".join(capsys.readouterr().out.split())
     model = artifacts.load_model(run_folder)
     assert len({common_width(module) for module in model.modules() if isinstance(module, Experts)}) == 1
+
+
+def test_saved_widths_that_name_no_expert_are_damaged():
+    model = made("mixtral")
+    open_experts_(model)
+    with pytest.raises(DataError, match="the saved widths name none of its experts; the architecture file is damaged"):
+        restore_widths_(model, {})
