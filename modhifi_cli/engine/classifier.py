@@ -99,7 +99,7 @@ def aims_of(walk: Walk, classifier: str) -> Generator[Progress, None, tuple[Aims
 
 
 def _logits(walk: ImageWalk, layer: str) -> Generator[Progress, None, Tensor]:
-    found = []
+    found: list[Tensor] = []
     for event in walk.dense_answers(layer, item="dense logits"):
         if isinstance(event, Tensor):
             found.append(event)
