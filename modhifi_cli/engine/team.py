@@ -57,7 +57,7 @@ class Team:
         Raises:
             ConfigError: If a process would have none.
         """
-        if self.size > count:
+        if self.size > max(count, 1):
             raise ConfigError(
                 f"{self.size} processes share {count} calibration {what}; start fewer of them, or raise {key}."
             )

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from modhifi_cli.errors import ConfigError
-from modhifi_cli.settings import config
+from modhifi_cli.settings import config, yamls
 
 
 def test_a_folder_name_holds_nothing_that_hydra_cannot_take_as_a_value():
@@ -61,9 +61,9 @@ def test_a_config_that_is_no_mapping_is_refused():
 
 @pytest.mark.parametrize("verb", config.verbs())
 def test_help_of_a_verb_teaches_every_key_and_group(verb):
-    text = config.verb_help(verb)
+    text, known = config.verb_help(verb), yamls.choices(verb)
     for key in config.top_level_keys(verb):
-        assert key in text
+        assert key in text or known[key] == (), "a group without a choice for this verb"
     assert "modhifi " + verb in text
 
 

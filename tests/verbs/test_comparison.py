@@ -46,13 +46,13 @@ class Runs:
         self.ends: dict[str, BaseException] = {}
         edit = verb._edit_
 
-        def edit_(model, settings, *rest):
-            name = rest[3].final.name  # the run's place
+        def edit_(work, *rest):
+            name = work.place.final.name
             self.made.append(name)
             for start, error in self.ends.items():
                 if name.startswith(start):
                     raise error
-            return edit(model, settings, *rest)
+            return edit(work, *rest)
 
         monkeypatch.setattr(verb, "_edit_", edit_)
 
