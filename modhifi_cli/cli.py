@@ -125,7 +125,8 @@ def _outliving() -> Iterator[_Outliving]:
         with contextlib.suppress(KeyboardInterrupt):
             out.flush()
         words.flush()
-        out.silence(), words.silence()
+        out.silence()
+        words.silence()
         sys.stdout, sys.stderr = before
 
 

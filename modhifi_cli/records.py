@@ -430,7 +430,9 @@ class ImageSource(Protocol):
         protocol: JSON-able account (source, path, num_samples, seed, sha256 of the chosen samples, skipped files).
     """
 
-    protocol: Mapping[str, Any]
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """What these samples are, for reports."""
 
     def __len__(self) -> int:
         """Number of images."""

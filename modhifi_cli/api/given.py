@@ -180,8 +180,7 @@ def ready(
             return parted(batch, inputs)
         return form.pack({name: batch[name] for name in known} if known else batch), labels_of(batch)
 
-    count = IMAGES if most == "auto" else most
-    images = from_batches(itertools.chain([first], rest), most=count, part=part)
+    images = from_batches(itertools.chain([first], rest), most=_at_most(most, IMAGES), part=part)
     example = next(iter(images.batches(2)))[0].to(place)
     example = example if len(example) > 1 else torch.cat([example, example.flip(-1)])
     if form is None and _gives_logits(network, example):
@@ -191,6 +190,11 @@ def ready(
     network = inside.wrap(network)
     check_images(network, example)
     return Given(network, images, place, inside)
+
+
+def _at_most(asked: int | str | None, otherwise: int | None) -> int | None:
+    """A number of samples, None for all; ``"auto"`` is the other one."""
+    return asked if asked is None or isinstance(asked, int) else otherwise
 
 
 def _windows(
@@ -211,11 +215,11 @@ def _windows(
     if isinstance(first, str):
         if tokenizer is None:
             raise ConfigError("tokenizer: texts are read with the network's own tokenizer; give tokenizer=…, or token ids.")
-        wanted = (None if scored else SEQUENCES) if most == "auto" else most
+        wanted = _at_most(most, None if scored else SEQUENCES)
         own = min(LENGTH, text.max_length) if length is None else length
         texts = [one for one in itertools.chain([first], rest) if one]
         return windows_of(texts, "texts", sequences=wanted, length=own, seed=seed, preprocess=text, labelled=scored)
-    kept = (None if scored else SEQUENCES) if most == "auto" else most
+    kept = _at_most(most, None if scored else SEQUENCES)
     given = [] if first is None else list(itertools.chain([first], itertools.islice(rest, kept)))
     ids = [found for found in (_ids(one) for one in given) if found is not None]
     if not given or len(ids) < len(given):

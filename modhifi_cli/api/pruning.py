@@ -176,7 +176,7 @@ def _pruned(
 
 def _walk(given: Given, chosen: Mapping[str, Any], batch_size: int) -> Any:
     """The network on its calibration samples, walked as its kind asks for."""
-    beside = {"exclude": given.inside.inner(chosen["exclude"]), "batch_size": batch_size, "device": given.device}
+    beside: dict[str, Any] = {"exclude": given.inside.inner(chosen["exclude"]), "batch_size": batch_size, "device": given.device}
     if given.reads_text:
         from modhifi_cli.engine.token_walk import TokenWalk
 

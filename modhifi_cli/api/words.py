@@ -7,7 +7,8 @@ from typing import ParamSpec, TypeVar
 
 from modhifi_cli.errors import ModHiFiError
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 # Places of the command line → arguments of the functions, the most specific first.
 _WORDS = (
     (r"model\.preprocess\.(\w+)=", r"preprocess['\1']="),

@@ -9,6 +9,7 @@ network. Layers whose experts are all equally wide can be put together again, fo
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Experts(nn.Module):
         fused: transformers' module. What it does between the two products stays its own.
     """
 
-    def __init__(self, fused: nn.Module) -> None:
+    def __init__(self, fused: Any) -> None:  # the families' classes have no type in common
         super().__init__()
         reads = _READS[0] if fused.has_gate else _READS[1]
         for number in range(fused.num_experts):
@@ -188,7 +189,7 @@ def _is_fused(module: nn.Module) -> bool:
     return known and down is not None and first is not None and down.dim() == first.dim() == 3
 
 
-def _linear(fused: nn.Module, name: str, number: int) -> nn.Linear:
+def _linear(fused: Any, name: str, number: int) -> nn.Linear:
     """One expert's part of a fused tensor; the reader's bias stands behind the router's weight and is left out."""
     weight = getattr(fused, name)[number].detach()
     weight = (weight.T if fused.is_transposed else weight).clone()

@@ -950,7 +950,7 @@ class _Flow(TorchDispatchMode):
 
     def _product(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
         tensors = [value for value in args if isinstance(value, Tensor)][-2:]
-        shadows = [self._shadow(value) for value in tensors]
+        shadows: list[Any] = [self._shadow(value) for value in tensors]  # None where nothing is followed
         if all(shadow is None for shadow in shadows):
             return
         nothing = torch.zeros((), dtype=torch.int64).expand(result.shape)

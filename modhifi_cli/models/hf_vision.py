@@ -96,7 +96,7 @@ def load(
         raise DataError(f"{folder / 'config.json'}: names no model_type and architectures; copy the folder again.")
     with seeded_initialisation(seed):
         model = build(config=config, kind=kinds[0])
-    network = model.network
+    network: Any = model.network  # one of transformers' classes
     if getattr(network, "main_input_name", "pixel_values") != "pixel_values":
         raise UnsupportedModelError(
             f"model=hf_vision: {kinds[0]} reads {network.main_input_name}, not images; use model=hf for a language model, or "
@@ -121,7 +121,7 @@ def load(
     )
 
 
-def _load_published_(network: nn.Module, folder: Path) -> str:
+def _load_published_(network: Any, folder: Path) -> str:
     """The folder's weights, under whatever names the library of the time gave them; the account of them."""
     files = weights_files(folder)
     try:

@@ -154,7 +154,7 @@ def launcher(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in launcher.items()}
 
 
-def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], None]) -> None:
+def run_hydra(verb: str, overrides: Sequence[str], job: Callable[[Any], Any]) -> None:
     """Give the rest of the command line to Hydra, which composes the settings and calls `job` with them.
 
     Args:

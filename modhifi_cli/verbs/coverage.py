@@ -151,7 +151,8 @@ def _examined(
     context = multiprocessing.get_context(method)
     if method == "forkserver":  # the libraries are imported once; every network starts from there
         context.set_forkserver_preload(["modhifi_cli.verbs.coverage", "torch", settings["library"], "torchvision"])
-    waiting, running = list(names), {}
+    waiting = list(names)
+    running: dict[str, tuple[Any, float]] = {}  # process, and when it began
     try:
         while waiting or running:
             while waiting and len(running) < jobs:

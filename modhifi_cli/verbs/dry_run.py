@@ -48,7 +48,7 @@ def show(settings: Mapping[str, Any], console: Console) -> None:
     steps = {key: config.build(settings[key]) for key in _STEPS}
     uneven = steps["allocation"].needs_curves
     data = settings["data"] or {}
-    length = min(data.get("length") or _LENGTH, model.config.max_position_embeddings)
+    length = min(int(data.get("length") or _LENGTH), int(_config(model).max_position_embeddings))
     sequences = data.get("sequences") or _SEQUENCES
     budget = Budget(float(settings["sparsity"]), price, settings["round_to"])
     shares = steps["schedule"](budget.sparsity)
@@ -77,6 +77,11 @@ def show(settings: Mapping[str, Any], console: Console) -> None:
             "operations": dict(found.operations), "seconds": found.seconds,
         }
     )  # fmt: skip
+
+
+def _config(model: Any) -> Any:
+    """Configuration of a class of transformers, whose attributes have no types."""
+    return model.config
 
 
 def _run(

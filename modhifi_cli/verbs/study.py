@@ -35,7 +35,8 @@ def study(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     artifacts.make_folder(place / "cells")
     console.note(f"{name} of {loaded.name}: {len(cells)} cells, {len(calibration)} calibration samples; in {place}")
     started = time.monotonic()
-    rows, missing, seconds = [], 0, {}
+    rows, missing = [], 0
+    seconds: dict[str, float] = {}
     for number, cell in enumerate(cells):
         told = ", ".join(str(value) for key, value in cell.items() if key != "layers" and value != "")
         console.progress(Progress("cells", told, number, len(cells)))

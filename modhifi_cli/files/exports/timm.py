@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,11 +68,11 @@ class Timm(Graph):
         def write(network: nn.Module, images: Tensor, folder: Path) -> None:
             from timm.models import save_for_hf
 
-            more = {"modhifi": {"weights": loaded.weights, **facts}}
+            more: dict[str, Any] = {"modhifi": {"weights": loaded.weights, **facts}}
             if loaded.classes is not None:
                 more["label_names"] = list(loaded.classes)
             reads = _data_config(loaded)
-            save_for_hf(network, folder, more, arguments, safe_serialization=True, data_config=reads)
+            save_for_hf(network, str(folder), more, arguments, safe_serialization=True, data_config=reads)
             if listed:
                 (folder / _LIST).write_text(listed + "\n", encoding="utf-8")
 
@@ -205,8 +206,8 @@ def _apart(found: nn.Module, model: nn.Module) -> str:
     return ""
 
 
-def _mlps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The MLPs of a transformer of timm."""
+def _mlps(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The MLPs of a transformer of timm, whose layers carry no types."""
     from timm.layers import Mlp
 
     for name, module in model.named_modules():
