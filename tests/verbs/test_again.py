@@ -121,7 +121,7 @@ def test_export_afterwards_and_a_stranger_opens_the_folder(home, tmp_path, capsy
     (["export", "run=last"], "say which formats, such as export=[onnx]; there are gguf"),
     (["export", "run=last", "export=[gguf]"], "is for language models, and this network reads images"),
     (["export", "run=nothing", "export=[onnx]"], "run=nothing: no such folder, and no run under outputs begins so"),
-    (["prune", "model=run", "model.run=last-9"], "model.run=last-9: there is"),
+    (["prune", "model=run", "model.run=last-9"], "model.run=last-9: there "),
     (["push", "run=last", "repo=name"], "repo=name: expected USER/NAME"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(words, said, capsys):
