@@ -44,8 +44,8 @@ CASES = {
 }  # fmt: skip
 
 
-# Runs of the old checkout have no checksums, so the new one reads them only when told so.
-EXTRA = {"verify": ["unverified=true"], "replay": ["unverified=true"]}
+# Runs of the old checkout have no checksums and no mark of their maker, so the new one reads them only when told so.
+EXTRA = {"verify": ["unverified=true"], "replay": ["unverified=true", "model.trust=true"]}
 
 
 def run(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
