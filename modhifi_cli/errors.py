@@ -96,6 +96,16 @@ def need_packages(what: str, *packages: str) -> None:
             raise package_missing(what, package)
 
 
+def first_line(error: BaseException, silent: str | None = None) -> str:
+    """The first line of what an error says; `silent`, or its type, where it says nothing."""
+    return (str(error).strip().splitlines() or [silent or type(error).__name__])[0]
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, short and without its full stop, for a sentence that goes on behind it."""
+    return first_line(error, "no message").rstrip(".")[:200]
+
+
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether a setting is a whole number; true and false, which Python counts as numbers, are none."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modhifi_cli.data.sources import labels_to_read, settings_group
 from modhifi_cli.data.tensors import TensorImages, from_batches
-from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.errors import ConfigError, DataError, first_line
 from modhifi_cli.records import Preprocess
 
 _MOST = 2000  # samples, as in the paper
@@ -53,7 +53,7 @@ def load(
     except (ConfigError, DataError):
         raise
     except Exception as error:  # the user's own code may raise anything
-        text = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+        text = first_line(error, "no message").rstrip(".")
         raise ConfigError(
             f"{group}.factory={factory}: it failed with {type(error).__name__}: {text}; it is called without arguments and "
             "gives batches."

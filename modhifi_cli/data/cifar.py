@@ -13,7 +13,7 @@ from modhifi_cli.data.sources import (
     settings_group,
     sha256_of_samples,
 )
-from modhifi_cli.errors import ConfigError, DataError, nearest
+from modhifi_cli.errors import ConfigError, DataError, first_line, nearest
 from modhifi_cli.records import Preprocess
 
 _SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
@@ -93,5 +93,5 @@ def _read(name: str, folder: Path, *, train: bool, download: bool, group: str) -
         )
         raise DataError(
             f"{group}.path: the files of {name} are missing or damaged under {folder} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}); {hint}."
+            f"{first_line(error, 'no message')}); {hint}."
         ) from error

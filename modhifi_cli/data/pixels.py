@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from modhifi_cli.data.making import Making, Store, kept_or_made
 from modhifi_cli.data.procedural import KINDS, draw, made_samples, refuse_given_labels
 from modhifi_cli.data.sources import sha256_of_samples
-from modhifi_cli.errors import ConfigError, UnsupportedModelError, is_number, is_whole, nearest
+from modhifi_cli.errors import ConfigError, UnsupportedModelError, first_line, is_number, is_whole, nearest
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.records import Preprocess, TextInput
 
@@ -330,7 +330,7 @@ def count_classes(model: nn.Module, preprocess: Preprocess, device: torch.device
         with torch.no_grad():
             logits = model(example)
     except Exception as error:  # networks fail in their own ways on inputs they were not made for
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        detail = first_line(error)[:150]
         raise UnsupportedModelError(
             f"data={source} makes one image tensor of {tuple(example.shape[1:])} for a forward, and this network does "
             f"not take that ({detail}); give a network with a single image input, or set model.preprocess.size."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modhifi_cli.data.sources import settings_group, sha256_of_samples
-from modhifi_cli.errors import ConfigError, DataError, is_whole, package_missing
+from modhifi_cli.errors import ConfigError, DataError, first_line, is_whole, package_missing
 from modhifi_cli.records import Preprocess, TextInput
 
 # Field names that hold a document's text, most specific first; several of a tuple are joined by a newline.
@@ -355,7 +355,7 @@ def _from_hub(place: str, hub: Mapping[str, str]) -> tuple[list[Any], str]:
     try:
         return list(datasets.load_dataset(**hub)), account
     except Exception as error:  # connection errors of several libraries, unknown names, damaged caches
-        first = (str(error).strip().splitlines() or ["no message"])[0][:200]
+        first = first_line(error, "no message")[:200]
         raise DataError(
             f"{place}.hub: {account} could not be fetched ({type(error).__name__}: {first}); connect to the network "
             f"once, or give a local file with {place}=text {place}.path=FILE."

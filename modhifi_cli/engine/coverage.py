@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.engine.plan import discover
-from modhifi_cli.errors import UnsupportedModelError
+from modhifi_cli.errors import UnsupportedModelError, first_line
 from modhifi_cli.graph.answers import flattened
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, is_transposed, weight_of
 from modhifi_cli.graph.decoder import Part, find_parts, slice_part_
@@ -277,7 +277,7 @@ def first_size(model: nn.Module, sizes: Sequence[tuple[int, int]], channels: int
         # A network's own complaint about a size can be of any type.
         except Exception as caught:
             error = caught
-    words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    words = first_line(error)
     raise UnsupportedModelError(
         f"the network {type(model).__name__} does not take an image batch of shape "
         f"{(images, channels, *sizes[-1])}: {words.rstrip('.')}."

@@ -19,7 +19,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, is_out_of_memory, nearest, package_missing
+from modhifi_cli.errors import (
+    ConfigError,
+    DataError,
+    UnsupportedModelError,
+    first_line,
+    is_out_of_memory,
+    nearest,
+    package_missing,
+)
 from modhifi_cli.evaluation.forward import ready_to_measure
 from modhifi_cli.records import ImageSource, Measurement, Progress
 
@@ -103,7 +111,7 @@ def measure(
                 except Exception as error:  # datasets and the hub raise many types of their own
                     if is_out_of_memory(error):
                         raise
-                    first = (str(error).strip().splitlines() or ["no message"])[0][:200]
+                    first = first_line(error, "no message")[:200]
                     raise DataError(
                         f"evaluation.lm_eval: the data of {', '.join(tasks)} could not be had ({type(error).__name__}: "
                         f"{first}); connect to the network once, or give evaluation.lm_eval.local_data=FOLDER."

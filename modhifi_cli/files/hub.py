@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.errors import ConfigError, DataError, reason
 from modhifi_cli.files import cache
 from modhifi_cli.files.disk import disk, make_folder
 
@@ -48,7 +48,7 @@ def fetched(name: str) -> Path:
         there = Path(snapshot_download(name))
     except Exception as error:  # errors of HTTP, of the hub, of a cache without a connection
         raise DataError(
-            f"{name}: no such folder here, and the hub does not give it ({type(error).__name__}: {_first(error)}); check "
+            f"{name}: no such folder here, and the hub does not give it ({type(error).__name__}: {reason(error)}); check "
             "the name, or connect once."
         ) from error
     return _with_files(there, cache.directory().parent / "hub" / name.replace("/", "--") / there.name)
@@ -107,7 +107,7 @@ def upload(planned: Upload, *, private: bool) -> None:
                 f"repo={planned.repo}: the hub does not let this login write there (HTTP {status}); use a token that may, "
                 "or a repository of your own."
             ) from error
-        raise DataError(f"repo={planned.repo}: the hub answered {_first(error)}; try again later.") from error
+        raise DataError(f"repo={planned.repo}: the hub answered {reason(error)}; try again later.") from error
     except Exception as error:  # no connection, in the words of several libraries
         whole = f"{len(planned.files)} files, {sum(planned.files.values()):,} bytes"
         raise DataError(
@@ -115,6 +115,3 @@ def upload(planned: Upload, *, private: bool) -> None:
             "be uploaded, type the same when connected."
         ) from error
 
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")[:200]

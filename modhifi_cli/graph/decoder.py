@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, UnsupportedModelError, nearest
+from modhifi_cli.errors import ConfigError, UnsupportedModelError, first_line, nearest
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, Slot, input_size, is_linear, output_size
 from modhifi_cli.graph.experts import Experts, common_width, of_experts
 from modhifi_cli.graph.law import SEED, KeepsDouble, Verdict, randomise_
@@ -771,7 +771,7 @@ def check_part(layer: nn.Module, prefix: str, part: Part, call: Call, *, seed: i
             slice_part_(narrow, Layout(narrow, [part.group]), part, kept.nonzero().flatten())
             sliced = run_layer(narrow.get_submodule(prefix), hidden, call)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
-        told = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        told = first_line(error).rstrip(".")
         return Verdict(float("inf"), 0.0, f"its code does not run with fewer ({told})")
     if sliced.shape != zeroed.shape:
         return Verdict(float("inf"), 0.0, "the hidden states changed shape")
@@ -810,7 +810,7 @@ def _check_experts(
                 if verdict.holds or differs > verdict.tolerance:
                     break
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
-        told = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        told = first_line(error).rstrip(".")
         return Verdict(float("inf"), 0.0, f"its code does not run with fewer ({told})")
     return verdict
 

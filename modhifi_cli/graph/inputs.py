@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modhifi_cli.errors import UnsupportedModelError
+from modhifi_cli.errors import UnsupportedModelError, first_line
 from modhifi_cli.graph.answers import tensors_of
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -91,7 +91,7 @@ def refuse_finished(model: nn.Module) -> None:
 
 def not_taken(model: nn.Module, shape: Sequence[int], error: Exception) -> UnsupportedModelError:
     """The one sentence for a forward that failed on images of a shape ``[batch, channels, height, width]``."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    text = first_line(error).rstrip(".")
     said = f"the network {type(model).__name__} does not take an image batch of shape {tuple(shape)}: {text}"
     lower = text.lower()
     if any(words in lower for words in _TOO_SMALL):

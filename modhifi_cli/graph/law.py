@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from modhifi_cli.errors import first_line
 from modhifi_cli.graph.answers import flattened
 from modhifi_cli.graph.components import ComponentGroup, Layout, is_upsampling
 from modhifi_cli.graph.heads import forget_tables_, head_count
@@ -146,7 +147,7 @@ def check(
         slice_groups_(copied, groups, removed)
         narrow = _logits(copied, images)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError, AssertionError) as error:
-        return Verdict(float("inf"), 0.0, str(error).splitlines()[0] if str(error) else type(error).__name__)
+        return Verdict(float("inf"), 0.0, first_line(error))
     if narrow.shape != zeroed.shape:
         failure = f"the logits changed shape from {zeroed.numel()} to {narrow.numel()} numbers"
         return Verdict(float("inf"), 0.0, failure)

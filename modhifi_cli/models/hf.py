@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, need_packages
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, need_packages, reason
 from modhifi_cli.graph.decoder import attention_attributes, decoder_layers, shape_of
 from modhifi_cli.graph.experts import closed, open_experts_
 from modhifi_cli.graph.surgery import describe_widths, restore_widths_, set_attribute_
@@ -214,7 +214,7 @@ def build(*, config: Mapping[str, Any], dtype: str = "float32") -> nn.Module:
                 model = AutoModelForCausalLM.from_config(made, dtype=DTYPES[dtype])
         except Exception as error:  # every family validates in its own way
             raise DataError(
-                f"the saved configuration cannot be built ({_first_line(error)}); restore the run folder."
+                f"the saved configuration cannot be built ({reason(error)}); restore the run folder."
             ) from error
     open_experts_(model)
     return model.eval().requires_grad_(False)
@@ -407,7 +407,7 @@ def restore(directory: Path, architecture: Mapping[str, Any], described: Mapping
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise DataError(
-            f"{directory}: the weights do not fit architecture.json ({_first_line(error)}); restore the run folder."
+            f"{directory}: the weights do not fit architecture.json ({reason(error)}); restore the run folder."
         ) from error
     model.tie_weights()
     tied = {key for key in missing if _is_tied(model, key, state)}
@@ -509,7 +509,7 @@ def _explained(source: str, what: str = "model") -> Iterator[None]:
         raise
     except Exception as error:  # OSError, ValueError, HTTP errors of several libraries, safetensors' own
         local = Path(source).is_dir()
-        said = _first_line(error)
+        said = reason(error)
         if not local:
             raise DataError(
                 f"model.path={source}: the {what} could not be fetched from the hub ({type(error).__name__}: {said}); "
@@ -585,9 +585,6 @@ def _described(config: Any) -> dict[str, Any]:
         plain.pop(key, None)
     return plain
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")[:200]
 
 
 # ------------------------------------------------------------------------------------------------------------- shapes

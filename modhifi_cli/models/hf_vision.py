@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, first_line
 from modhifi_cli.graph.inputs import check_images
 from modhifi_cli.models.called import side_by_side
 from modhifi_cli.models.preprocessing import adjusted, named_classes
@@ -59,7 +59,7 @@ def build(*, config: Mapping[str, Any], kind: str) -> nn.Module:
     try:
         return Pictures(made(transformers.AutoConfig.for_model(config["model_type"], **values))).eval()
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ImportError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        text = first_line(error).rstrip(".")
         raise DataError(f"model.path: config.json does not make a {kind} ({text}); copy the folder again.") from error
 
 
@@ -127,7 +127,7 @@ def _load_published_(network: Any, folder: Path) -> str:
     try:
         found, told = type(network).from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        text = first_line(error).rstrip(".")
         raise DataError(f"model.path: the weights of {folder} cannot be read ({text}); copy the folder again.") from error
     missing = sorted(told["missing_keys"])
     if missing:

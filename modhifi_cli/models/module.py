@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, DataError, nearest
+from modhifi_cli.errors import ConfigError, DataError, first_line, nearest
 from modhifi_cli.graph.folded import copied, fold_
 from modhifi_cli.graph.inputs import check_images, refuse_finished
 from modhifi_cli.models.called import Called, Form, Sent
@@ -161,7 +161,7 @@ def _called(model: nn.Module, example: str | None, forward: str | None) -> tuple
     try:
         batch = give()
     except Exception as error:  # the user's own code may raise anything
-        text = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+        text = first_line(error, "no message").rstrip(".")
         raise ConfigError(
             f"model.example={example}: it failed with {type(error).__name__}: {text}; it is called without arguments and "
             "returns one batch."
@@ -293,7 +293,7 @@ def _made(factory: str, kwargs: Mapping[str, Any], make: Callable[..., Any]) -> 
     try:
         model = make(**copy.deepcopy(dict(kwargs)))
     except Exception as error:  # the user's own code may raise anything
-        text = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+        text = first_line(error, "no message").rstrip(".")
         raise ConfigError(
             f"model.factory={factory}: it failed with {type(error).__name__}: {text}; call it in Python with the same "
             "model.kwargs to see where."
@@ -351,7 +351,7 @@ def _imported(factory: str) -> tuple[Any, str]:
             raise ConfigError(f"model.factory={factory}: importing {name} failed, {error}; install it.") from error
         raise ConfigError(f"model.factory={factory}: there is no module '{name}', {_near_modules(name)}") from error
     except Exception as error:  # the user's own code may raise anything
-        text = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+        text = first_line(error, "no message").rstrip(".")
         raise ConfigError(
             f"model.factory={factory}: importing {name} failed with {type(error).__name__}: {text}."
         ) from error

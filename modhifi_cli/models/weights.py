@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modhifi_cli.errors import DataError
+from modhifi_cli.errors import DataError, reason
 
 # Where training scripts put the tensors, most specific first; averaged weights only if there is nothing else.
 _NESTS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "state_dict_ema", "model_ema",
@@ -106,7 +106,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         raise DataError(
             f"model.weights: {file} cannot be read as {form} ({type(error).__name__}: "
-            f"{_first_line(error)}); copy the file again."
+            f"{reason(error)}); copy the file again."
         ) from error
     tensors = _unwrap(content)
     if not tensors:
@@ -240,7 +240,7 @@ def library_weights_missing(*, library: str, name: str, error: Exception) -> Dat
     """
     return DataError(
         f"model.weights=default: {library} could not fetch the weights of {name} "
-        f"({type(error).__name__}: {_first_line(error)}); connect to the network once, or set model.weights=FILE "
+        f"({type(error).__name__}: {reason(error)}); connect to the network once, or set model.weights=FILE "
         "(safetensors or a checkpoint), or model.weights=random for speed studies."
     )
 
@@ -287,6 +287,3 @@ def _first_three(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")[:200]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from modhifi_cli.errors import ConfigError, nearest
+from modhifi_cli.errors import ConfigError, first_line, nearest
 from modhifi_cli.settings.checks import check_numbers, check_serving
 from modhifi_cli.settings.explain import explain, is_hydra_error
 from modhifi_cli.settings.heard import check_heard, check_numbers_fit, check_words, refuse_unsaid_code
@@ -21,7 +21,7 @@ from modhifi_cli.settings.resolve import (
     resolve_target,
 )
 from modhifi_cli.settings.targets import check_targets
-from modhifi_cli.settings.words import as_plain_words, example, first_line, select, spelled
+from modhifi_cli.settings.words import as_plain_words, example, select, spelled
 from modhifi_cli.settings.yamls import (
     config_directory,
     read_verb,

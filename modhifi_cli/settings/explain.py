@@ -5,8 +5,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from modhifi_cli.errors import ConfigError, nearest, package_missing
-from modhifi_cli.settings.words import first_line, flatten, spelled
+from modhifi_cli.errors import ConfigError, first_line, nearest, package_missing
+from modhifi_cli.settings.words import flatten, spelled
 from modhifi_cli.settings.yamls import config_directory, groups, top_level_keys, verbs
 
 # What our own launchers and sweeper build on, by the name that plugins give it, and the package of each.

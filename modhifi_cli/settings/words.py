@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from modhifi_cli.errors import ConfigError
+from modhifi_cli.errors import ConfigError, first_line
 from modhifi_cli.settings.targets import at_present
 from modhifi_cli.settings.yamls import config_directory, read_verb
 
@@ -154,7 +154,3 @@ def flatten(plain: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, A
         else:
             yield f"{prefix}{key}", value
 
-
-def first_line(error: Exception) -> str:
-    """An error's first line, or its type where it says nothing."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
