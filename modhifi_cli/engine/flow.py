@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.engine.team import Team
-from modhifi_cli.evaluation.visiting import free_memory
-from modhifi_cli.graph.answers import mapped
+from modhifi_cli.evaluation.visiting import free_memory, size_of
+from modhifi_cli.graph.answers import mapped, tensors_of
 from modhifi_cli.graph.decoder import Call, enter, run_layer
 from modhifi_cli.records import ImageSource, Progress
 
@@ -138,8 +138,7 @@ class Flow:
     def _has_room(self, layer: nn.Module) -> bool:
         if self.device.type != "cuda":
             return self.device == self._home
-        size = sum(tensor.numel() * tensor.element_size() for tensor in layer.parameters())
-        return free_memory(self.device) - size > torch.cuda.mem_get_info(self.device)[1] / 2
+        return free_memory(self.device) - size_of(layer) > torch.cuda.mem_get_info(self.device)[1] / 2
 
     def _move_ends_(self, device: torch.device) -> None:
         """Put what stands in front of the layers and behind them on a device: embedding, last norm, head."""
@@ -287,5 +286,4 @@ def _answering(layer: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _bytes(answer: Any) -> int:
-    parts = answer if isinstance(answer, (tuple, list)) else (answer,)
-    return sum(part.numel() * part.element_size() for part in parts if isinstance(part, Tensor))
+    return sum(tensor.nbytes for tensor in tensors_of(answer))

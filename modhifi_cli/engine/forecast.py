@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from modhifi_cli.engine.flow import TOKENS_AT_ONCE
+from modhifi_cli.evaluation.visiting import size_of
 from modhifi_cli.graph.components import input_size, matrices, output_size
 from modhifi_cli.graph.decoder import Decoder, Part
 
@@ -113,8 +114,8 @@ def forecast(model: nn.Module, decoder: Decoder, run: Run) -> Forecast:
         decoder: Its layers and parts.
         run: The run.
     """
-    layer = max(map(_bytes, (model.get_submodule(name) for name in decoder.layers)))
-    layers, whole = sum(_bytes(model.get_submodule(name)) for name in decoder.layers), _bytes(model)
+    layer = max(map(size_of, (model.get_submodule(name) for name in decoder.layers)))
+    layers, whole = sum(size_of(model.get_submodule(name)) for name in decoder.layers), size_of(model)
     size = next(model.parameters()).element_size()
     shapes = [_shape(model, part) for part in decoder.parts]
     features, outputs = max(shapes)
@@ -182,8 +183,3 @@ def _shape(model: nn.Module, part: Part) -> tuple[int, int]:
 def _vocabulary(model: nn.Module) -> int:
     config: Any = model.config  # transformers' configuration, which PyTorch takes for a tensor or a module
     return int(config.vocab_size)
-
-
-def _bytes(module: nn.Module) -> int:
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError, NumericsError, UnsupportedModelError
-from modhifi_cli.evaluation.visiting import fits, visits
+from modhifi_cli.evaluation.visiting import fits, tensors_held, visits
 from modhifi_cli.records import ImageSource, Progress
 
 
@@ -29,7 +29,7 @@ def ready_to_measure(models: Mapping[str, nn.Module], device: torch.device) -> I
     """
     with ExitStack() as restore:
         for model in models.values():
-            home = next(_tensors(model), torch.empty(0)).device
+            home = next(tensors_held(model), torch.empty(0)).device
             restore.callback(_give_back, model, home, [(module, module.training) for module in model.modules()])
             model.eval()
             if fits(model, device):
@@ -157,7 +157,7 @@ def synchronize(device: torch.device) -> None:
 
 def _input_dtype(model: nn.Module) -> torch.dtype:
     """The type of the network's first floating-point parameter or buffer; float32 where it has none."""
-    return next((tensor.dtype for tensor in _tensors(model) if tensor.is_floating_point()), torch.float32)
+    return next((tensor.dtype for tensor in tensors_held(model) if tensor.is_floating_point()), torch.float32)
 
 
 def _checked_logits(output: object, *, name: str, stage: str, place: str, images: int, at: int) -> Tensor:
@@ -177,11 +177,6 @@ def _checked_logits(output: object, *, name: str, stage: str, place: str, images
             "check the weights and the normalisation statistics, or run in float32."
         )
     return logits
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
 
 
 def _give_back(model: nn.Module, home: torch.device, modes: list[tuple[nn.Module, bool]]) -> None:

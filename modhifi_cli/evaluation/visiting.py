@@ -35,14 +35,14 @@ def free_memory(device: torch.device | str = "cpu") -> float:
 
 def fits(model: nn.Module, device: torch.device) -> bool:
     """Whether a network may lie on a device as a whole: it is there already, it is the host, or there is room."""
-    if device.type != "cuda" or all(tensor.device == device for tensor in _tensors(model)):
+    if device.type != "cuda" or all(tensor.device == device for tensor in tensors_held(model)):
         return True
     return size_of(model) <= _MOST * free_memory(device)
 
 
 def size_of(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers; what is shared counts once."""
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in _tensors(module)}.values())
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors_held(module)}.values())
 
 
 @contextmanager
@@ -57,13 +57,13 @@ def visits(model: nn.Module, device: torch.device) -> Iterator[None]:
     handles = []
 
     def fetch(module: nn.Module, *_: object) -> None:
-        for tensor in _tensors(module):
+        for tensor in tensors_held(module):
             if tensor.device != device:
                 home[id(tensor)] = (tensor, tensor.data)
                 tensor.data = tensor.data.to(device)
 
     def leave(module: nn.Module, *_: object) -> None:
-        for tensor in _tensors(module):
+        for tensor in tensors_held(module):
             if id(tensor) in home:
                 tensor.data = home.pop(id(tensor))[1]
 
@@ -88,5 +88,6 @@ def visits(model: nn.Module, device: torch.device) -> Iterator[None]:
             tensor.data = data
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
+def tensors_held(module: nn.Module) -> Iterator[Tensor]:
+    """A module's parameters and buffers; what several hold comes once for each."""
     return chain(module.parameters(), module.buffers())
