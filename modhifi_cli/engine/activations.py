@@ -108,6 +108,7 @@ class Activations:
 
     def _answers(self, number: int) -> dict[str, Tensor]:
         return {name: outputs[number] for name, outputs in self._held.items()}
+
     def only(self, numbers: Tensor) -> "Activations":
         """Some of the images, standing at the same cut; what is done with them leaves these activations alone.
 
@@ -211,7 +212,7 @@ class Activations:
         keep = _keep_in if len(inputs) + len(wanted) > 1 else _keep_as_is
         for number, (batch, done, total) in enumerate(self._batches(self._carried)):
             read: dict[str, Tensor] = {}
-            given = {name: outputs[number] for name, outputs in self._held.items()}
+            given = self._answers(number)
             if self._cut is not None:
                 given[self._cut] = batch
             if inputs or wanted:

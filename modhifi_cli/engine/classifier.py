@@ -15,6 +15,8 @@ from modhifi_cli.graph.components import Refusal
 from modhifi_cli.numerics.refit import refit
 from modhifi_cli.records import Edit, EditState, Progress
 
+_ITEM = "dense logits"  # in progress
+
 
 @torch.no_grad()
 def find_classifier(
@@ -95,17 +97,8 @@ def aims_of(walk: Walk, classifier: str) -> Generator[Progress, None, tuple[Aims
             raise
         why = str(error).partition(": ")[2].partition(";")[0]
         return None, (Refusal("classifier", f"kept as it is: {why}"),)
-    return Aims(walk, layer, None if walk.keeps_dense else (yield from _logits(walk, layer))), ()
-
-
-def _logits(walk: ImageWalk, layer: str) -> Generator[Progress, None, Tensor]:
-    found: list[Tensor] = []
-    for event in walk.dense_answers(layer, item="dense logits"):
-        if isinstance(event, Tensor):
-            found.append(event)
-        else:
-            yield event
-    return walk.activations.team.gather(torch.cat(found))
+    logits = None if walk.keeps_dense else (yield from walk.dense_answers(layer, item=_ITEM))
+    return Aims(walk, layer, logits), ()
 
 
 def refit_classifier_(aims: Aims) -> Generator[Progress, None, Edit]:
@@ -116,8 +109,8 @@ def refit_classifier_(aims: Aims) -> Generator[Progress, None, Edit]:
     """
     walk, rows = aims.walk, list[Tensor]()
     yield from walk.activations.walk({aims.layer: lambda inputs: rows.append(inputs.clone())}, item="classifier")
-    inputs = walk.activations.team.gather(torch.cat(rows))
-    logits = aims.logits if aims.logits is not None else (yield from _logits(walk, aims.layer))
+    inputs = walk.team.gather(torch.cat(rows))
+    logits = aims.logits if aims.logits is not None else (yield from walk.dense_answers(aims.layer, item=_ITEM))
     layer = walk.model.get_submodule(aims.layer)
     assert isinstance(layer, nn.Linear)  # as `find_classifier` found it
     held_out = held_out_images(torch.arange(len(inputs), device=inputs.device))

@@ -262,7 +262,7 @@ class ImageWalk:
         if self._keeps_survey:
             whole = {name: replace(one, fitted=None) for name, one in gathered.items()}
             self._surveyed = {name: (one, self.layout.alive_inputs(name)) for name, one in whole.items()}
-        gathered = {name: replace(one, statistics=one.fitted or one.statistics) for name, one in gathered.items()}
+        gathered = {name: one.without_held_out() for name, one in gathered.items()}
         trial = Impact(self.segments, images[first:behind], limit_bytes=self.activations.limit_bytes, team=team)
         for group in self.parts:
             yield Surveyed(group, gathered, trial)
@@ -478,15 +478,15 @@ class ImageWalk:
             behind.get_buffer("running_mean").copy_(was - lacking)
         return [norm]
 
-    def dense_answers(self, name: str, *, item: str) -> Iterator[Progress | Tensor]:
-        """What a layer gives in the dense network over all samples, batch after batch.
+    def dense_answers(self, name: str, *, item: str) -> Generator[Progress, None, Tensor]:
+        """What a layer gives in the dense network over all samples of all processes, ``[samples, …]``.
 
         Where that network is kept beside the edited one it stands far behind by the end, so that this costs next to
         nothing; before anything is edited, this network is the dense one.
         """
         found: list[Tensor] = []
         yield from (self._dense or self.activations).outputs(name, found.append, item=item)
-        yield from found
+        return self.team.gather(torch.cat(found))
 
     @property
     def keeps_dense(self) -> bool:

@@ -117,7 +117,8 @@ class Team:
     def _statistics(self, own: Statistics, rows: int) -> Statistics:
         every = self.total(rows, own.mean.device)
         whole = self.total(int(own.samples is None), own.mean.device)
-        if own.samples is not None and not whole and every <= own.features:  # samples, too, where there are fewer rows than features
+        # Samples, too, where there are fewer rows than features.
+        if own.samples is not None and not whole and every <= own.features:
             found = self._summed({"mean": own.mean}, rows)
             return Statistics(rows=found["rows"], mean=found["mean"], samples=self.gather(own.samples[:rows]))
         square = second_moment(own, centred=False)
