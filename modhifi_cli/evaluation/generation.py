@@ -4,14 +4,15 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, is_whole
-from modhifi_cli.evaluation.forward import ready_to_measure, synchronize
+from modhifi_cli.evaluation.forward import ready_to_measure
 from modhifi_cli.evaluation.latency import busy, median_interval, told_speedup
-from modhifi_cli.evaluation.runtimes.clocks import clock, clock_name, load_average
+from modhifi_cli.evaluation.runtimes.clocks import clock_name, load_average, milliseconds
 from modhifi_cli.records import ImageSource, Measurement, Progress
 
 
@@ -93,7 +94,6 @@ def _times(
 ) -> Tensor:
     """Seconds of the prefill and of a step, ``[2, networks, rounds]`` float64; limits: warm-up, rounds, seconds."""
     warmup, rounds, max_seconds = limits
-    now = clock(clock_name(device, torch.get_num_threads()))
     found: list[list[tuple[float, float]]] = []
     started = time.perf_counter()
     for number in range(warmup + max(rounds, 1)):
@@ -101,7 +101,7 @@ def _times(
             break
         turn = number % len(models)
         order = [*list(models)[turn:], *list(models)[:turn]]
-        spent = {name: _round(models[name], prompt, new_tokens, device, now) for name in order}
+        spent = {name: _round(models[name], prompt, new_tokens, device) for name in order}
         if number >= warmup:
             found.append([spent[name] for name in models])
         progress(Progress("generation", f"{len(prompt)} prompts", number + 1, warmup + max(rounds, 1)))
@@ -126,18 +126,19 @@ def _summary(names: tuple[str, ...], times: Tensor, protocol: dict, *, suffix: s
     return found
 
 
-def _round(
-    model: nn.Module, prompt: Tensor, new_tokens: int, device: torch.device, now: Callable[[], float]
-) -> tuple[float, float]:
+def _round(model: nn.Module, prompt: Tensor, new_tokens: int, device: torch.device) -> tuple[float, float]:
     """Seconds of the prefill with its first token, and of one step behind it."""
-    synchronize(device)
-    started = now()
-    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    token = output.logits[:, -1:].argmax(-1)
-    synchronize(device)
-    prefilled = now()
-    for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        token = output.logits[:, -1:].argmax(-1)
-    synchronize(device)
-    return prefilled - started, (now() - prefilled) / new_tokens
+    read: dict[str, Any] = {"input_ids": prompt, "logits_to_keep": 1}
+
+    def step() -> None:
+        nonlocal read
+        output = model(**read, use_cache=True)
+        read = {"input_ids": output.logits[:, -1:].argmax(-1), "past_key_values": output.past_key_values}
+
+    def steps() -> None:
+        for _ in range(new_tokens):
+            step()
+
+    threads = torch.get_num_threads()
+    prefill, behind = (milliseconds(run, device, threads) / 1000 for run in (step, steps))
+    return prefill, behind / new_tokens
