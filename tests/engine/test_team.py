@@ -1,6 +1,5 @@
 """Processes that share the calibration samples end with the network that one process ends with."""
 
-import functools
 import subprocess
 import sys
 from dataclasses import replace
@@ -65,10 +64,10 @@ def pruned_images(team: Team, batchnorm: str = "reestimate", count: int = 46):
     return model.state_dict()
 
 
-def member(rank: int, size: int, store: str, make=pruned):
+def member(rank: int, size: int, store: str, make, **given):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
-        return make(Team(rank, size))
+        return make(Team(rank, size), **given)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -83,19 +82,25 @@ def together(folder, size: int, call: str) -> list[subprocess.Popen]:
     ]
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.card)])
-def test_several_processes_prune_as_one_does(tmp_path, size):
-    store = tmp_path / "store"
-    others = together(tmp_path, size, f"member(rank, {size}, {str(store)!r})")
+def of_all(folder, size: int, make, **given) -> list:
+    """What a function of this file gives in each process of a team, the first one here."""
+    store = str(folder / "store")
+    others = together(folder, size, f"member(rank, {size}, {store!r}, {make.__name__}, **{given!r})")
     try:
-        first = member(0, size, str(store))
+        first = member(0, size, store, make, **given)
         assert [other.wait(timeout=300) for other in others] == [0] * len(others)
     finally:
         for other in others:
             other.kill()
+    return [first, *(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(1, size))]
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.card)])
+def test_several_processes_prune_as_one_does(tmp_path, size):
+    first, *others = of_all(tmp_path, size, pruned)
     alone = pruned(Team())
-    for rank in range(1, size):
-        for name, tensor in torch.load(tmp_path / f"{rank}.pt").items():
+    for other in others:
+        for name, tensor in other.items():
             assert torch.equal(first[name], tensor)
             assert torch.allclose(tensor, alone[name], atol=1e-4 * float(alone[name].abs().max()))
 
@@ -103,18 +108,10 @@ def test_several_processes_prune_as_one_does(tmp_path, size):
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.card)])
 @pytest.mark.parametrize("batchnorm", ["reestimate", "stored"])
 def test_several_processes_prune_an_image_network_as_one_does(tmp_path, size, batchnorm):
-    store, make = tmp_path / "store", functools.partial(pruned_images, batchnorm=batchnorm)
-    call = f"member(rank, {size}, {str(store)!r}, functools.partial(pruned_images, batchnorm={batchnorm!r}))"
-    others = together(tmp_path, size, call)
-    try:
-        first = member(0, size, str(store), make)
-        assert [other.wait(timeout=300) for other in others] == [0] * len(others)
-    finally:
-        for other in others:
-            other.kill()
-    alone = make(Team())
-    for rank in range(1, size):
-        for name, tensor in torch.load(tmp_path / f"{rank}.pt").items():
+    first, *others = of_all(tmp_path, size, pruned_images, batchnorm=batchnorm)
+    alone = pruned_images(Team(), batchnorm=batchnorm)
+    for other in others:
+        for name, tensor in other.items():
             assert torch.equal(first[name], tensor)
             assert tensor.shape == alone[name].shape
             assert torch.allclose(tensor.double(), alone[name].double(), atol=1e-4 * float(alone[name].abs().max()))
@@ -127,13 +124,7 @@ def test_more_processes_than_images_are_refused():
 
 @pytest.mark.parametrize("rows", [(2, 3), (30, 5), (0, 4)], ids=["samples", "summed", "one has none"])
 def test_moments_of_several_processes_are_those_of_all_rows(tmp_path, rows):
-    store = tmp_path / "store"
-    (other,) = together(tmp_path, 2, f"member(rank, 2, {str(store)!r}, functools.partial(means, rows={rows}))")
-    try:
-        statistics = member(0, 2, str(store), functools.partial(means, rows=rows))
-        assert other.wait(timeout=300) == 0
-    finally:
-        other.kill()
+    statistics, _ = of_all(tmp_path, 2, means, rows=rows)
     own = torch.cat([drawn_rows(rank, count) for rank, count in enumerate(rows)]).double()
     assert statistics.rows == len(own) and (statistics.samples is not None) == (len(own) <= 8)
     centred = own - own.mean(0)
@@ -169,15 +160,9 @@ def apart(team: Team):
 
 
 def test_processes_that_do_not_hold_the_same_stop_with_a_sentence(tmp_path):
-    store = tmp_path / "store"
-    (other,) = together(tmp_path, 2, f"member(rank, 2, {str(store)!r}, apart)")
-    try:
-        told = member(0, 2, str(store), apart)
-        assert other.wait(timeout=300) == 0
-    finally:
-        other.kill()
+    told, elsewhere = of_all(tmp_path, 2, apart)
     assert told.startswith("NumericsError: layers.4: expected the same kept sets and weights in all 2 processes")
-    assert torch.load(tmp_path / "1.pt").startswith("EndedElsewhere: layers.4")
+    assert elsewhere.startswith("EndedElsewhere: layers.4")
 
 
 def test_shares_are_a_partition():
