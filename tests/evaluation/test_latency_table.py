@@ -194,3 +194,12 @@ def test_on_a_card_its_own_events_are_the_clock_and_the_protocol_names_its_rate(
         assert clocks.clock_name(torch.device("cuda"), 1) == "card"
         assert clocks.card_clocks(torch.device("cuda")) == {"clock_mhz": 1980}
     assert clocks.card_clocks(torch.device("cpu")) == {}
+
+
+def test_a_driver_that_does_not_tell_its_clock_ends_no_measurement(monkeypatch):
+    def silent(*_):
+        raise Exception("Not Supported")  # as the driver's own library says it
+
+    with pretend.card():
+        monkeypatch.setattr(torch.cuda, "clock_rate", silent)
+        assert clocks.card_clocks(torch.device("cuda")) == {}
