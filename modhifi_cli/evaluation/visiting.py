@@ -4,7 +4,7 @@ Whatever runs the network (a measurement of ours, generation, another library) c
 host's memory and are copied to the card each time they are needed, so a measurement takes longer and gives the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
@@ -56,11 +56,14 @@ def visits(model: nn.Module, device: torch.device) -> Iterator[None]:
     home: dict[int, tuple[Tensor, Tensor]] = {}  # what is on the device → where it lies otherwise
     handles = []
 
-    def fetch(module: nn.Module, *_: object) -> None:
-        for tensor in tensors_held(module):
+    def bring(tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
             if tensor.device != device:
                 home[id(tensor)] = (tensor, tensor.data)
                 tensor.data = tensor.data.to(device)
+
+    def fetch(module: nn.Module, *_: object) -> None:
+        bring(tensors_held(module))
 
     def leave(module: nn.Module, *_: object) -> None:
         for tensor in tensors_held(module):
@@ -72,9 +75,7 @@ def visits(model: nn.Module, device: torch.device) -> Iterator[None]:
             handles.append(module.register_forward_pre_hook(fetch))
             handles.append(module.register_forward_hook(leave, always_call=True))
             return
-        for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
-            home[id(tensor)] = (tensor, tensor.data)
-            tensor.data = tensor.data.to(device)
+        bring(chain(module.parameters(recurse=False), module.buffers(recurse=False)))
         for child in module.children():
             hook(child)
 

@@ -23,6 +23,8 @@ def measured(measure, model, device, **more):
         progress=lambda event: None,
         **more,
     )
+    clocks = {one.protocol["clock"] for one in found if "clock" in one.protocol}
+    assert clocks <= {"card" if device == "cuda" else "processor"}
     return {one.name: one.value for one in found}
 
 
