@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modhifi_cli.errors import NumericsError
+from modhifi_cli.numerics.moments import no_rows, refuse_not_finite
 from modhifi_cli.records import Statistics
 
 # Values that are converted to float64 at once: 2 MiB, so that they are squared while they are still in the cache.
@@ -84,11 +84,7 @@ class BatchNormMoments:
             part = part.double()
             self._sum += part.sum((0, 2))
             self._squares += part.square_().sum((0, 2))
-        if not torch.isfinite(self._sum).all():
-            raise NumericsError(
-                f"{self._name}: every input value must be finite, got NaN or infinity in this layer's activations; "
-                f"check the weights and the preprocessing, or try runtime.dtype=float64."
-            )
+        refuse_not_finite(self._sum, self._name)
         self._rows += maps.shape[0] * maps.shape[2]
 
     def result(self) -> ChannelMoments:
@@ -98,10 +94,7 @@ class BatchNormMoments:
             NumericsError: If there was nothing.
         """
         if self._sum is None or self._squares is None or not self._rows:
-            raise NumericsError(
-                f"{self._name}: moments need at least one calibration row, got none; raise data.num_samples, or leave "
-                f"the layer alone with exclude=[{self._name}] if the network never runs it."
-            )
+            raise no_rows(self._name)
         mean = self._sum / self._rows
         return ChannelMoments(self._rows, mean, (self._squares / self._rows - mean.square()).clamp_min(0))
 

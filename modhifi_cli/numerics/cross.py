@@ -49,8 +49,8 @@ class CrossMoments:
         self._name = name
         self._rows = 0
         self._sums: tuple[Tensor, Tensor, Tensor] | None = None  # of t xᵀ, t and t², with what is taken off gone
-        self._off: tuple[Tensor, Tensor] | None = None  # float32, taken off every output and every input; None: not known
-        self._shifted = False  # whether anything is taken off; then outputs and inputs have a constant one beside them
+        # Float32, taken off every output and every input, which then have a constant one beside them; None: nothing is.
+        self._off: tuple[Tensor, Tensor] | None = None
 
     @exact_products
     def update(self, inputs: Tensor, targets: Tensor) -> None:
@@ -69,13 +69,13 @@ class CrossMoments:
         conv = self._layer if isinstance(self._layer, nn.Conv2d) else None
         if conv is None:
             inputs, targets = inputs.flatten(0, -2), targets.flatten(0, -2)
-        if self._off is None:
-            self._off = _far(targets), _far(inputs)
-            self._shifted = any(bool(off.any()) for off in self._off)
-        if self._shifted:
+        if self._sums is None:
+            far = _far(targets), _far(inputs)
+            self._off = far if any(bool(off.any()) for off in far) else None
+        if self._off is not None:
             targets, inputs = _beside_ones(targets, self._off[0]), _beside_ones(inputs, self._off[1])
         cross = targets.T @ inputs if conv is None else _conv_cross(conv, inputs, targets)
-        rows = (targets[:, : len(self._off[0])] if self._shifted else targets).movedim(1, -1).flatten(0, -2)
+        rows = (targets[:, : len(self._off[0])] if self._off is not None else targets).movedim(1, -1).flatten(0, -2)
         mean = rows.sum(0, dtype=torch.float64)
         if not bool(torch.isfinite(mean).all()):
             raise NumericsError(
@@ -99,7 +99,7 @@ class CrossMoments:
         if self._sums is None or not self._rows:
             raise NumericsError(f"{self._name}: no row was seen; the calibration data is empty.")
         cross, mean, energy = self._sums
-        if self._off is not None and self._shifted:
+        if self._off is not None:
             cross, mean, energy = _moved_back(cross, mean, energy, self._rows, self._off)
         return CrossStatistics(self._rows, cross / self._rows, mean / self._rows, energy / self._rows)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
-from modhifi_cli.errors import NumericsError, UnsupportedModelError
+from modhifi_cli.errors import NumericsError
 from modhifi_cli.numerics.linalg import add_gram_, exact_products, mirror_upper_
 from modhifi_cli.numerics.rows import Window, draw_positions, rows_at, unfold_columns
 from modhifi_cli.records import Statistics
@@ -68,7 +68,7 @@ class RowMoments:
             NumericsError: If there was no row.
         """
         if self._sum is None or self._shift is None or not self._rows:
-            raise _no_rows(self._name)
+            raise no_rows(self._name)
         off = self._sum / self._rows
         shift = self._shift[:, 0].double()
         if self._gram is None:
@@ -86,7 +86,7 @@ class RowMoments:
         columns = columns.to(torch.float32)
         near = self._near(columns)
         sums = near.sum(1).double()
-        _refuse_not_finite(sums, self._name)
+        refuse_not_finite(sums, self._name)
         self._sum = sums if self._sum is None else self._sum.add_(sums)
         self._rows += count
         if self._gram is None and self._rows <= self._features:
@@ -137,13 +137,9 @@ class ConvMoments:
     Args:
         channels: Input channels.
         window: The conv's geometry.
-        padding_mode: The conv's; only ``"zeros"`` is known.
         positions_per_image: Take this many random positions of each image instead of all.
         generator: Seeded CPU generator for the positions.
         name: Layer name, for messages.
-
-    Raises:
-        UnsupportedModelError: If the padding is not with zeros.
     """
 
     def __init__(
@@ -151,16 +147,10 @@ class ConvMoments:
         channels: int,
         window: Window,
         *,
-        padding_mode: str = "zeros",
         positions_per_image: int | None = None,
         generator: torch.Generator | None = None,
         name: str = "layer",
     ):
-        if padding_mode != "zeros":
-            raise UnsupportedModelError(
-                f"{name}: convolutions are known with padding_mode='zeros', got '{padding_mode}': "
-                f"leave the layer alone with exclude=[{name}]."
-            )
         self._sample: tuple[int, torch.Generator] | None = None  # positions of an image, and what draws them
         if positions_per_image is not None:
             if generator is None:
@@ -327,7 +317,7 @@ class _SharedTapMoments:
 
     def result(self) -> Statistics:
         if self._sum is None or self._correlations is None:
-            raise _no_rows(self._name)
+            raise no_rows(self._name)
         kernel, channels = self._kernel, self._channels
         taps = [(a, b) for a in range(kernel) for b in range(kernel)]
         moment = self._sum.new_empty(channels, len(taps), channels, len(taps))
@@ -379,7 +369,7 @@ class _SharedTapMoments:
 
     def _add_sums_(self, sums: Tensor, total: Tensor) -> None:
         # total: [channels, height, width], summed over the batch.
-        _refuse_not_finite(total, self._name)
+        refuse_not_finite(total, self._name)
         height, width = total.shape[1:]
         lines = torch.stack([total[:, rows].sum(1) for rows in self._reach(height)], 1)
         sums += torch.stack([lines[:, :, columns].sum(2) for columns in self._reach(width)], 2)
@@ -542,7 +532,8 @@ def _accumulate(table: dict, key: tuple, product: Tensor) -> None:
         table[key] = product.double()
 
 
-def _refuse_not_finite(sums: Tensor, name: str) -> None:
+def refuse_not_finite(sums: Tensor, name: str) -> None:
+    """Raise a NumericsError if a layer's sums, of any shape, say that one of its inputs was NaN or infinite."""
     if not torch.isfinite(sums).all():
         raise NumericsError(
             f"{name}: every input value must be finite, got NaN or infinity in this layer's activations; check the "
@@ -550,7 +541,8 @@ def _refuse_not_finite(sums: Tensor, name: str) -> None:
         )
 
 
-def _no_rows(name: str) -> NumericsError:
+def no_rows(name: str) -> NumericsError:
+    """What to say of a layer that has seen no calibration row."""
     return NumericsError(
         f"{name}: moments need at least one calibration row, got none; raise data.num_samples, or leave the layer "
         f"alone with exclude=[{name}] if the network never runs it."

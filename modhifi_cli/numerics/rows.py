@@ -98,6 +98,11 @@ def unfold_rows(inputs: Tensor, window: Window | None = None) -> Tensor:
     return inputs.reshape(-1, inputs.shape[-1]) if window is None else unfold_columns(inputs, window).T
 
 
+def rows_of(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """As `unfold_rows`, with the geometry of the layer that reads the inputs."""
+    return unfold_rows(inputs, Window.of_layer(layer) if isinstance(layer, nn.Conv2d) else None)
+
+
 def unfold_columns(maps: Tensor, window: Window) -> Tensor:
     """The rows of `unfold_rows` as columns, the layout in which a convolution unfolds with one copy.
 

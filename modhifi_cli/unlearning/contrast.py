@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.numerics.contrast import Aim, Group, aim_at
 from modhifi_cli.numerics.moments import second_moment
-from modhifi_cli.numerics.rows import Window, unfold_rows
+from modhifi_cli.numerics.rows import rows_of
 from modhifi_cli.records import Statistics
 from modhifi_cli.unlearning.method import (
     BETAS,
@@ -145,6 +145,4 @@ class _ContrastMoments:
 
 def _rows_of(module: nn.Module, mean: Tensor) -> Tensor:
     """Rows of one mean input, ``[features, positions]`` float64: unfolding is linear, so a mean map gives mean rows."""
-    if isinstance(module, nn.Conv2d):
-        return unfold_rows(mean[None], Window.of_layer(module)).T
-    return mean.reshape(-1, mean.shape[-1]).T
+    return rows_of(module, mean[None]).T

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, is_number, is_whole
 from modhifi_cli.numerics.prototypes import forget_directions, without_directions
-from modhifi_cli.numerics.rows import Window, unfold_rows
+from modhifi_cli.numerics.rows import rows_of
 from modhifi_cli.records import ModuleEdit
 from modhifi_cli.unlearning.method import Fit, LayerEdit, Method, Site, saved
 
@@ -90,6 +90,4 @@ class _Prototypes:
         """Mean input row of a class over images and positions, ``[features]`` float64."""
         assert self._sums is not None
         mean, module = self._sums[cls] / self._counts[cls].item(), self._layer.module
-        if isinstance(module, nn.Conv2d):
-            return unfold_rows(mean[None], Window.of_layer(module)).mean(0)
-        return mean.reshape(-1, mean.shape[-1]).mean(0)
+        return rows_of(module, mean[None]).mean(0)

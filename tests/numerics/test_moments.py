@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modhifi_cli.errors import NumericsError, UnsupportedModelError
+from modhifi_cli.errors import NumericsError
 from modhifi_cli.numerics import moments as module
 from modhifi_cli.numerics.moments import ConvMoments, RowMoments, merge, reorder, second_moment
 from modhifi_cli.numerics.rows import Window
@@ -161,9 +161,16 @@ def test_no_rows_is_an_error_that_names_the_layer():
             moments.result()
 
 
-def test_other_padding_modes_are_refused():
-    with pytest.raises(UnsupportedModelError, match=r"stem: convolutions are known with padding_mode='zeros', got 're"):
-        ConvMoments(3, Window.of(3, 1, 1), padding_mode="reflect", name="stem")
+def test_positions_are_drawn_by_a_seeded_generator():
+    with pytest.raises(ValueError, match="stem: positions_per_image needs a seeded generator"):
+        ConvMoments(3, Window.of(3, 1, 1), positions_per_image=2, name="stem")
+
+
+def test_statistics_that_hold_their_rows_have_no_sum():
+    moments = RowMoments(8)
+    moments.update(torch.randn(3, 8))
+    with pytest.raises(ValueError, match="these statistics hold their rows and not the sum of their products"):
+        _ = moments.result().summed
 
 
 @pytest.mark.parametrize("rows", [(3, 4), (3, 30), (40, 30)])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from modhifi_cli.errors import UnsupportedModelError
-from modhifi_cli.numerics.rows import Window, draw_positions, rows_at, unfold_rows
+from modhifi_cli.numerics.rows import Window, draw_positions, rows_at, rows_of, unfold_rows
 from tests import reference
 
 GEOMETRIES = [
@@ -63,6 +64,12 @@ def test_positions_are_distinct_and_do_not_depend_on_the_batch_split():
 def test_linear_rows_keep_the_last_axis():
     inputs = torch.arange(24.0).view(2, 3, 4)
     assert torch.equal(unfold_rows(inputs), inputs.view(6, 4))
+    assert torch.equal(rows_of(nn.Linear(4, 2), inputs), inputs.view(6, 4))
+
+
+def test_rows_of_a_convolution_follow_its_geometry():
+    maps = torch.randn(2, 3, 5, 6)
+    assert torch.equal(rows_of(nn.Conv2d(3, 4, 3, stride=2, padding=1), maps), unfold_rows(maps, Window.of(3, 2, 1)))
 
 
 def test_same_padding_is_understood_and_a_lopsided_one_refused():
