@@ -18,11 +18,12 @@ from modhifi_cli.engine.flow import Flow, rows_read
 from modhifi_cli.engine.forecast import Run, forecast
 from modhifi_cli.engine.gathering import Gathered, LayerMoments, TargetMoments, held_out_images
 from modhifi_cli.engine.impact import restored
-from modhifi_cli.engine.memory import free_memory, peaks
+from modhifi_cli.engine.memory import peaks
 from modhifi_cli.engine.plan import check_weights
 from modhifi_cli.engine.team import Team
 from modhifi_cli.engine.walk import Budget, Cut, Looking, Pair, Recipe, Repair, Stop, Surveyed
 from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.evaluation.visiting import free_memory
 from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, bias_of, weight_of
 from modhifi_cli.graph.decoder import KINDS, UNITS, Call, Part, find_parts, leave, run_layer, slice_part_
 from modhifi_cli.graph.experts import of_experts, open_experts_

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError
+from modhifi_cli.errors import ConfigError, is_out_of_memory
 from modhifi_cli.evaluation.latency import describe_device
 from modhifi_cli.evaluation.latency_table import LatencyTable, LayerTimes
 from modhifi_cli.evaluation.runtimes import Runtime, runtime
@@ -258,7 +258,7 @@ def measure_table(
         table = replace(table, protocol={"runtime": timing.serve, "layer_rounds": taken})
         yield from _fit_to_networks(table, widths, keeps, networks, images, timing, spent)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             raise ConfigError(
                 f"target=latency: a forward pass of {timing.batch} images does not fit into the memory of "
                 f"{images.device}; set target.batch_size to fewer than {timing.batch}."

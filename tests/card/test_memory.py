@@ -9,10 +9,11 @@ import modhifi_cli
 from modhifi_cli.cli import main
 from modhifi_cli.engine.gathering import Gathering
 from modhifi_cli.engine.image_walk import ImageWalk
-from modhifi_cli.engine.memory import free_memory, limit_bytes, peaks, reset_peaks
+from modhifi_cli.engine.memory import limit_bytes, peaks, reset_peaks
 from modhifi_cli.engine.prune import prune_
 from modhifi_cli.engine.walk import Budget, Recipe
 from modhifi_cli.errors import is_out_of_memory
+from modhifi_cli.evaluation.visiting import free_memory
 from modhifi_cli.files import artifacts
 from modhifi_cli.numerics.allocation import Uniform
 from modhifi_cli.numerics.compensation import Joint

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import UnsupportedModelError
-from modhifi_cli.evaluation.runtimes.eager import pack, unpacked
+from modhifi_cli.evaluation.runtimes.eager import BLOCK, pack, unpacked
 
 __all__ = ["BLOCK", "ON_A_CARD", "PACKAGES", "QUICK", "load", "pack", "program"]
 
 PACKAGES: tuple[str, ...] = ()
 ON_A_CARD = True
 QUICK = False
-BLOCK = 8  # of the blocked layout of its convolutions on a CPU
 
 
 def load(packed: bytes, inputs: Tensor, threads: int) -> Callable[[], object]:

@@ -5,14 +5,13 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from modhifi_cli.errors import UnsupportedModelError
-from modhifi_cli.evaluation.runtimes.onnxruntime import pack
+from modhifi_cli.evaluation.runtimes.onnxruntime import BLOCK, pack
 
 __all__ = ["BLOCK", "ON_A_CARD", "PACKAGES", "QUICK", "load", "pack", "program"]
 
 PACKAGES: tuple[str, ...] = ("onnx", "openvino")
 ON_A_CARD = False
 QUICK = True
-BLOCK = 8  # of the blocked layout of its convolutions on a CPU
 
 
 def program(model: nn.Module, inputs: Tensor, threads: int) -> Callable[[], object]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import UnsupportedModelError
+from modhifi_cli.errors import UnsupportedModelError, is_out_of_memory
 from modhifi_cli.evaluation.runtimes import NotPortable, runtime
 from modhifi_cli.evaluation.runtimes.clocks import clock_name, load_average, milliseconds
 from modhifi_cli.records import Progress
@@ -188,11 +188,6 @@ def _timed_rounds(
     return Timings(torch.tensor(found, dtype=torch.float64).T, warmed, clock_name(device, threads), own_process, load)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory is used up: a card has an exception for it, the CPU's allocator a name."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 def _work(stream: Any, tell: Callable[[Mapping[str, Any]], None]) -> None:
     """What the process does: read the job, load the programs, time them, tell."""
     job = torch.load(io.BytesIO(stream.read()), weights_only=False)  # from the process that started this one
@@ -217,7 +212,7 @@ def _work(stream: Any, tell: Callable[[Mapping[str, Any]], None]) -> None:
     except (UnsupportedModelError, pickle.UnpicklingError) as error:
         tell({"error": "unsupported", "text": str(error)})
     except Exception as error:  # a runtime raises whatever its operators do
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if is_out_of_memory(error):
             tell({"error": "memory", "text": "the networks"})
         else:
             told = next(iter(str(error).strip().splitlines()), type(error).__name__)
