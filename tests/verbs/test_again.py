@@ -121,13 +121,19 @@ def test_export_afterwards_and_a_stranger_opens_the_folder(home, tmp_path, capsy
     (["export", "run=last"], "say which formats, such as export=[onnx]; there are gguf"),
     (["export", "run=last", "export=[gguf]"], "is for language models, and this network reads images"),
     (["export", "run=nothing", "export=[onnx]"], "run=nothing: no such folder, and no run under outputs begins so"),
-    (["prune", "model=run", "model.run=last-9"], "model.run=last-9: there "),
     (["push", "run=last", "repo=name"], "repo=name: expected USER/NAME"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(words, said, capsys):
     assert main(words) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_a_run_further_back_than_there_are_is_told_how_many_there_are(home, capsys):
+    there = len(runs(home))
+    assert main(["prune", "model=run", "model.run=last-99"]) == 2
+    told = "is one finished run" if there == 1 else f"are {there} finished runs"
+    assert f"model.run=last-99: there {told} with a network under outputs; give a folder" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_is_no_beginning(home, capsys):

@@ -41,6 +41,6 @@ def test_a_search_goes_over_the_choices_and_counts_every_run_once(tmp_path, monk
     assert main(["prune", "-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=5", *words]) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
-    rows = [row for row in events[-1]["jobs"]]
+    rows = events[-1]["jobs"]
     made = [path for path in folder.iterdir() if (path / "results.json").is_file()]
-    assert len(rows) == len(made) <= 2 and (folder / "optimization_results.yaml").is_file()
+    assert 0 < len(rows) == len(made) <= 2 and (folder / "optimization_results.yaml").is_file()
