@@ -97,13 +97,13 @@ def _edits(finished: Path, room: Path, count: int, asked: argparse.Namespace) ->
 
 
 def _kills(finished: Path, room: Path, count: int, asked: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
-    from tests.attack import kills
+    from tests.attack import kills, runs
     from tests.attack.forked import run, warm
 
     (room / "first").mkdir(parents=True)
     ended = run(kills.UNLEARN, room / "first")
     assert ended.code == 0, ended.output
-    (forgotten,) = (room / "first").glob("outputs/unlearn/embedded/*")
+    forgotten = runs.only(room / "first" / "outputs", "unlearn/embedded/*")
     victims = {verb: victim for verb, victim in kills.victims().items() if not asked.verbs or verb in asked.verbs}
     here = kills.prepared(room / "warm", finished, forgotten)
     warm([victim.words for verb, victim in victims.items() if verb not in kills.SLOW], here)

@@ -94,18 +94,18 @@ class RandomImages:
             yield batch, None
 
 
-def forward_seconds(model, source: RandomImages, batch: int) -> float:
-    """Processor seconds of one plain forward over all images.
+def forward_seconds(forward: Callable, source, batch: int) -> float:
+    """Processor seconds of one plain forward over all samples.
 
     It is measured before the run and after it: other programs slow the processor down, and not always alike.
     """
     import torch
 
     with torch.no_grad():
-        model(source.images[:batch])
+        forward(next(source.batches(batch))[0])
         started = time.process_time()
         for inputs, _ in source.batches(batch):
-            model(inputs)
+            forward(inputs)
     return time.process_time() - started
 
 
@@ -202,14 +202,10 @@ def measure_decoder(sequences: int, length: int, batch: int, sparsity: float, pr
     source = TokenWindows(list(ids), [0] * sequences, {})
     dense = copy.deepcopy(model)
 
-    def plain() -> float:
-        with torch.no_grad():
-            started = time.process_time()
-            for inputs, _ in source.batches(batch):
-                dense.model(input_ids=inputs, use_cache=False)
-        return time.process_time() - started
+    def plain(ids: torch.Tensor) -> None:
+        dense.model(input_ids=ids, use_cache=False)
 
-    forward = plain()
+    forward = forward_seconds(plain, source, batch)
     before = resident_gigabytes()
 
     clock, ran = Clock(), {"tokens": 0}
@@ -237,7 +233,7 @@ def measure_decoder(sequences: int, length: int, batch: int, sparsity: float, pr
             elif isinstance(event, Note):
                 notes.append(event.text)
     total = time.process_time() - started
-    forward = (forward + plain()) / 2
+    forward = (forward + forward_seconds(plain, source, batch)) / 2
     clock.seconds["rest"] -= solving
     clock.seconds["solver (scores, selection, repair)"] = solving
     print(f"\nSmolLM2-135M's shape, preset={preset}: {sequences} x {length} tokens, {sparsity:g} of the decoder layers' "

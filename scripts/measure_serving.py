@@ -186,7 +186,7 @@ def main(folder: str, text: str, dense: str, *runs: str) -> None:
     print("\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]))
     for one in rows:
         print("| " + " | ".join(one.get(key, "") for key in head) + " |")
-    for file in (*files, *work.glob("*.npy")):
+    for file in (*files, *work.glob("*.npy"), *work.glob("*-*.json")):
         file.unlink()
 
 
