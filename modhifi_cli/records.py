@@ -41,7 +41,7 @@ class Statistics:
 
     @property
     def summed(self) -> Tensor:
-        """S, of statistics that hold it.
+        """S, of statistics that hold it: ``[features, features]`` float64, input units².
 
         Raises:
             ValueError: If they hold the rows themselves (`numerics.moments.second_moment` takes either).

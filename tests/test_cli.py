@@ -12,6 +12,7 @@ import pytest
 from modhifi_cli import cli
 from modhifi_cli.cli import main
 from modhifi_cli.settings import config
+from tests.attack.runs import QUICK
 
 
 def sentence(capsys, *words: str) -> str:
@@ -152,10 +153,7 @@ class Streams:
         monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
 
 
-SMALL_RUN = [
-    "prune", "data=digits", "data.num_samples=24", "scoring=energy", "selection=top_k", "compensation=none", "evaluation=[]",
-    "evaluation_data=none", "check_data=false", "measure_dense=false", "batchnorm=stored", "sparsity=0.3", "console=plain",
-]  # fmt: skip
+SMALL_RUN = ["prune", *QUICK, "sparsity=0.3"]
 
 
 @pytest.mark.parametrize("words", [["list"], ["--help"], ["prune", "--cfg", "job"]])

@@ -128,13 +128,13 @@ class RememberedLogits(nn.Module):
         return self.known(_content(images), images)
 
     def known(self, key: str, images: Tensor) -> Tensor:
-        """As `forward`, for images whose content has been looked at where they came from."""
+        """As `forward`, for images whose content, `key`, has been looked at where they came from, before any cast."""
         if key not in self._logits:
             self._logits[key] = self.model(images).detach().cpu()
         return self._logits[key].to(images.device)
 
     def remember(self, key: str, logits: Tensor) -> None:
-        """Learn what the network itself said to images of that content elsewhere, ``[batch, classes]``."""
+        """Learn what the network itself said elsewhere to images of the content `key`, ``[batch, classes]``."""
         self._logits[key] = logits.detach().cpu()
 
 
