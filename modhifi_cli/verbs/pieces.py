@@ -20,7 +20,7 @@ from modhifi_cli.console import Console
 from modhifi_cli.data.classes import Known
 from modhifi_cli.data.making import Making
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError, NumericsError, is_out_of_memory
-from modhifi_cli.files import artifacts, cache
+from modhifi_cli.files import artifacts, cache, run_names
 from modhifi_cli.files.exports.written import ExportReport, Intent
 from modhifi_cli.models.called import Sent
 from modhifi_cli.models.module import exactly
@@ -289,12 +289,12 @@ def show_end(console: Console, final: Path, warnings: int) -> None:
     told = {0: "no warning was raised", 1: "one warning was raised"}.get(warnings, f"{warnings} warnings were raised")
     console.note(f"{told}; the page is report.html, the network model/, both in")
     console.note(f"  {final}")
-    # The newest run where runs are looked for has a short name.
-    name = "last" if final.parts[:1] == ("outputs",) and len(final.parts) == 4 else str(final)
+    short = run_names.short_names(Path("outputs")).get(final)  # where verbs look for runs
+    name = short or str(final)
     console.note(f"proof that it answers as it did:  modhifi verify run={name}")
     show_loading(console, final)
     console.note(f"next, on other data or with other measurements:  modhifi evaluate run={name}")
-    if name == "last":
+    if short:
         console.note("all runs by their names:  modhifi runs")
 
 

@@ -1,11 +1,14 @@
 """The list of runs: what was made, by the names that other verbs take, whatever state the folders are in."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from modhifi_cli.cli import main
+from modhifi_cli.console import open_console
 from modhifi_cli.records import Measurement, Results
+from modhifi_cli.verbs import pieces
 
 
 def results(**fields):
@@ -68,3 +71,20 @@ def test_nothing_made_yet_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows, notes = listed(capsys)
     assert rows == [] and notes == ["no run under outputs yet; modhifi prune makes the first one"]
+
+
+@pytest.mark.parametrize(
+    "place, name",
+    [
+        ("prune/embedded/20260103-100000-000001_broken", "last"),
+        ("unlearn/embedded/20260102-100000-000001_y", "last-1"),
+        ("sweeps/prune_a/0_sparsity_0.2", None),
+    ],
+)
+def test_the_end_of_a_run_names_it_as_verbs_take_it(outputs, monkeypatch, capsys, place, name):
+    monkeypatch.setattr(pieces, "show_loading", lambda console, final: None)
+    folder = Path("outputs") / place
+    pieces.show_end(open_console("plain"), folder, 0)
+    said = capsys.readouterr().out
+    assert f"modhifi verify run={name or folder}\n" in said
+    assert ("modhifi runs" in said) == (name is not None)
