@@ -66,7 +66,7 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "audit.reference": (
         "a weights file or a run folder, or null", lambda v: v is None or (isinstance(v, str) and v != ""),
     ),
-    "library": ("torchvision or timm", lambda v: isinstance(v, str) and v != ""),
+    "library": ("torchvision, timm or transformers", lambda v: isinstance(v, str) and v != ""),
     "pattern": ("a name with * and ?, or a list of such names", lambda v: _is_pattern(v)),
     "again": ("a name with * and ?, a list of such names, or null", lambda v: v is None or _is_pattern(v)),
     "one_per_file": ("true or false", lambda v: isinstance(v, bool)),

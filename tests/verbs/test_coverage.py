@@ -101,6 +101,11 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(capsys):
     assert not os.path.exists("outputs")
 
 
+def test_a_library_is_a_name(capsys):
+    assert run("library=3") == 2
+    assert "library must be torchvision, timm or transformers; got 3." in capsys.readouterr().err
+
+
 def test_an_unknown_library_names_the_known_ones(capsys):
     assert run("library=torchvison") == 2
     assert "there is no library 'torchvison' here, did you mean 'torchvision'?" in capsys.readouterr().err
