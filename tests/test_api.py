@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import modhifi_cli
+from modhifi_cli.api.words import in_words
 from modhifi_cli.cli import main
 from modhifi_cli.data import digits
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
@@ -192,6 +193,11 @@ def test_time_can_be_the_target_and_the_clock_says_what_it_became(tiny_convnet):
     assert result.achieved["latency"] < 1 and 0 < result.achieved["flops"] < 1
 
 
+def test_words_of_the_command_line_are_those_of_the_functions():
+    said = in_words("evaluation_data.num_samples=5, data.sequences or evaluation_data.sequences; evaluation_data.length=3.")
+    assert said == "num_samples=5, num_samples or num_samples; length=3."
+
+
 def test_an_audit_tells_the_output_from_the_inside():
     pixels, labels = (torch.cat(parts) for parts in zip(*images(300, labelled=True), strict=True))
     edited, _ = modhifi_cli.unlearn(LOADED.model, [(pixels, labels)], forget=3)
@@ -273,6 +279,18 @@ def test_token_ids_do_as_well_as_texts_and_the_network_is_left_alone(decoder):
     assert found["token_perplexity"] > 1 and 0 <= found["token_agreement"] <= 100 and found["token_kl"] > 0
     groups, refused = modhifi_cli.groups(decoder)
     assert len(groups) == 4 and refused == ()
+
+
+def test_networks_that_are_measured_come_back_as_they_were(decoder, monkeypatch):
+    """In training mode and where they were; none is copied, for a large one would take its memory again."""
+    model, dense = (copy.deepcopy(decoder).train() for _ in range(2))
+    monkeypatch.setattr(copy, "deepcopy", lambda *_: pytest.fail("a network was copied"))
+    ids = torch.randint(3, 64, (4, 24), generator=torch.Generator().manual_seed(0))
+    moved = []
+    monkeypatch.setattr(nn.Module, "to", lambda self, *a, _to=nn.Module.to, **k: moved.append(self) or _to(self, *a, **k))
+    found = modhifi_cli.evaluate(model, ids, dense=dense)
+    assert found["token_agreement"] == 100 and moved.count(model) == 4 and moved.count(dense) == 2, "there and back"
+    assert all(module.training for network in (model, dense) for module in network.modules())
 
 
 LANGUAGE = {

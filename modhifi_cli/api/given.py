@@ -83,7 +83,8 @@ class Given:
     """A network that is ready to be walked, and its samples.
 
     Attributes:
-        network: A copy, unless in place, in evaluation mode on its device.
+        network: A copy, unless in place, in evaluation mode on its device; a language model that is only measured is the
+            caller's own, as it is.
         samples: Images or windows of tokens.
         device: Where forwards run.
         inside: How names go together.
@@ -159,7 +160,9 @@ def ready(
     place = torch.device(device) if device is not None else _home(model)
     if is_decoder(model):
         found = _windows(model, batches, most, tokenizer, length, scored, seed)
-        return Given((model if in_place else copy.deepcopy(model)).eval(), found, place, Inside(), reads_text=True)
+        # Measurements hold a network ready and give it back; a copy of a large one would take its memory again.
+        network = model if scored else (model if in_place else copy.deepcopy(model)).eval()
+        return Given(network, found, place, Inside(), reads_text=True)
     network = (model if in_place else copied(model)).to(place).eval()
     folded = fold_(network)
     rest = iter([batches] if isinstance(batches, Tensor) else batches)

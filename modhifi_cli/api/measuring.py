@@ -68,8 +68,8 @@ def evaluate(
 def _measured(given: Given, dense: nn.Module | None, batch_size: int | None, listen: Listener) -> Measured:
     models = {"model": given.network}
     if dense is not None:
-        other = copied(dense) if not given.reads_text else dense
-        models = {"dense": given.inside.wrap(other.to(given.device).eval()), **models}
+        other = dense if given.reads_text else given.inside.wrap(copied(dense).to(given.device).eval())
+        models = {"dense": other, **models}
     example, labels = next(iter(given.samples.batches(1)))
     beside: dict[str, Any] = {
         "evaluation_data": given.samples, "calibration_data": None, "example": example, "device": given.device,

@@ -210,19 +210,21 @@ def _saved(
     dense: nn.Module, edited: nn.Module, given: Given, price: Any, table: LatencyTable, listen: Listener
 ) -> float:
     """Share of the dense network's time that the new one really saves here."""
+    from modhifi_cli.evaluation.forward import ready_to_measure
     from modhifi_cli.evaluation.latency_probe import Saved, saved_share, stopwatch_in
 
-    found = 0.0
-    dense, edited = dense.to(given.device).eval(), edited.to(given.device).eval()
-    for event in saved_share(
-        dense, edited, given.example, batch=int(table.protocol["batch"]), rounds=2 * price.rounds,
-        max_seconds=float(price.max_seconds), stopwatch=stopwatch_in(price.serve, given.device),
-    ):  # fmt: skip
-        if isinstance(event, Saved):
-            found = event.share
-        else:
-            listen(event)
-    return found
+    found: Saved | None = None
+    with ready_to_measure({"dense": dense, "edited": edited}, given.device):
+        for event in saved_share(
+            dense, edited, given.example, batch=int(table.protocol["batch"]), rounds=2 * price.rounds,
+            max_seconds=float(price.max_seconds), stopwatch=stopwatch_in(price.serve, given.device),
+        ):  # fmt: skip
+            if isinstance(event, Saved):
+                found = event
+            else:
+                listen(event)
+    assert found is not None, "the timing ended without a share"
+    return found.share
 
 
 @own_words
