@@ -223,8 +223,9 @@ def _follow(settings: Mapping[str, Any]) -> None:
     if settings["resume"]:
         place = artifacts.RunDirectory.reopen(settings["resume"], alone=False)
         done = pieces.edits_so_far(place, weights_hash(loaded.model), calibration)
+    model = pieces.placed(loaded.model, settings, device)
     settings = {**settings, "batchnorm": pieces.shared_by_all(None)}  # the first process has looked at the images
-    for _ in _events(loaded.model, settings, calibration, device, done, config.build(settings["target"])):
+    for _ in _events(model, settings, calibration, device, done, config.build(settings["target"])):
         pass
 
 

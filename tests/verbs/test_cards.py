@@ -86,6 +86,16 @@ def test_a_folder_of_somebody_else_is_no_place_for_locks(two_cards, monkeypatch)
             pass
 
 
+def test_a_helping_process_walks_the_network_in_the_runs_precision(monkeypatch):
+    from modhifi_cli.settings import config
+    from modhifi_cli.verbs import prune
+
+    walked = []
+    monkeypatch.setattr(prune, "_events", lambda model, *rest: walked.append(model) or iter(()))
+    prune._follow({**config.steps("prune", ["runtime.dtype=float64", "data.num_samples=8"]), "resume": None})
+    assert {parameter.dtype for parameter in walked[0].parameters()} == {torch.float64}
+
+
 BREAKS = """
 import os, sys
 from modhifi_cli.engine.flow import Flow
