@@ -87,10 +87,10 @@ def prune(
     tracking.foresee(settings)
     if pieces.team_of(settings)[0] > 0:
         return _follow(settings)
-    steps = _steps(settings, console)
+    price = config.build(settings["target"])
+    steps = _steps(settings, console, price)
     begun = _begin(settings, facts, console, folder, shared, steps)
     work, place, loaded, device = begun.work, begun.work.place, begun.work.loaded, begun.work.device
-    price = config.build(settings["target"])
     with pieces.kept_for_resume("prune", place, facts, resumed=bool(settings["resume"]), console=console):
         shared_text = _introduce(work, price)
         with steps("prune"):
@@ -124,7 +124,7 @@ def prune(
         told = () if lagging is None else (lagging,)
         summary = dataclasses.replace(summary, warnings=(*summary.warnings, *shared_text, *told, *healing.told(healed)))
         outcome = _Outcome(sample, seen, healed, measurements, exported, steps.seconds)
-        _write_outcome(work, model, begun.widths, dataclasses.replace(cut, summary=summary), outcome)
+        _write_outcome(work, model, price, begun.widths, dataclasses.replace(cut, summary=summary), outcome)
         pieces.write_card(place.path)
         final = place.finish()
     _show_outcome(console, final, summary, measurements)
@@ -132,14 +132,14 @@ def prune(
     return final
 
 
-def _steps(settings: Mapping[str, Any], console: Console) -> pieces.Steps:
+def _steps(settings: Mapping[str, Any], console: Console, price: Any) -> pieces.Steps:
     """The parts of the run by their words."""
     return pieces.Steps(
         console,
         {"load": "loading", "prune": "pruning"}
         | ({"heal": "healing"} if settings.get("healing") else {})
         | {"save": "saving", "evaluate": "measuring"}
-        | ({"latency": "timing"} if settings["target"]["_target_"].endswith(".Latency") else {}),
+        | ({"latency": "timing"} if price.timed else {}),
     )
 
 
@@ -364,7 +364,7 @@ def _show_plan(console: Console, plan: Any) -> None:
 
 
 def _write_outcome(
-    work: Work, model: nn.Module, widths: Mapping[str, Mapping[str, int]], cut: _Cut, outcome: _Outcome
+    work: Work, model: nn.Module, price: Any, widths: Mapping[str, Mapping[str, int]], cut: _Cut, outcome: _Outcome
 ) -> None:
     from modhifi_cli.graph.surgery import describe_widths
 
@@ -376,7 +376,6 @@ def _write_outcome(
         for edit in edits
         if edit.removed.numel()
     ]
-    price = config.build(settings["target"])
     told = edits[0].facts.get("labels") if edits else None
     labelled = {"labels": told} if told else {}
     artifacts.write_json(

@@ -6,10 +6,12 @@ import re
 import pytest
 
 from modhifi_cli.cli import main
+from modhifi_cli.console import Console
 from modhifi_cli.evaluation import latency_probe
 from modhifi_cli.files import artifacts
 from modhifi_cli.files.artifacts import RunDirectory
 from modhifi_cli.graph.surgery import weights_hash
+from modhifi_cli.settings import config
 from tests.machines import Machine
 
 SMALL = ["data.num_samples=40", "evaluation=[top1]", "evaluation_data.num_samples=60", "console=plain"]
@@ -246,3 +248,20 @@ def test_help_teaches_measured_targets(capsys):
     said = capsys.readouterr().out
     assert "target=latency sparsity=0.3" in said and "target=max_drop target.value=1" in said
     assert "auto, components, flops, latency, max_drop, params" in said
+
+
+@pytest.mark.parametrize("words, timed", [
+    (["target=latency"], True),
+    (["target=max_drop", "target.of=latency", "sparsity=null"], True),
+    (["target=max_drop", "target.of=flops", "sparsity=null"], False),
+    (["target=flops"], False),
+])  # fmt: skip
+def test_timing_is_a_part_of_every_run_that_is_timed(words, timed):
+    from modhifi_cli.verbs import prune as verb
+
+    settings, parts = config.steps("prune", words), []
+    console = Console()
+    console.part = lambda name, number, total: parts.append((name, number == total))
+    with verb._steps(settings, console, config.build(settings["target"]))("latency"):
+        pass
+    assert parts == ([("timing", True)] if timed else [])
