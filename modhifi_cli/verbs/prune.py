@@ -122,7 +122,8 @@ def prune(
             place.log(f"warning: {lagging}")
             console.warning(lagging)
         told = () if lagging is None else (lagging,)
-        summary = dataclasses.replace(summary, warnings=(*summary.warnings, *shared_text, *told, *healing.told(healed)))
+        warnings = (*(seen.warnings if seen else ()), *summary.warnings, *shared_text, *told, *healing.told(healed))
+        summary = dataclasses.replace(summary, warnings=warnings)
         outcome = _Outcome(sample, seen, healed, measurements, exported, steps.seconds)
         _write_outcome(work, model, price, begun.widths, dataclasses.replace(cut, summary=summary), outcome)
         pieces.write_card(place.path)
@@ -398,7 +399,7 @@ def _write_outcome(
             calibration=dict(work.calibration.protocol) | labelled,
             **quality.entries(outcome.sample, work.calibration, outcome.seen),
             widths={name: {key: [counts[key], kept.get(name, {}).get(key, 0)] for key in counts} for name, counts in widths.items()},
-            warnings=[*(outcome.seen.warnings if outcome.seen else ()), *summary.warnings],
+            warnings=list(summary.warnings),
             memory=peaks(settings["runtime"]["device"]),
             seconds=dict(outcome.seconds),
         ),

@@ -110,6 +110,7 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
         sample = pieces.sample_shown(
             place.path, settings, loaded, dense, work.calibration, device, None if seen is None else seen.sample
         )
+        summary = dataclasses.replace(summary, warnings=_warnings(seen, summary))
         outcome = _Outcome(summary, edits, audited, measurements, exported, sample, seen, steps.seconds)
         _write_outcome(begun, outcome)
         pieces.write_card(place.path)
@@ -284,8 +285,6 @@ def _write_outcome(begun: _Begun, outcome: _Outcome) -> None:
     hidden = ("trials", "warnings", "strength", "edits", "finetuned")
     layers = [{"layer": edit.name} | {k: v for k, v in edit.facts.items() if k not in hidden} for edit in outcome.edits]
     trials = trials_as_rows(summary.trials, summary.strength_name)
-    warnings = [*(outcome.seen.warnings if outcome.seen else ()), *summary.warnings]
-    warnings += [_finetuned(summary)] if summary.finetuned else []
     artifacts.write_json(
         place.path / "results.json",
         Results.written(
@@ -305,7 +304,7 @@ def _write_outcome(begun: _Begun, outcome: _Outcome) -> None:
             exports=[{**dataclasses.asdict(export), "path": export.path.name} for export in outcome.exported],
             calibration=dict(work.calibration.protocol) | {"labels": labels.account},
             **quality.entries(outcome.sample, work.calibration, outcome.seen),
-            warnings=warnings,
+            warnings=list(summary.warnings),
             memory=peaks(settings["runtime"]["device"]),
             seconds=dict(outcome.seconds),
         ),
@@ -351,6 +350,12 @@ def _audit_in_short(audited: AuditReport) -> dict[str, Any]:
         "figures": audit_pages.rows(audited.plain()),
         "measurements": artifacts.measurements_to_json(audit_measurements(audited)),
     }
+
+
+def _warnings(seen: Any, summary: Any) -> tuple[str, ...]:
+    """All of a run: on its calibration set, of the task, and of what was done after it."""
+    trained = (_finetuned(summary),) if summary.finetuned else ()
+    return (*(seen.warnings if seen else ()), *summary.warnings, *trained)
 
 
 def _finetuned(summary: Any) -> str:

@@ -7,6 +7,9 @@ import pytest
 from PIL import Image
 
 from modhifi_cli.cli import main
+from modhifi_cli.data import digits
+from modhifi_cli.models import embedded
+from modhifi_cli.verbs.quality import as_pixels
 
 QUICK = ["data.num_samples=8", "data.together=8", "data.steps=2", "data.class_weight=0", "console=plain"]
 
@@ -114,7 +117,6 @@ def test_unlearning_works_on_images_inverted_from_the_network(here, capsys):
 @pytest.mark.parametrize("checked", [True, False])
 def test_statistics_that_poor_images_would_ruin_are_kept(here, capsys, checked):
     from modhifi_cli.files.artifacts import load_model
-    from modhifi_cli.models import embedded
 
     np.save("noise.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8))
     words = ["data=arrays", "data.path=noise.npy", "preset=fast", "sparsity=0.1", "evaluation=[]", "console=plain"]
@@ -130,6 +132,30 @@ def test_statistics_that_poor_images_would_ruin_are_kept(here, capsys, checked):
     if checked:
         page = (run / "report.md").read_text()
         assert "effective rank percent of channels" in page and "the stored BatchNorm statistics are kept" in page
+
+
+TASKS = {
+    "prune": ["preset=fast", "sparsity=0.1"],
+    "unlearn": ["data.labels=model", "forget_class=3", "method.beta=0.3", "finetune.epochs=1", "audit=none"],
+}
+
+
+@pytest.mark.parametrize("verb", TASKS)
+def test_warnings_on_the_calibration_set_are_counted_and_told_as_all_others(here, capsys, verb):
+    if verb == "prune":
+        images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
+    else:  # what a classifier tells apart, darkened
+        preprocess = embedded.load().preprocess
+        source = digits.load(preprocess=preprocess, labelled=False, num_samples=120)
+        images = as_pixels(next(source.batches(120))[0], preprocess) // 2
+    np.save("poor.npy", images)
+    words = ["data=arrays", "data.path=poor.npy", "evaluation=[]", "console=json", *TASKS[verb]]
+    assert main([verb, *words]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    told = [event["text"] for event in events if event["event"] == "warning"]
+    found = json.loads((only_run(here, verb) / "results.json").read_text())["warnings"]
+    assert len(found) > 1 and set(found) == set(told) and events[-1]["warnings"] == found
+    assert any(event.get("text", "").startswith(f"{len(found)} warnings were raised") for event in events)
 
 
 def test_check_data_is_yes_or_no(here, capsys):
