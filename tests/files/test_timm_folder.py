@@ -1,9 +1,6 @@
 """The folder for timm: opened by timm in a process that cannot import this package, or refused by the layer in the way."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,10 +13,10 @@ from modhifi_cli.files.exports.timm import Timm
 from modhifi_cli.files.exports.written import Intent
 from modhifi_cli.models import timm as networks
 from modhifi_cli.records import LoadedModel, Preprocess
+from tests.tasks import stranger
 
 SIDE = {"test_resnet": 32, "test_efficientnet": 32, "test_convnext": 32, "test_vit": 32}
 _LISTED = """
-import sys; sys.modules["modhifi_cli"] = None
 import timm
 from safetensors.torch import load_file, save_file
 from timm.models import adapt_model_from_string, load_checkpoint
@@ -28,7 +25,6 @@ load_checkpoint(model, "timm/model.safetensors")
 save_file({"logits": model.eval()(load_file("in")["images"]).detach()}, "out")
 """
 _BY_ARGUMENTS = """
-import sys; sys.modules["modhifi_cli"] = None
 import timm
 from safetensors.torch import load_file, save_file
 model = timm.create_model("local-dir:timm", pretrained=True).eval()
@@ -57,11 +53,7 @@ def write(loaded, path):
 
 def opened_by_timm(script, folder, images):
     save_file({"images": images}, folder / "in")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-1500:]
+    stranger(script, folder=folder)
     return load_file(folder / "out")["logits"]
 
 

@@ -1,9 +1,6 @@
 """Folders with unequal layers in plain transformers: a process that cannot import this package opens them."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,11 +12,11 @@ from modhifi_cli.models import hf, uneven
 from modhifi_cli.records import LoadedModel, TextInput
 from tests.decoders import FAMILIES, tiny, tokenizer
 from tests.decoders import uneven as made
+from tests.tasks import stranger
 
 FAMILIES_WITH_CODE = sorted({*FAMILIES} & {*uneven.FAMILIES})
 _STRANGER = """
-import sys, torch
-sys.modules["modhifi_cli"] = None                                    # importing it fails
+import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
@@ -55,13 +52,8 @@ def test_transformers_alone_opens_unequal_layers(tmp_path, family):
     if family in ("llama", "qwen2"):
         model.model.layers[0].mlp.down_proj.bias = torch.nn.Parameter(torch.linspace(-1, 1, 32), requires_grad=False)
     folder = folder_of(model, tmp_path / "model")
-    done = subprocess.run(
-        [sys.executable, "-c", _STRANGER, str(folder), str(tmp_path / "saved"), str(tmp_path / "answers")],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    offline = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    stranger(_STRANGER, folder, tmp_path / "saved", tmp_path / "answers", folder=tmp_path, **offline)
     answers = load_file(tmp_path / "answers")
     with torch.no_grad():
         wanted = model(input_ids=torch.arange(3, 15)[None]).logits

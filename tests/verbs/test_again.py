@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import modhifi_cli
 from modhifi_cli.cli import main
 from modhifi_cli.files import artifacts
 from tests.decoders import saved
+from tests.tasks import stranger
 
 FAST = ["preset=fast", "evaluation=[size]", "console=plain", "data.num_samples=64"]
 
@@ -98,7 +97,7 @@ def test_export_afterwards_and_a_stranger_opens_the_folder(home, tmp_path, capsy
     assert sorted(row["format"] for row in artifacts.read_results(first)["exports"]) == ["onnx", "plain"]
     stored = load_file(first / "verification.safetensors")
     script = (
-        "import sys; sys.modules['modhifi_cli'] = None; sys.path.insert(0, sys.argv[1])\n"
+        "sys.path.insert(0, sys.argv[1])\n"
         "from network import load, prepare, ABOUT\n"
         "from safetensors.torch import load_file, save_file\n"
         "import torch\n"
@@ -107,13 +106,8 @@ def test_export_afterwards_and_a_stranger_opens_the_folder(home, tmp_path, capsy
         "assert prepare(torch.zeros(2, h, w, c, dtype=torch.uint8)).shape == (2, c, h, w)\n"
         "save_file({'logits': load()(x).contiguous()}, sys.argv[3])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(first / "export" / "network"), str(first / "verification.safetensors"),
-         str(tmp_path / "out")],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-1500:]
+    read = (first / "export" / "network", first / "verification.safetensors")
+    stranger(script, *read, tmp_path / "out", folder=tmp_path)
     torch.testing.assert_close(load_file(tmp_path / "out")["logits"], stored["logits"], atol=1e-4, rtol=1e-4)
 
 
