@@ -73,7 +73,7 @@ def measure(
                 "prompt_tokens": prompt_tokens,
                 "new_tokens": new_tokens,
                 "sequences": count,
-                "rounds": times.shape[2],
+                "iterations": times.shape[2],
                 "clock": clock_name(device, torch.get_num_threads()),
                 "device": str(device),
                 "threads": torch.get_num_threads(),

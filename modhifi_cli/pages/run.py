@@ -187,10 +187,10 @@ def _in_short(results: Results) -> Section | None:
             f"Forget accuracy: {forgot.before} before, {forgot.after} after. That is what the network answers; what it "
             "still holds inside is for the audit to say."
         )
-    spreads = _spreads(results.measurements)
+    scattered = spreads(results.measurements)
     quality = next((rows[name] for name in _QUALITIES if name in rows and rows[name].change), None)
     if quality is not None and results.verb in ("prune", "unlearn"):
-        spread = f"; standard error {spreads[quality.name]}" if quality.name in spreads else ""
+        spread = f"; standard error {scattered[quality.name]}" if quality.name in scattered else ""
         items.append(f"Cost: {quality.label} {quality.before} before, {quality.after} after, {quality.change}{spread}.")
     if items:
         count = len(results.warnings)
@@ -254,13 +254,13 @@ def _achieved(results: Results) -> Section | None:
     blocks: list[Block] = []
     if results.latency:
         blocks.append(Table(("of the time of a forward pass", "saved"), _time_saved(results.latency)))
-    spreads = _spreads(results.measurements)
+    scattered = spreads(results.measurements)
     rows = terms.table(results.measurements)
     if any(row.before for row in rows) and any(row.after for row in rows):
-        cells = tuple((row.label, row.before, row.after, row.change, spreads.get(row.name, "")) for row in rows)
+        cells = tuple((row.label, row.before, row.after, row.change, scattered.get(row.name, "")) for row in rows)
         blocks.append(Table(("", "before", "after", "change", "spread"), cells))
     elif rows:
-        cells = tuple((row.label, row.before or row.after, spreads.get(row.name, "")) for row in rows)
+        cells = tuple((row.label, row.before or row.after, scattered.get(row.name, "")) for row in rows)
         blocks.append(Table(("", "measured", "spread"), cells))
     return Section("What was achieved", tuple(blocks)) if blocks else None
 
@@ -337,8 +337,15 @@ def _without(plain: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name != key}
 
 
-def _spreads(measurements: Sequence[Measurement]) -> dict[str, str]:
-    """How far each term's measurements scatter, in words: deciles of repetitions, or a standard error."""
+def spreads(measurements: Sequence[Measurement]) -> dict[str, str]:
+    """How far the measurements of each term scatter, in words.
+
+    Args:
+        measurements: As a run keeps them; those whose protocol tells no spread are left out.
+
+    Returns:
+        Term → deciles of repetitions, the number of paired rounds, or a standard error, of every network.
+    """
     told: dict[str, list[str]] = {}
     for measured in measurements:
         protocol = measured.protocol

@@ -10,6 +10,7 @@ import torch
 from modhifi_cli.data import text
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation import generation, lm_eval, token_perplexity
+from modhifi_cli.pages.run import spreads
 from modhifi_cli.records import TextInput
 from tests.decoders import tiny, tokenizer
 
@@ -72,8 +73,10 @@ def test_generation_times_prefill_and_steps(words):
     assert {m.name for m in found if m.model == "dense"}.isdisjoint(ratios)
     assert all(m.value > 0 and m.protocol["prompt_tokens"] == 8 for m in found)
     assert {m.protocol["sequences"] for m in found if m.name.endswith("_2")} == {2}
-    (told,) = [m.protocol["told"] for m in found if m.name == "decode_speedup"]
-    assert told.startswith("too noisy to tell"), "one round says nothing"
+    (speedup,) = [m for m in found if m.name == "decode_speedup"]
+    assert speedup.protocol["told"].startswith("too noisy to tell"), "one round says nothing"
+    spread = f"median of 1 paired rounds, {speedup.protocol['clock']} clock"
+    assert spreads([speedup])["decode_speedup"] == spread, "the page reads the number of rounds"
     with pytest.raises(ConfigError, match="new_tokens must be at least 1, got 0"):
         generation.measure(new_tokens=0, **given(words))
 
