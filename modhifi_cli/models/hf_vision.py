@@ -108,7 +108,8 @@ def load(
         account = _load_published_(network, folder)
     else:
         account = load_weights_(network, weights)
-    wanted = adjusted(_preprocess(_json(folder / "preprocessor_config.json"), config), preprocess)
+    said = _json(folder / "preprocessor_config.json")
+    wanted = adjusted(_preprocess(said, config, sized="size" in (preprocess or {})), preprocess)
     example = torch.randn((2, len(wanted.mean), *wanted.size), generator=torch.Generator().manual_seed(0))
     logits = check_images(model, example)
     return LoadedModel(
@@ -153,10 +154,16 @@ def _json(file: Path, *, needed: bool = False) -> dict[str, Any]:
     return content
 
 
-def _preprocess(found: Mapping[str, Any], config: Mapping[str, Any]) -> Preprocess:
-    """What the folder says of its images; the configuration's size and 0.5 where it says nothing."""
+def _preprocess(found: Mapping[str, Any], config: Mapping[str, Any], *, sized: bool) -> Preprocess:
+    """What the folder says of its images; the configuration's size and 0.5 where it says nothing.
+
+    Args:
+        found: Of ``preprocessor_config.json``.
+        config: Of ``config.json``.
+        sized: Whether the user sets the size, so that the folder's may be anything.
+    """
     crop = found.get("crop_size") if found.get("do_center_crop") else None
-    height, width = _size(crop or found.get("size") or config.get("image_size") or 224)
+    height, width = (1, 1) if sized else _size(crop or found.get("size") or config.get("image_size") or 224)
     shorter = found["size"].get("shortest_edge") if isinstance(found.get("size"), Mapping) else None
     channels = config.get("num_channels", 3)
     return Preprocess(
@@ -168,13 +175,14 @@ def _preprocess(found: Mapping[str, Any], config: Mapping[str, Any]) -> Preproce
     )
 
 
-def _size(value: Any) -> tuple[int, int]:
-    if isinstance(value, Mapping):
-        edge = value.get("shortest_edge")
-        value = [value.get("height", edge), value.get("width", edge)]
+def _size(given: Any) -> tuple[int, int]:
+    value = given
+    if isinstance(given, Mapping):
+        edge = given.get("shortest_edge")
+        value = [given.get("height", edge), given.get("width", edge)]
     pair = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value, value]
     if len(pair) != 2 or not all(isinstance(edge, int) and edge > 0 for edge in pair):
-        raise ConfigError(f"model.preprocess.size: the folder gives {value!r}, expected pixels; set it yourself.")
+        raise ConfigError(f"model.preprocess.size: the folder gives {given!r}, expected pixels; set it yourself.")
     return pair[0], pair[1]
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from modhifi_cli.cli import main
-from modhifi_cli.errors import DataError, UnsupportedModelError
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
 from modhifi_cli.files import artifacts
 from modhifi_cli.models import build_architecture, hf_vision
 
@@ -54,6 +54,17 @@ def test_a_folder_prunes_on_the_command_line_and_is_read_back(vit, tmp_path, mon
     (run,) = (tmp_path / "outputs/prune").glob("*/*")
     narrow = artifacts.load_model(run)
     assert sum(p.numel() for p in narrow.parameters()) < 0.85 * sum(p.numel() for p in vit[1].parameters())
+
+
+def test_a_size_that_is_no_pixels_can_be_set_as_the_message_says(vit, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(vit[0], tmp_path / "vit")
+    settings = json.loads((folder / "preprocessor_config.json").read_text()) | {"size": {"longest_edge": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"model.preprocess.size: the folder gives {'longest_edge': 16}, expected pixels; set it"):
+        hf_vision.load(path=str(folder))
+    assert hf_vision.load(path=str(folder), preprocess={"size": 16}).preprocess.size == (16, 16)
 
 
 def test_what_is_wrong_with_a_folder_is_told(vit, tmp_path):
