@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import DataError, UnsupportedModelError
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
 from modhifi_cli.graph.answers import tensors_of
 
 INSIDE = "network."  # what names of modules begin with in the wrapper
@@ -91,6 +91,12 @@ class Form:
         moving = [tensor for leaf, tensor in parts if leaf.constant is None]
         return torch.cat([tensor.reshape(len(tensor), -1).to(wide) for tensor in moving], 1)
 
+    @property
+    def highest(self) -> int:
+        """The highest whole number that travels, 0 where none does."""
+        leaves = (leaf for leaf, _ in _leaves(self._tree, self._tree))
+        return max((leaf.limit - 1 for leaf in leaves if leaf.limit and leaf.constant is None), default=0)
+
     def shaped(self, packed: Tensor) -> Tensor:
         """``[batch, numbers]`` in the shape in which it travels: a lone floating tensor has its own."""
         return packed.reshape(-1, *self._tree.shape) if self.alone else packed
@@ -158,19 +164,29 @@ class Sent(Called):
         network: The network; it is held, not copied.
         batch: A batch as it comes from the user's data.
         function: As of `Called`.
-
-    Attributes:
-        numbers: How many there are for each sample.
     """
 
     def __init__(self, network: nn.Module, batch: Any, function: Callable[[nn.Module, Any], Any] | None = None) -> None:
         self._names = () if function is not None else named_inputs(network, batch)
         super().__init__(network, Form(_read_of(batch, self._names, function)), function)
-        self.numbers = self.packed(batch)[0].shape[-1]
 
     def forward(self, packed: Tensor) -> Tensor:
         """``[batch, 1, 1, numbers]`` → everything the network says, ``[batch, numbers]``."""
         return super().forward(self._form.shaped(packed.flatten(1)))
+
+    def refuse(self, dtype: torch.dtype) -> None:
+        """Refuse to travel in a precision that does not tell all ids of tokens apart.
+
+        Raises:
+            ConfigError: If whole numbers of the batches are higher than those that the precision holds one by one.
+        """
+        told_apart = int(2 / torch.finfo(dtype).eps)
+        if self._form.highest > told_apart:
+            name = str(dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"runtime.dtype={name}: the network reads whole numbers up to {self._form.highest}, and {name} tells only "
+                f"those up to {told_apart} apart; use runtime.dtype=float32."
+            )
 
     def packed(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """A batch as the wrapper takes it, and its labels.

@@ -111,6 +111,8 @@ def image_source(
         )
     if "known" in inspect.signature(build).parameters:
         given["known"] = Known(loaded.classes, lambda: _logits_of(loaded))
+    if isinstance(loaded.model, Sent):
+        loaded.model.refuse(dtype_of(settings))
     if "found" in inspect.signature(build).parameters and not reads_text:
         given["found"] = exactly
         if isinstance(loaded.model, Sent):

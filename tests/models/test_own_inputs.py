@@ -14,11 +14,11 @@ from torch import nn
 
 
 class Towers(nn.Module):
-    def __init__(self):
+    def __init__(self, count=50):
         super().__init__()
         torch.manual_seed(0)
         self.seen = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU())
-        self.words, self.read, self.head = nn.Embedding(50, 8), nn.Linear(8, 24), nn.Linear(40, 4)
+        self.words, self.read, self.head = nn.Embedding(count, 8), nn.Linear(8, 24), nn.Linear(40, 4)
 
     def forward(self, image, words):
         return self.head(torch.cat([self.seen(image).mean((2, 3)), self.read(self.words(words).mean(1)).relu()], 1))
@@ -33,6 +33,10 @@ def batches():
 
 def example():
     return next(batches())
+
+
+def far_example():
+    return {**example(), "words": torch.arange(290, 300).view(2, 5).repeat(8, 1)}
 
 
 def pairs():
@@ -177,6 +181,27 @@ def test_what_is_wrong_with_an_example_or_with_batches_is_one_sentence(words, to
                "evaluation_data=none", *every) == 2  # fmt: skip
     text = " ".join(capsys.readouterr().err.split())
     assert re.search(told, text) and "Traceback" not in text
+
+
+@pytest.mark.parametrize("dtype, highest", [("bfloat16", 256), ("float16", 2048)])
+def test_ids_that_a_precision_does_not_tell_apart_are_refused(dtype, highest):
+    from modhifi_cli.errors import ConfigError
+    from modhifi_cli.models.called import Sent
+
+    def sent(largest):
+        return Sent(torch.nn.Identity(), (torch.zeros(2, 3), torch.tensor([[0], [largest]])), lambda model, batch: batch)
+
+    sent(highest).refuse(getattr(torch, dtype))
+    with pytest.raises(ConfigError, match=f"up to {highest + 1}, and {dtype} tells only those up to {highest} apart"):
+        sent(highest + 1).refuse(getattr(torch, dtype))
+
+
+def test_a_run_in_a_precision_that_would_round_ids_is_refused(place, capsys):
+    assert run("prune", "model=module", f"model.factory={place}:Towers", "model.kwargs={count: 300}", "data=batches",
+               f"model.example={place}:far_example", f"data.factory={place}:batches", "evaluation=[size]",
+               "evaluation_data=none", "runtime.dtype=bfloat16") == 2  # fmt: skip
+    text = " ".join(capsys.readouterr().err.split())
+    assert "runtime.dtype=bfloat16: the network reads whole numbers up to 299, and bfloat16 tells only those up to 256" in text
 
 
 def test_a_folder_cannot_name_code_of_another_module_than_the_one_that_was_allowed(place):
