@@ -219,7 +219,8 @@ def _versions() -> str:
 def _complete(words: Sequence[str]) -> int:
     """What a shell asks for: the lines it evaluates (``bash``), or the words that may follow (``words LINE``)."""
     if words[:1] == ["words"]:
-        print("\n".join(completion.candidates(" ".join(words[1:]), [run.name for run in runs(Path("outputs"))])))
+        line = " ".join(words[1:])
+        print("\n".join(completion.candidates(line, lambda: [run.name for run in runs(Path("outputs"))])))
     elif not words or words[0] in ("-h", "--help"):
         print('eval "$(modhifi completion bash)" in ~/.bashrc; zsh alike; fish: modhifi completion fish | source')
     else:

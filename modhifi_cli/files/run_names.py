@@ -74,14 +74,14 @@ def named_words(words: Sequence[str]) -> list[tuple[str, str | list[str]] | str]
 
 
 def runs(outputs: Path) -> list[Path]:
-    """Runs, finished or interrupted, oldest first: their names begin with the time."""
+    """Folders of runs under ``outputs/VERB/MODEL``, finished or interrupted, oldest first: their names begin with the time."""
     folders = [path for path in outputs.glob("*/*/*") if re.match(r"\d{8}-\d{6}", path.name) and path.is_dir()]
     return sorted(folders, key=lambda path: path.name)
 
 
-def short_names(outputs: Path) -> dict[Path, str]:
-    """What each finished run with a network is called for short: ``last``, ``last-1`` and so on."""
-    whole = _with_networks(runs(outputs))
+def short_names(found: Sequence[Path]) -> dict[Path, str]:
+    """What each finished run with a network is called for short, ``last``, ``last-1`` and so on; `found` as of `runs`."""
+    whole = _with_networks(found)
     return {place: "last" if not back else f"last-{back}" for back, place in enumerate(reversed(whole))}
 
 

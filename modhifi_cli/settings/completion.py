@@ -3,7 +3,7 @@
 Everything is read from the YAML files as text, so that the answer comes at once. Names of files are left to the shell.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.settings.yamls import choices, config_directory, groups, inherited, read_verb, verbs
@@ -56,12 +56,12 @@ def script(shell: str) -> str:
     return SCRIPTS[shell]
 
 
-def candidates(line: str, runs: Iterable[str] = ()) -> list[str]:
+def candidates(line: str, runs: Callable[[], Iterable[str]] = tuple) -> list[str]:
     """Whole words that may take the place of the last word of a command line, sorted.
 
     Args:
         line: Everything in front of the cursor, ``"modhifi prune data=fo"``; a space at its end begins a new word.
-        runs: Names of the runs there are, for keys that take one.
+        runs: Gives the names of the runs there are; asked only for keys that take one, since it reads folders.
     """
     words = line.split()
     last = "" if not words or line[-1].isspace() else words.pop()
@@ -76,7 +76,7 @@ def candidates(line: str, runs: Iterable[str] = ()) -> list[str]:
         return []
     key, equals, _ = last.partition("=")
     if equals and key in _RUNS:
-        return _beginning((f"{key}={run}" for run in ("last", *runs)), last)
+        return _beginning((f"{key}={run}" for run in ("last", *runs())), last)
     if equals:
         return _beginning((f"{key}={value}" for value in _values(verb, key)), last)
     return _beginning([f"{key}=" for key in _keys(verb, given)] + ["--help", "-m"], last)

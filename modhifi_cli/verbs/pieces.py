@@ -291,7 +291,7 @@ def show_end(console: Console, final: Path, warnings: int) -> None:
     told = {0: "no warning was raised", 1: "one warning was raised"}.get(warnings, f"{warnings} warnings were raised")
     console.note(f"{told}; the page is report.html, the network model/, both in")
     console.note(f"  {final}")
-    short = run_names.short_names(Path("outputs")).get(final)  # where verbs look for runs
+    short = run_names.short_names(run_names.runs(Path("outputs"))).get(final)  # where verbs look for runs
     name = short or str(final)
     console.note(f"proof that it answers as it did:  modhifi verify run={name}")
     show_loading(console, final)

@@ -22,8 +22,9 @@ def runs(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console
     outputs, wanted = Path(settings["output_dir"]), settings["verb"]
     if wanted is not None and wanted not in config.verbs():
         raise ConfigError(f"verb: there is no verb '{wanted}'; {nearest(str(wanted), config.verbs())}")
-    found = [place for place in run_names.runs(outputs) if wanted in (None, place.parent.parent.name)]
-    names = run_names.short_names(outputs)
+    every = run_names.runs(outputs)
+    found = [place for place in every if wanted in (None, place.parent.parent.name)]
+    names = run_names.short_names(every)
     rows = [_row(place, names.get(place, "")) for place in reversed(found[-settings["most"] :])]
     if not rows:
         of = "" if wanted is None else f" of modhifi {wanted}"

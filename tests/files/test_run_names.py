@@ -42,6 +42,14 @@ def test_a_name_without_a_run_or_with_several_is_refused(outputs, given, said):
         named_run(given, outputs)
 
 
+def test_how_many_finished_runs_there_are_is_said_for_one_and_for_none(tmp_path):
+    with pytest.raises(DataError, match=r"run=last: there is no finished run with a network under .*; give a folder"):
+        named_run("last", tmp_path)
+    (tmp_path / "prune/a/20260101-100000-000001_x/model").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"run=last-1: there is one finished run with a network under .*; give a folder"):
+        named_run("last-1", tmp_path)
+
+
 def test_only_the_words_that_name_runs_are_looked_at(outputs):
     words = ["model=run", "model.run=last", "run=null", "runs=[last,20260101]", "seeds=[0,1]", "output_dir=outputs"]
     found = named_words(words)

@@ -37,8 +37,17 @@ def test_a_group_offers_its_choices_and_a_switch_its_two():
 
 def test_a_key_that_takes_a_run_offers_the_newest_and_every_name():
     names = ["20260101-100000_a", "20260102-100000_b"]
-    assert completion.candidates("modhifi verify run=", names) == ["run=20260101-100000_a", "run=20260102-100000_b", "run=last"]
-    assert completion.candidates("modhifi verify run=la", names) == ["run=last"]
+    found = completion.candidates("modhifi verify run=", lambda: names)
+    assert found == ["run=20260101-100000_a", "run=20260102-100000_b", "run=last"]
+    assert completion.candidates("modhifi verify run=la", lambda: names) == ["run=last"]
+
+
+def test_folders_of_runs_are_read_only_for_a_key_that_takes_a_run():
+    def read():
+        raise AssertionError("folders were read")
+
+    assert completion.candidates("modhifi prune data=fo", read) == ["data=folder"]
+    assert "run=" in completion.candidates("modhifi verify r", read)
 
 
 def test_what_takes_a_file_is_left_to_the_shell():
