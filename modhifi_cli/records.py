@@ -6,9 +6,9 @@ Feature order is component-major everywhere: feature = component × features_per
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -339,6 +339,27 @@ class Progress:
     item: str
     done: int
     total: int
+
+
+_Kind = TypeVar("_Kind")
+
+
+def last_of(events: Iterable[Any], kind: type[_Kind], listen: Callable[[Any], object]) -> _Kind:
+    """Go through the events of a task to its end, and give back the last that is of a kind.
+
+    Args:
+        events: As the task yields them.
+        kind: Of the task's outcome, which it yields once or more.
+        listen: Called with each of the others as it comes: `Progress`.
+    """
+    found: _Kind | None = None
+    for event in events:
+        if isinstance(event, kind):
+            found = event
+        else:
+            listen(event)
+    assert found is not None, f"the task ended without a {kind.__name__}"
+    return found
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from modhifi_cli.api.words import own_words
 from modhifi_cli.data.tensors import TensorImages
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.graph.folded import copied
-from modhifi_cli.records import Edit, Progress
-from modhifi_cli.settings import config
+from modhifi_cli.records import Edit, Progress, last_of
+from modhifi_cli.settings import config, recipes
 
 
 @own_words
@@ -148,7 +148,7 @@ def audit(
         DataError: If there are too few samples of the classes.
         NumericsError: If values are not finite.
     """
-    from modhifi_cli.auditing.audit import AuditReport, AuditSettings, Case
+    from modhifi_cli.auditing.audit import AuditReport, Case
     from modhifi_cli.auditing.audit import audit as audited
     from modhifi_cli.pages import audit as pages
     from modhifi_cli.unlearning.classes import forget_classes
@@ -162,8 +162,7 @@ def audit(
     unseen = None if evaluation is None else ready(dense, evaluation, device, forward=forward, inputs=inputs).samples
     if unseen is not None and next(iter(unseen.batches(1)))[1] is None:
         raise ConfigError("evaluation: an audit measures accuracy on these images, and they come without labels.")
-    parts = {part: config.build(chosen[part]) for part in ("probe", "relearn", "membership", "verdict", "further") if chosen.get(part)}
-    report = None
+    asked = recipes.audit_settings(chosen)
     with listening(progress, "auditing") as listen:
         found = _labels(given, labels, classes, batch_size, listen)
         case = Case(
@@ -177,12 +176,8 @@ def audit(
             forget=forget_classes(_asked(forget), classes, found.classes),
             classes=None if classes is None else tuple(classes),
         )
-        for event in audited(case, AuditSettings(**parts), device=given.device, batch_size=batch_size, seed=seed):
-            if isinstance(event, AuditReport):
-                report = event
-            elif isinstance(event, Progress):
-                listen(event)
-    assert report is not None, "the audit ended without a report"
+        events = audited(case, asked, device=given.device, batch_size=batch_size, seed=seed)
+        report = last_of(events, AuditReport, listen)
     return Audited(
         verdict=report.verdict.level,
         sentences=tuple(report.verdict.sentences),
@@ -208,14 +203,8 @@ def _labels(given: Given, labels: str, classes: Sequence[str] | None, batch_size
 
     if not isinstance(given.samples, TensorImages):
         raise ConfigError("model: classes can be taken out of classifiers of images only, and this is a language model.")
-    found: Labels | None = None
-    for event in image_labels(
+    events = image_labels(
         given.network, given.samples, mode=labels, device=given.device, batch_size=batch_size,
         names=None if classes is None else tuple(classes), place="batches",
-    ):  # fmt: skip
-        if isinstance(event, Labels):
-            found = event
-        else:
-            listen(event)
-    assert found is not None, "labelling ended without labels"
-    return found
+    )  # fmt: skip
+    return last_of(events, Labels, listen)

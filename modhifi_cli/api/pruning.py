@@ -14,10 +14,9 @@ from modhifi_cli.api.words import own_words
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.components import ComponentGroup, Refusal
-from modhifi_cli.records import Edit, Progress
-from modhifi_cli.settings import config
+from modhifi_cli.records import Edit, Progress, last_of
+from modhifi_cli.settings import config, recipes
 
-_STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
 _TARGETS = ("auto", "params", "flops", "components", "latency")
 
 
@@ -92,10 +91,11 @@ def prune(
         model, batches, device, most=num_samples, in_place=in_place, forward=forward, inputs=inputs, tokenizer=tokenizer,
         length=length, seed=seed,
     )  # fmt: skip
-    size = batch_size or (8 if given.reads_text else 64)
-    chosen |= {"components": names(components), "exclude": names(exclude) or tuple(chosen["exclude"]), "seed": seed}
+    chosen["runtime"] |= {"batch_size": batch_size or (8 if given.reads_text else 64), "seed": seed}
+    left_alone = names(exclude) or tuple(chosen["exclude"])
+    chosen |= {"components": names(components), "exclude": given.inside.inner(left_alone), "round_to": round_to}
     with listening(progress, "pruning") as listen:
-        return _pruned(given, chosen, round_to, size, check_data, listen)
+        return _pruned(given, chosen, check_data, listen)
 
 
 def _chosen(
@@ -118,14 +118,10 @@ def _chosen(
     return chosen
 
 
-def _pruned(
-    given: Given, chosen: dict[str, Any], round_to: int | str, batch_size: int, check_data: bool, listen: Listener
-) -> tuple[nn.Module, Pruned]:
+def _pruned(given: Given, chosen: dict[str, Any], check_data: bool, listen: Listener) -> tuple[nn.Module, Pruned]:
     from modhifi_cli.engine.healing import check_samples
     from modhifi_cli.engine.plan import Plan, Summary
     from modhifi_cli.engine.prune import prune_
-    from modhifi_cli.engine.walk import Budget, Recipe
-    from modhifi_cli.evaluation.runtimes import runtime
     from modhifi_cli.graph.counting import count
 
     edited, inside, price = given.network, given.inside, config.build(chosen["target"])
@@ -136,13 +132,11 @@ def _pruned(
     if chosen.get("healing") or price.timed:
         dense = copy.deepcopy(edited)
     if check_data and not given.reads_text:
-        chosen["batchnorm"] = _batchnorm(given, chosen["batchnorm"], batch_size, listen, warnings)
-    steps = {key: config.build(chosen[key]) for key in _STEPS}
-    classifier = "keep" if given.reads_text else chosen["classifier"]
-    recipe = Recipe(**steps, classifier=classifier, seed=chosen["seed"])
-    budget = Budget(float(chosen["sparsity"]), price, round_to, runtime(chosen["runtime"]["serve"]).BLOCK)
+        chosen["batchnorm"] = _batchnorm(given, chosen, listen, warnings)
+    recipe, budget = recipes.recipe(chosen, reads_text=given.reads_text), recipes.budget(chosen, price)
+    walk = recipes.walk(edited, chosen, given.samples, given.device, reads_text=given.reads_text)
     plan, summary, table, edits = None, None, None, []
-    for event in prune_(_walk(given, chosen, batch_size), recipe, budget):
+    for event in prune_(walk, recipe, budget):
         if isinstance(event, Plan):
             plan = event
         elif isinstance(event, Edit):
@@ -174,29 +168,13 @@ def _pruned(
     )
 
 
-def _walk(given: Given, chosen: Mapping[str, Any], batch_size: int) -> Any:
-    """The network on its calibration samples, walked as its kind asks for."""
-    beside: dict[str, Any] = {"exclude": given.inside.inner(chosen["exclude"]), "batch_size": batch_size, "device": given.device}
-    if given.reads_text:
-        from modhifi_cli.engine.token_walk import TokenWalk
-
-        options = config.build(chosen["decoder"], components=tuple(chosen["components"]))
-        return TokenWalk(given.network, given.samples, options=options, **beside)
-    from modhifi_cli.engine.image_walk import ImageWalk
-
-    gathering = config.build(chosen["statistics"])
-    return ImageWalk(
-        given.network, given.samples, batchnorm=chosen["batchnorm"], gathering=gathering, seed=chosen["seed"], **beside
-    )
-
-
 def _heal_(
     given: Given, dense: nn.Module, chosen: Mapping[str, Any], edits: list[Edit], listen: Listener, warnings: list[str]
 ) -> None:
     """Train the pruned network towards the dense one's own answers; `edits` and `warnings` grow."""
     from modhifi_cli.engine.healing import Healed, about, heal_
 
-    recipe, seed = config.build(chosen["healing"]), chosen["seed"]
+    recipe, seed = config.build(chosen["healing"]), chosen["runtime"]["seed"]
     for event in heal_(given.network, dense, given.samples, recipe=recipe, edits=edits, device=given.device, seed=seed):
         if isinstance(event, Edit):
             edits.append(event)
@@ -213,18 +191,12 @@ def _saved(
     from modhifi_cli.evaluation.forward import ready_to_measure
     from modhifi_cli.evaluation.latency_probe import Saved, saved_share, stopwatch_in
 
-    found: Saved | None = None
     with ready_to_measure({"dense": dense, "edited": edited}, given.device):
-        for event in saved_share(
+        events = saved_share(
             dense, edited, given.example, batch=int(table.protocol["batch"]), rounds=2 * price.rounds,
             max_seconds=float(price.max_seconds), stopwatch=stopwatch_in(price.serve, given.device),
-        ):  # fmt: skip
-            if isinstance(event, Saved):
-                found = event
-            else:
-                listen(event)
-    assert found is not None, "the timing ended without a share"
-    return found.share
+        )  # fmt: skip
+        return last_of(events, Saved, listen).share
 
 
 @own_words
@@ -316,9 +288,8 @@ def score(
     if is_decoder(model):
         raise ConfigError("score: neurons of language models are scored while their layers are cut; use prune.")
     given = ready(model, batches, device, most=num_samples, forward=forward, inputs=inputs)
-    scores: dict[str, Tensor] = {}
     with listening(progress, "scoring") as listen:
-        for event in component_scores(
+        events = component_scores(
             given.network,
             calibration=given.samples,
             scoring=config.build(chosen["scoring"]),
@@ -327,25 +298,18 @@ def score(
             device=given.device,
             seed=seed,
             gathering=config.build(chosen["statistics"]),
-        ):
-            if isinstance(event, Progress):
-                listen(event)
-            else:
-                scores = event
+        )
+        scores: dict[str, Tensor] = last_of(events, dict, listen)
     return {given.inside.outer(name): values for name, values in scores.items()}
 
 
-def _batchnorm(given: Given, asked: str, batch_size: int, listen: Listener, warnings: list[str]) -> str:
+def _batchnorm(given: Given, chosen: Mapping[str, Any], listen: Listener, warnings: list[str]) -> str:
     """What is done with BatchNorm after a look at the images, as the command line decides it; `warnings` grows."""
     from modhifi_cli.engine.quality import Quality, assess
 
-    found: Quality | None = None
-    for event in assess(given.network, given.samples, batch_size=batch_size, device=given.device):
-        if isinstance(event, Progress):
-            listen(event)
-        else:
-            found = event
-    assert found is not None, "the assessment ended without a result"
+    asked, batch_size = chosen["batchnorm"], chosen["runtime"]["batch_size"]
+    events = assess(given.network, given.samples, batch_size=batch_size, device=given.device)
+    found = last_of(events, Quality, listen)
     warnings += found.warnings
     return "stored" if asked == "reestimate" and not found.may_reestimate else asked
 

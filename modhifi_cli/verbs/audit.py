@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi_cli.auditing.audit import AuditReport, AuditSettings, Case
+from modhifi_cli.auditing.audit import AuditReport, Case
 from modhifi_cli.console import Console
 from modhifi_cli.engine.labelling import Labels, image_labels
 from modhifi_cli.errors import ConfigError, DataError
@@ -17,8 +17,8 @@ from modhifi_cli.files import artifacts
 from modhifi_cli.pages import audit as audit_pages
 from modhifi_cli.pages import figures
 from modhifi_cli.pages.terms import class_name
-from modhifi_cli.records import ImageSource, LoadedModel, Measurement
-from modhifi_cli.settings import config
+from modhifi_cli.records import ImageSource, LoadedModel, Measurement, last_of
+from modhifi_cli.settings import config, recipes
 from modhifi_cli.verbs import pieces
 from modhifi_cli.verbs.opened import OpenedRun, open_run
 
@@ -117,31 +117,13 @@ def make_audit(
     reference = _reference(settings["audit"]["reference"], model, loaded)
     events = audited(
         dataclasses.replace(case, reference=None if reference is None else reference.to(pieces.dtype_of(settings))),
-        audit_settings(settings),
+        recipes.audit_settings(settings["audit"]),
         device=device,
         batch_size=settings["runtime"]["batch_size"],
         seed=settings["runtime"]["seed"],
         answers=answers,
     )
-    report = None
-    for event in events:
-        if isinstance(event, AuditReport):
-            report = event
-        else:
-            console.progress(event)
-    assert report is not None, "the audit ended without a report"
-    return report
-
-
-def audit_settings(settings: Mapping[str, Any]) -> AuditSettings:
-    """The settings' `audit` group as the task takes it.
-
-    Raises:
-        ConfigError: If one is out of range.
-    """
-    parts = ("probe", "relearn", "membership", "verdict", "further")
-    named = settings["audit"]  # runs from before there were further attacks have none
-    return AuditSettings(**{part: config.build(named[part]) for part in parts if named.get(part)})
+    return last_of(events, AuditReport, console.progress)
 
 
 def write_audit(folder: Path, report: AuditReport, *, model: str, repeat: str) -> None:
@@ -228,17 +210,11 @@ def _labelled(
         raise ConfigError(
             "audit: the run names no calibration images; give labelled ones with data=arrays data.path=FILE."
         )
-    found = None
-    for event in image_labels(
+    events = image_labels(
         dense.to(device), source, mode=settings["data"].get("labels") or "auto", device=device,
         batch_size=settings["runtime"]["batch_size"], names=loaded.classes,
-    ):  # fmt: skip
-        if isinstance(event, Labels):
-            found = event
-        else:
-            console.progress(event)
-    assert found is not None, "labelling ended without labels"
-    return source, found
+    )  # fmt: skip
+    return source, last_of(events, Labels, console.progress)
 
 
 def _reference(asked: str | None, model: Mapping[str, Any], loaded: LoadedModel) -> nn.Module | None:

@@ -9,10 +9,9 @@ from modhifi_cli.console import Console
 from modhifi_cli.engine.forecast import SPEEDS, Run, forecast
 from modhifi_cli.engine.memory import free_memory
 from modhifi_cli.errors import ConfigError
-from modhifi_cli.settings import config
+from modhifi_cli.settings import config, recipes
 from modhifi_cli.verbs import pieces
 
-_STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
 _LENGTH, _SEQUENCES = 1024, 128  # of the paper, where the data does not say
 
 
@@ -41,11 +40,11 @@ def show(settings: Mapping[str, Any], console: Console) -> None:
 
     asked = {key: settings["model"].get(key) for key in ("path", "revision", "dtype", "trust_remote_code")}
     model = hf.outline(**asked)
-    options = config.build(settings["decoder"], components=tuple(settings["components"]))
+    options = recipes.decoder_options(settings)
     decoder = find_parts(
         model, components=options.components, unit=options.unit, exclude=tuple(settings["exclude"]), check=False
     )
-    steps = {key: config.build(settings[key]) for key in _STEPS}
+    steps = recipes.steps(settings)
     uneven = steps["allocation"].needs_curves
     data = settings["data"] or {}
     length = min(int(data.get("length") or _LENGTH), int(_config(model).max_position_embeddings))

@@ -40,7 +40,7 @@ from modhifi_cli.records import (
     TextInput,
     without_folders,
 )
-from modhifi_cli.settings import config
+from modhifi_cli.settings import config, recipes
 from modhifi_cli.verbs import cards
 
 if TYPE_CHECKING:
@@ -328,13 +328,13 @@ def foresee_exports(settings: Mapping[str, Any], loaded: LoadedModel | None = No
     """
     refuse_exports(settings["export"], "tokens" if is_decoder(settings) else "images")
     if loaded is not None:
-        even = not getattr(config.build(settings["allocation"]), "needs_curves", False)
         from modhifi_cli.engine.rounding import neuron_step
 
         neurons = getattr(getattr(loaded.model, "config", None), "intermediate_size", None)
         step = neuron_step(neurons, settings["round_to"]) if neurons else 1
+        intent = Intent(even=recipes.even_widths(settings), round_to=step)
         for node in settings["export"].values():
-            config.build(node).foresee(loaded, Intent(even=even, round_to=step))
+            config.build(node).foresee(loaded, intent)
 
 
 def refuse_exports(exports: Mapping[str, Any], reads: str) -> None:

@@ -15,12 +15,11 @@ from modhifi_cli.errors import ConfigError
 from modhifi_cli.files import artifacts
 from modhifi_cli.pages import terms
 from modhifi_cli.records import Edit, ImageSource, Measurement, Note, Progress, Results
-from modhifi_cli.settings import config
+from modhifi_cli.settings import config, recipes
 from modhifi_cli.verbs import drop, dry_run, healing, pieces, quality, timing, tracking
 from modhifi_cli.verbs.shared import Shared
 from modhifi_cli.verbs.work import Work
 
-_STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
 _GROUP_FACTS = ("dead_outputs", "fidelity", "subset_fidelity", "rows", "seconds")
 
 
@@ -192,8 +191,7 @@ def _introduce(work: Work, price: Any) -> tuple[str, ...]:
     if pieces.is_decoder(settings):
         from modhifi_cli.models.hf import will_open
 
-        even = not getattr(config.build(settings["allocation"]), "needs_curves", False)
-        console.note(str(will_open(loaded.model, even=even)))
+        console.note(str(will_open(loaded.model, even=recipes.even_widths(settings))))
     shared_text = pieces.told_overlap(settings, calibration, work.evaluation, console, work.place)
     if calibration.protocol.get("skipped"):
         console.warning(
@@ -298,11 +296,11 @@ def _events(
 ) -> Iterator[Any]:
     """The run of our method, or of an outside one where the settings name it; both tell the same kinds of records."""
     from modhifi_cli.engine.prune import prune_
-    from modhifi_cli.engine.walk import Budget, Recipe
-    from modhifi_cli.evaluation.runtimes import runtime
+    from modhifi_cli.engine.team import Team
 
+    reads_text = pieces.is_decoder(settings)
     if settings.get("outside"):
-        if pieces.is_decoder(settings):
+        if reads_text:
             raise ConfigError("outside methods are for networks that read images; set outside=null.")
         return config.build(settings["outside"])(
             model,
@@ -316,33 +314,10 @@ def _events(
             device=device,
             done=done,
         )
-    steps = {key: config.build(settings[key]) for key in _STEPS}
-    keep = pieces.is_decoder(settings)  # the head of a language model is no linear layer behind a pooling
-    recipe = Recipe(
-        **steps, classifier="keep" if keep else settings["classifier"], seed=settings["runtime"]["seed"]
-    )
-    block = runtime(settings["runtime"]["serve"]).BLOCK
-    budget = Budget(float(settings["sparsity"]), price, settings["round_to"], block)
-    return prune_(_walk(model, settings, calibration, device), recipe, budget, done=done)
-
-
-def _walk(model: nn.Module, settings: Mapping[str, Any], calibration: ImageSource, device: torch.device) -> Any:
-    """The network on its calibration data, walked as its kind asks for."""
-    from modhifi_cli.engine.team import Team
-
-    given = {
-        "exclude": tuple(settings["exclude"]), "batch_size": settings["runtime"]["batch_size"], "device": device,
-        "team": Team(*pieces.team_of(settings)),
-    }  # fmt: skip
-    if pieces.is_decoder(settings):
-        from modhifi_cli.engine.token_walk import TokenWalk
-
-        options = config.build(settings["decoder"], components=tuple(settings["components"]))
-        return TokenWalk(model, calibration, options=options, **given)
-    from modhifi_cli.engine.image_walk import ImageWalk
-
-    gathering, seed = config.build(settings["statistics"]), settings["runtime"]["seed"]
-    return ImageWalk(model, calibration, batchnorm=settings["batchnorm"], gathering=gathering, seed=seed, **given)
+    recipe, budget = recipes.recipe(settings, reads_text=reads_text), recipes.budget(settings, price)
+    team = Team(*pieces.team_of(settings))
+    walk = recipes.walk(model, settings, calibration, device, reads_text=reads_text, team=team)
+    return prune_(walk, recipe, budget, done=done)
 
 
 def _show_plan(console: Console, plan: Any) -> None:

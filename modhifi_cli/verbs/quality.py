@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.console import Console
 from modhifi_cli.files import artifacts
-from modhifi_cli.records import ImageSource, Preprocess, Progress, TextInput
+from modhifi_cli.records import ImageSource, Preprocess, TextInput, last_of
 
 FILE = "quality.json"
 
@@ -28,13 +28,8 @@ def look(
     """Assess a set with the dense network's eyes, and keep what is found in the run's folder."""
     from modhifi_cli.engine.quality import Quality, assess
 
-    found: Quality | None = None
-    for event in assess(model, source, batch_size=settings["runtime"]["batch_size"], device=device):
-        if isinstance(event, Progress):
-            console.progress(event)
-        else:
-            found = event
-    assert found is not None, "the assessment ended without a result"
+    events = assess(model, source, batch_size=settings["runtime"]["batch_size"], device=device)
+    found = last_of(events, Quality, console.progress)
     artifacts.write_json(place.path / FILE, found.to_json())
     return found
 

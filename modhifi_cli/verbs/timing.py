@@ -12,7 +12,7 @@ from torch import nn
 
 from modhifi_cli.console import Console
 from modhifi_cli.files import artifacts
-from modhifi_cli.records import Preprocess, TextInput
+from modhifi_cli.records import Preprocess, TextInput, last_of
 from modhifi_cli.settings import config
 
 FILE = "latency_table.json"
@@ -81,8 +81,7 @@ class Times:
             console.warning(warning)
             return dataclasses.replace(summary, warnings=(*summary.warnings, warning))
         batch = int(table.protocol["batch"])
-        found: latency_probe.Saved | None = None
-        for event in latency_probe.saved_share(
+        events = latency_probe.saved_share(
             dense.eval(),
             model.eval(),
             _example(table.protocol["input"], model, preprocess, device),
@@ -90,12 +89,8 @@ class Times:
             rounds=2 * price.rounds,
             max_seconds=float(price.max_seconds),
             stopwatch=latency_probe.stopwatch_in(price.serve, device),
-        ):
-            if isinstance(event, latency_probe.Saved):
-                found = event
-            else:
-                console.progress(event)
-        assert found is not None
+        )
+        found = last_of(events, latency_probe.Saved, console.progress)
         warnings = summary.warnings
         predicted = summary.latency["predicted"]
         if abs(found.share - predicted) > _FAR:

@@ -18,10 +18,10 @@ from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.files import artifacts
 from modhifi_cli.pages import audit as audit_pages
 from modhifi_cli.pages.terms import class_name
-from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress, Results
-from modhifi_cli.settings import config
+from modhifi_cli.records import Edit, ImageSource, LoadedModel, Measurement, Progress, Results, last_of
+from modhifi_cli.settings import config, recipes
 from modhifi_cli.verbs import pieces, quality, tracking
-from modhifi_cli.verbs.audit import audit_measurements, audit_settings, case_of, make_audit, show_audit, write_audit
+from modhifi_cli.verbs.audit import audit_measurements, case_of, make_audit, show_audit, write_audit
 from modhifi_cli.verbs.work import Work
 
 
@@ -186,21 +186,15 @@ def _labels(
 ) -> Any:
     from modhifi_cli.engine.labelling import Labels, image_labels
 
-    found = None
-    for event in image_labels(
+    events = image_labels(
         model,
         calibration,
         mode=settings["data"]["labels"],
         device=device,
         batch_size=settings["runtime"]["batch_size"],
         names=loaded.classes,
-    ):
-        if isinstance(event, Progress):
-            console.progress(event)
-        elif isinstance(event, Labels):
-            found = event
-    assert found is not None, "labelling ended without labels"
-    return found
+    )
+    return last_of(events, Labels, console.progress)
 
 
 def _edit_(begun: _Begun) -> tuple[Any, list[Edit]]:
@@ -270,7 +264,7 @@ def _refuse_audit(begun: _Begun) -> None:
     try:
         check_samples(
             begun.labels.values, begun.forget, begun.work.loaded.classes, evaluated=evaluated,
-            settings=audit_settings(settings),
+            settings=recipes.audit_settings(settings["audit"]),
         )  # fmt: skip
     except DataError as error:
         raise DataError(f"{error} Or leave the audit out: audit=none.") from error
