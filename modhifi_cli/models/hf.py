@@ -115,10 +115,7 @@ def load(
         model=model.eval().requires_grad_(False),
         name=name or place.stem,
         preprocess=text_input(model.config, words),
-        architecture={
-            "builder": BUILDER,
-            "kwargs": {"config": _described(model.config), "dtype": str(model.dtype).removeprefix("torch.")},
-        },
+        architecture={"builder": BUILDER, "kwargs": _arguments(model)},
         weights=account,
         again=again,
         license=None if weights == "random" else _license(place, gguf=gguf is not None),
@@ -149,10 +146,7 @@ def described(model: nn.Module, tokenizer: Any, name: str) -> LoadedModel:
         model=model,
         name=name,
         preprocess=text_input(model.config, tokenizer),
-        architecture={
-            "builder": "modhifi_cli.models.hf.build",
-            "kwargs": {"config": _described(model.config), "dtype": str(model.dtype).removeprefix("torch.")},
-        },
+        architecture={"builder": BUILDER, "kwargs": _arguments(model)},
         weights=f"weights given in Python, {type(model).__name__}",
     )
 
@@ -193,25 +187,36 @@ def outline(
         return model
 
 
-def build(*, config: Mapping[str, Any], dtype: str = "float32") -> nn.Module:
+def build(*, config: Mapping[str, Any], dtype: str = "float32", kind: str | None = None) -> nn.Module:
     """An untrained decoder from its configuration, weights undefined.
 
     Args:
         config: Configuration with ``model_type``.
         dtype: Name of the weights' type.
+        kind: Name of its class in transformers, where that makes another of such a configuration for causal language
+            modelling, or none: the text part of a larger network, say. None: the usual class.
 
     Raises:
-        DataError: If the configuration names no known family or does not hold together.
+        DataError: If the configuration names no known family or does not hold together, or there is no such class.
     """
     with _quiet():
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
         from transformers.initialization import no_init_weights
 
+        given = {key: value for key, value in config.items() if key != "model_type"}
+        own = None if kind is None else getattr(transformers, kind, None) if kind.isidentifier() else None
+        if kind is not None and not (isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)):
+            raise DataError(f"the saved configuration cannot be built (transformers has no network '{kind}'); restore the run folder.")
         try:
-            kind = config["model_type"]
-            made = AutoConfig.for_model(kind, **{key: value for key, value in config.items() if key != "model_type"})
+            if own is None:
+                made = transformers.AutoConfig.for_model(config["model_type"], **given)
+            else:
+                made = own.config_class(**given)
             with no_init_weights():
-                model = AutoModelForCausalLM.from_config(made, dtype=DTYPES[dtype])
+                if own is None:
+                    model = transformers.AutoModelForCausalLM.from_config(made, dtype=DTYPES[dtype])
+                else:
+                    model = own._from_config(made, dtype=DTYPES[dtype])
         except Exception as error:  # every family validates in its own way
             raise DataError(
                 f"the saved configuration cannot be built ({reason(error)}); restore the run folder."
@@ -579,11 +584,27 @@ def _license(place: Path, *, gguf: bool) -> str | None:
     return said[1] if said else None
 
 
+def _arguments(model: nn.Module) -> dict[str, Any]:
+    """Arguments of `build` for a network."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config: Any = model.config
+    usual = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    found = {"config": _described(config), "dtype": str(model.dtype).removeprefix("torch.")}
+    return found if type(model) is usual else found | {"kind": type(model).__name__}
+
+
 def _described(config: Any) -> dict[str, Any]:
-    plain = config.to_dict()
-    for key in ("_name_or_path", "_model_name_or_path"):  # where it was read from; the second of GGUF files
-        plain.pop(key, None)
-    return plain
+    return _without_places(config.to_dict())
+
+
+def _without_places(plain: dict[str, Any]) -> dict[str, Any]:
+    """The same without what says where a configuration, or a part of it, was read from; the second is of GGUF files."""
+    return {
+        key: _without_places(value) if isinstance(value, dict) else value
+        for key, value in plain.items()
+        if key not in ("_name_or_path", "_model_name_or_path")
+    }
 
 
 
@@ -616,7 +637,10 @@ def _said(config: Any, shape: Mapping[str, int]) -> dict[str, int] | None:
                 return None
             told[key] = shape[ours]
     if "heads" in shape and shape["heads"] != config.num_attention_heads:
-        told[next(key for key in ("num_attention_heads", "n_head") if key in plain)] = shape["heads"]
+        key = next((key for key in ("num_attention_heads", "n_head", "num_heads") if key in plain), None)
+        if key is None:
+            return None
+        told[key] = shape["heads"]
         if "head_dim" in shape:
             told["head_dim"] = shape["head_dim"]
     if "kv_heads" in shape and "num_key_value_heads" in plain:
