@@ -21,13 +21,14 @@ from torch.nn import functional
 
 from modhifi_cli.graph.standardised import computes_weight, settle_
 
-COUNTS = ("num_heads", "heads")  # attributes that hold the number of heads
+COUNTS = ("num_heads", "heads", "num_attention_heads")  # attributes that hold the number of heads
+MERGED = ("all_head_size",)  # the number of features of all heads, where a view lays them side by side
 # Attributes that hold the number of heads times a number of features, where they are read.
 _WIDTHS = (
     "attn_dim", "all_head_dim", "kv_dim", "val_attn_dim", "key_attn_dim", "inner_dim", "o_proj_inpdim", "dim_out",
     "out_dim", "dh",
 )  # fmt: skip
-_ALSO_COUNTS = ("num_kv_heads", "num_attention_heads")
+_ALSO_COUNTS = ("num_kv_heads",)
 _SHAPE = "bias_shape"  # of a position bias that is made in a module of its own, heads first or last
 _TABLE = "relative_position_bias_table"
 # Tensors with entries for each head, by the dimension in which they lie. Others are told by their shape.

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modhifi_cli.graph.answers import tensors_of
 from modhifi_cli.graph.components import is_linear
-from modhifi_cli.graph.heads import COUNTS, forget_tables_, head_count, per_head
+from modhifi_cli.graph.heads import COUNTS, MERGED, forget_tables_, head_count, per_head
 from modhifi_cli.graph.modes import compiler_left_out
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.parts import integers, size_names
@@ -812,6 +812,11 @@ class _Flow(TorchDispatchMode):
                 self._rows.append(self._arranged(after, split, sizes))
             elif len(split) == 1 and self._modules and head_count(self._modules[-1][1]) == after.shape[split[0]]:
                 self._rows.append(self._arranged(after, split, sizes))  # the view spells out the number of heads
+            if len(split) == 1 and after.dim() < before.dim() and self._modules:
+                where, module = self._modules[-1]
+                held = integers(module)
+                for leaf in (leaf for leaf in MERGED if held.get(leaf) == after.shape[split[0]]):
+                    self._size(where, leaf, self._channels(after, split[0]))
 
     def _arranged(self, after: Tensor, split: Sequence[int], sizes: Sequence[int]) -> "_Rows":
         modules = tuple(name for name, _ in self._modules[-2:]) or ("",)
