@@ -8,6 +8,7 @@ layer decides. A module that plays no known role is refused by its name.
 
 import copy
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from modhifi_cli.errors import ConfigError, UnsupportedModelError, first_line, n
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, Slot, input_size, is_linear, output_size
 from modhifi_cli.graph.experts import Experts, common_width, of_experts
 from modhifi_cli.graph.law import SEED, KeepsDouble, Verdict, randomise_
+from modhifi_cli.graph.mixers import is_mixer, ways
 from modhifi_cli.graph.parts import integers, is_part, part_of
 from modhifi_cli.graph.surgery import set_attribute_, slice_module_
 
@@ -40,13 +42,27 @@ _MLP_ROLES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("up_proj",), "down_proj"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
     (("intermediate.dense",), "output.dense"),
+    (("intermediate",), "output"),
+    (("Wi",), "Wo"),
+    (("input_linear",), "output_linear"),
+    (("proj_up_gate", "proj_up"), "proj_down"),
+    (("w_in.w_0", "w_in.w_1"), "w_out"),
+    (("layer_1",), "layer_2"),
+    (("ffn.0",), "ffn.2"),
+    (("feed_forward.key",), "feed_forward.value"),
 )
 _ATTENTION_ROLES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("q_b_proj", "kv_b_proj"), "o_proj"),  # heads that unfold keys and values from a common latent vector
+    (("q_gate_proj", "kv_b_proj"), "o_proj"),
     (("q_proj", "kv_b_proj"), "o_proj"),
     (("q_proj", "k_proj", "v_proj"), "o_proj"),
     (("q_proj", "k_proj", "v_proj"), "out_proj"),
     (("q_proj", "k_proj", "v_proj"), "dense"),
+    (("q_proj", "k_proj", "v_proj"), "Wo"),
+    (("q_proj.linear", "k_proj.linear", "v_proj.linear"), "o_proj.linear"),
+    (("query_proj", "key_proj", "value_proj"), "out_proj"),
+    (("project_q", "project_k", "project_v"), "attention_out"),
+    (("Wq", "Wk", "Wv"), "dense"),
     (("qkv_proj",), "o_proj"),
     (("query_key_value",), "dense"),
     (("c_attn",), "c_proj"),
@@ -58,7 +74,7 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 _CHOSEN = ("top_k", "num_experts_per_tok", "moe_topk", "topk", "num_selected_experts")
 _ROUTER_GROUPS = ("num_group", "n_group", "num_expert_group")
 _GATES = ("gate_proj", "g_proj", "q_gate_proj")
-_HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")
+_HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "dim_head")
 
 
 @dataclass(frozen=True)
@@ -154,10 +170,11 @@ def decoder_layers(model: nn.Module) -> tuple[str, ...]:
             f"{type(model).__name__} is a sequence-to-sequence model; only causal decoders can be pruned as language "
             "models."
         )
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) in counts and len({type(m) for m in module}) == 1:
-            if any(parameter.dim() > 1 for parameter in module[0].parameters()):
-                return tuple(f"{name}.{number}" for number in range(len(module)))
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+             and len(module) in counts and any(parameter.dim() > 1 for parameter in module[0].parameters())]  # fmt: skip
+    # Layers are of one class, or each of the class of its kind.
+    for name, module in sorted(lists, key=lambda each: len({type(layer) for layer in each[1]}) > 1):
+        return tuple(f"{name}.{number}" for number in range(len(module)))
     raise UnsupportedModelError(
         f"{type(model).__name__}: no list of {counts[0]} decoder layers was found; only causal decoders whose layers stand "
         "in one list can be pruned as language models."
@@ -356,6 +373,7 @@ def attributes_at(model: nn.Module, part: Part, keep: int) -> dict[str, int]:
         "all_head_size": heads * dim,
         "num_q_heads": heads,
         "n_heads": heads,
+        "num_attn_heads": heads,
     }
     found = {name: value for name, value in values.items() if isinstance(getattr(module, name, None), int)}
     source = _source(type(module))
@@ -413,7 +431,8 @@ def shape_of(model: nn.Module, number: int) -> dict[str, int]:
             found["neurons"] = mlp[0].components
             break
     attention = _candidates(model, name, number, "attention", "auto")
-    if not isinstance(attention, Refusal):
+    # Heads that stand for something else than the configuration's are left out.
+    if not isinstance(attention, Refusal) and not is_mixer(model.get_submodule(attention[0].parent)):
         part = attention[0]
         dim = part.consumer.index.numel() // part.heads
         found |= {"heads": part.heads, "kv_heads": part.kv_heads}
@@ -470,13 +489,16 @@ def _played(
     found: list[list[Part] | Refusal] = []
     for path, module in root.named_modules():
         parent = f"{layer}.{path}" if path else layer
+        if kind == "attention" and is_mixer(module):
+            found.append(_mixer_candidates(model, parent, number))
+            continue
         for writers, reader in roles:
             if all(is_linear(_inside(module, name)) for name in (*writers, reader)):
                 names, last = [f"{parent}.{name}" for name in writers], f"{parent}.{reader}"
                 mixed = of_experts(root, f"{path}.{reader}")
                 if ran is not None and mixed is None and last not in ran:
                     break
-                holder = names[0].rpartition(".")[0]
+                holder = ".".join(os.path.commonprefix([each.split(".")[:-1] for each in names]))
                 if kind == "mlp":
                     found.append(_mlp_candidates(model, holder, names, last, number, mixed))
                 else:
@@ -621,16 +643,18 @@ def _attention_candidates(
         return Refusal(parent, f"{across} normalises all its heads together, so that none of them can go")
     if writers[-1].endswith("kv_b_proj"):  # as `_is_latent`
         return _latent_candidates(model, parent, writers, reader, number)
-    dim = next((d for d in (getattr(module, n, None) for n in _HEAD_SIZES) if isinstance(d, int)), None)
+    dim = next((d for d in (getattr(module, n, None) for n in ("v_head_dim", *_HEAD_SIZES)) if isinstance(d, int)), None)
     width = input_size(model.get_submodule(reader))
     if dim is None or width % dim:
         return Refusal(parent, f"its head dimension is unknown, or does not divide the {width} features it reads")
     heads = width // dim
     sizes = [output_size(model.get_submodule(name)) for name in writers]
     if len(writers) == 3:
-        if sizes[0] != width or sizes[1] != sizes[2] or sizes[1] % dim:
+        kv_heads = sizes[2] // dim
+        each = sizes[1] // kv_heads if kv_heads and sizes[1] % kv_heads == 0 else 0
+        # Queries are as wide as keys; a gate for the head's answer may lie beside each of them.
+        if sizes[2] % dim or not each or sizes[0] not in (heads * each, 2 * heads * each):
             return Refusal(parent, f"its query, key and value projections have {sizes} outputs, its reader {width}")
-        kv_heads = sizes[1] // dim
     else:
         rest = sizes[0] - width
         if rest <= 0 or rest % (2 * dim):
@@ -641,11 +665,11 @@ def _attention_candidates(
     share = heads // kv_heads
     whole = unit == "kv_group" or share == 1 or (unit == "auto" and kv_heads >= _FEW_KV_GROUPS)
     query = torch.arange(width).view(heads, dim)
-    own = torch.arange(kv_heads * dim).view(kv_heads, dim)
     if len(writers) == 3:
-        layouts = [[query, own, own]]
+        layouts = [[torch.arange(size).view(count, -1) for size, count in zip(sizes, (heads, kv_heads, kv_heads), strict=True)]]
         names = list(writers)
     else:
+        own = torch.arange(kv_heads * dim).view(kv_heads, dim)
         blocks = [query, own + width, own + width + kv_heads * dim]
         layouts = [blocks]
         if share == 1:
@@ -665,14 +689,26 @@ def _attention_candidates(
         # What attention's answer is multiplied with, head by head.
         for leaf in _GATES if len(writers) == 3 else ():
             gate = getattr(module, leaf, None)
-            if is_linear(gate) and output_size(gate) == width:
-                slots.append(Slot(f"{parent}.{leaf}", consumed))
+            if is_linear(gate) and output_size(gate) in (width, heads):
+                slots.append(Slot(f"{parent}.{leaf}", torch.arange(output_size(gate)).view(count, -1)))
         # A number for each head that the module holds itself, such as attention's sinks.
         held = [leaf for leaf, tensor in module.named_parameters(recurse=False) if tuple(tensor.shape) == (heads,)]
         followers = [Slot(f"{parent}.{leaf}", torch.arange(heads).view(count, -1)) for leaf in held]
         group = _group(reader, count, slots, Slot(reader, consumed), followers, balanced=1 if whole else kv_heads)
         parts.append(Part(group, "attention", number, said, parent, heads, kv_heads))
     return parts
+
+
+def _mixer_candidates(model: nn.Module, parent: str, number: int) -> list[Part] | Refusal:
+    """Heads, or channels, of what mixes tokens without attention's scores."""
+    found = ways(model.get_submodule(parent), parent)
+    if isinstance(found, str):
+        return Refusal(parent, found)
+    return [
+        Part(_group(way.reader, way.count, way.producers, Slot(way.reader, way.read), way.followers), "attention", number,
+             way.unit, parent, way.heads, way.count)  # fmt: skip
+        for way in found
+    ]
 
 
 def _norm_across_heads(module: nn.Module) -> str | None:

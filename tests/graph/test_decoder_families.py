@@ -118,3 +118,70 @@ def test_families_are_listed_once_and_made_small_by_the_names_of_their_sizes():
     for name in ("LlamaForCausalLM", "GPTNeoForCausalLM"):
         model = families.load(name=name).model
         assert type(model).__name__ == name and sum(p.numel() for p in model.parameters()) < 1_000_000
+
+
+SHORT = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64, "max_position_embeddings": 32, "intermediate_size": 48,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("config, name, components, unit", [
+    # The projection writes queries, keys, values and gates of one head of keys after those of the other.
+    (lambda: transformers.Qwen3NextConfig(
+        **SHORT, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=24, shared_expert_intermediate_size=24,
+        layer_types=["linear_attention"], linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=8), "linear_attn.out_proj", 2, "linear attention"),
+    (lambda: transformers.RecurrentGemmaConfig(
+        **SHORT, lru_width=32, block_types=["recurrent"]), "temporal_block.linear_out", 4, "linear attention"),
+    (lambda: transformers.FalconH1Config(
+        **SHORT, head_dim=8, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1,
+        mamba_rms_norm=False), "mamba.out_proj", 8, "state space"),
+])  # fmt: skip
+def test_heads_of_what_mixes_tokens_without_scores_obey_the_law(config, name, components, unit):
+    found = {part.name: part for part in find_parts(made(config()), components=["attention"]).parts}
+    part = found[f"model.layers.0.{name}"]
+    assert part.components == components and unit in part.unit
+
+
+def test_channels_of_a_short_convolution_are_components_each():
+    config = transformers.Lfm2Config(**SHORT, layer_types=["conv"], block_auto_adjust_ff_dim=False)
+    (part,) = find_parts(made(config), components=["attention"]).parts
+    assert part.components == 32 and part.unit == "channel that is mixed over time"
+
+
+def test_heads_of_a_state_space_that_one_norm_spans_are_left_alone_with_that_reason():
+    config = transformers.Mamba2Config(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4, num_heads=8, head_dim=8,
+                                       n_groups=1)  # fmt: skip
+    with pytest.raises(Exception, match="backbone.layers.0.mixer: norm normalises all its heads together, so that none of them"):
+        find_parts(made(config))
+
+
+def test_queries_with_a_gate_beside_each_head_are_cut_with_their_heads():
+    config = transformers.Qwen3NextConfig(
+        **SHORT, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=24, shared_expert_intermediate_size=24,
+        layer_types=["full_attention"])  # fmt: skip
+    (part,) = find_parts(made(config), components=["attention"]).parts
+    assert (part.heads, part.kv_heads) == (4, 2)
+    assert part.group.producers[0].index.shape == (4, 16)
+
+
+@pytest.mark.parametrize("config", [
+    lambda: transformers.CTRLConfig(n_embd=32, n_layer=1, n_head=4, dff=48, vocab_size=64, n_positions=32),
+    lambda: transformers.ModernBertDecoderConfig(**SHORT),
+    lambda: transformers.MoshiConfig(**SHORT, ffn_dim=48, head_dim=8),
+    lambda: transformers.OlmoHybridConfig(**{**SHORT, "num_hidden_layers": 2, "num_key_value_heads": 4}, layer_types=[
+        "linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=8),
+])  # fmt: skip
+def test_heads_and_neurons_under_other_names_obey_the_law(config):
+    found = find_parts(made(config()))
+    assert {part.kind for part in found.parts} == {"mlp", "attention"}
+
+
+def test_a_text_part_whose_class_no_configuration_leads_to_is_rebuilt_by_its_class():
+    from modhifi_cli.models import hf
+
+    model = transformers.Emu3ForCausalLM(transformers.Emu3TextConfig(**SHORT)).eval()
+    again = hf.build(**hf.described(model, None, "emu3").architecture["kwargs"])
+    assert type(again) is type(model) and again.state_dict().keys() == model.state_dict().keys()
+    with pytest.raises(Exception, match="transformers has no network 'os'"):
+        hf.build(config=model.config.to_dict(), kind="os")
