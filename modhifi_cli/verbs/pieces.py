@@ -9,9 +9,9 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -242,10 +242,14 @@ def _with_room(
                 raise
         # Out of the handler, so that the frames of the failed forward hold no tensors any more.
         batch_size //= 2
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _forget_what_failed()
         console.note(f"{name}: the memory of {device} was full, so it goes on with {batch_size} inputs a forward")
+
+
+def _forget_what_failed() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def memory_full(settings: Mapping[str, Any], error: BaseException) -> ConfigError:
@@ -631,13 +635,46 @@ def edits_so_far(place: artifacts.RunDirectory, dense_hash: str, calibration: Im
     return edits
 
 
+class _NeedsRoom(Exception):
+    """The memory was full, and a run can go on with fewer inputs a forward; its folder, or None where none was kept."""
+
+    def __init__(self, folder: Path | None) -> None:
+        super().__init__()
+        self.folder = folder
+
+
+Outcome = TypeVar("Outcome")
+
+
+def with_room(run: Callable[[Mapping[str, Any]], Outcome], settings: Mapping[str, Any], console: Console) -> Outcome:
+    """A run with as many inputs a forward as the memory takes: a quarter as many after each time it was full.
+
+    Args:
+        run: Settings → its outcome; inside it `kept_for_resume` keeps what was done, which the next try goes on with.
+        settings: Of the run.
+        console: Told that it goes on.
+    """
+    while True:
+        try:
+            return run(settings)
+        except _NeedsRoom as full:
+            folder = full.folder
+        _forget_what_failed()
+        fewer = max(1, settings["runtime"]["batch_size"] // 4)
+        where = settings["runtime"]["device"]
+        console.note(f"the memory of {where} was full, so the run goes on with {fewer} inputs a forward")
+        settings = {**settings, "runtime": {**settings["runtime"], "batch_size": fewer}}
+        if folder is not None:
+            settings["resume"] = str(folder)
+
+
 @contextlib.contextmanager
 def kept_for_resume(
     verb: str,
     place: artifacts.RunDirectory,
     facts: Mapping[str, Any],
+    settings: Mapping[str, Any],
     *,
-    resumed: bool,
     console: Console | None = None,
 ) -> Iterator[None]:
     """Whatever ends a run early leaves a folder to go on from, or none at all where nothing was done yet.
@@ -646,9 +683,10 @@ def kept_for_resume(
         verb: Of the run.
         place: Its folder.
         facts: Its command.
-        resumed: Whether it goes on with an earlier one, whose folder stays in any case.
+        settings: Of the run; with ``resume`` it goes on with an earlier one, whose folder stays in any case.
         console: Told after an error how to go on, where edits were made; None for silence.
     """
+    resumed = bool(settings["resume"])
     try:
         yield
     except KeyboardInterrupt:
@@ -665,6 +703,9 @@ def kept_for_resume(
             place.log(f"failed: {error}")
         if not resumed:
             place.discard_if_empty()
+        # Several processes would have to agree on it.
+        if is_out_of_memory(error) and settings["runtime"]["batch_size"] > 1 and "WORLD_SIZE" not in os.environ:
+            raise _NeedsRoom(place.path if place.path.is_dir() else None) from None
         if console is not None and place.path.is_dir():
             again = how_to_resume(verb, place, facts)
             console.note(f"the edits made so far lie in {place.path}; once the cause is mended: {again}")

@@ -86,11 +86,17 @@ def prune(
     tracking.foresee(settings)
     if pieces.team_of(settings)[0] > 0:
         return _follow(settings)
+    return pieces.with_room(lambda one: _pruned(one, facts, console, folder, shared), settings, console)
+
+
+def _pruned(
+    settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None, shared: Shared | None
+) -> Path:
     price = config.build(settings["target"])
     steps = _steps(settings, console, price)
     begun = _begin(settings, facts, console, folder, shared, steps)
     work, place, loaded, device = begun.work, begun.work.place, begun.work.loaded, begun.work.device
-    with pieces.kept_for_resume("prune", place, facts, resumed=bool(settings["resume"]), console=console):
+    with pieces.kept_for_resume("prune", place, facts, settings, console=console):
         shared_text = _introduce(work, price)
         with steps("prune"):
             model = pieces.placed(loaded.model, settings, device)

@@ -74,6 +74,10 @@ class _Outcome:
 def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
     pieces.foresee_exports(settings)
     tracking.foresee(settings)
+    return pieces.with_room(lambda one: _unlearned(one, facts, console, folder), settings, console)
+
+
+def _unlearned(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console, folder: Path | None) -> Path:
     steps = pieces.Steps(
         console,
         {"load": "loading", "quality": "checking the calibration set", "unlearn": "unlearning", "save": "saving"}
@@ -83,7 +87,7 @@ def unlearn(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Cons
     begun = _begin(settings, facts, console, folder, steps)
     work, model, dense = begun.work, begun.model, begun.dense
     settings, place, loaded, device = work.settings, work.place, work.loaded, work.device
-    with pieces.kept_for_resume("unlearn", place, facts, resumed=bool(settings["resume"])):
+    with pieces.kept_for_resume("unlearn", place, facts, settings):
         console.note(f"{loaded.name}: {loaded.weights}; {begun.labels.account}; working in {place.path}")
         console.note(f"to be forgotten: {', '.join(class_name(cls, loaded.classes) for cls in begun.forget)}")
         with steps("quality"):
