@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError
@@ -38,6 +39,16 @@ class Statistics:
     def features(self) -> int:
         """Number of features of a row."""
         return self.mean.numel()
+
+    def to(self, device: torch.device) -> "Statistics":
+        """The same on another device."""
+        moment, samples = self.second_moment, self.samples
+        return Statistics(
+            self.rows,
+            self.mean.to(device),
+            None if moment is None else moment.to(device),
+            None if samples is None else samples.to(device),
+        )
 
     @property
     def summed(self) -> Tensor:

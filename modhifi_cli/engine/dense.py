@@ -124,7 +124,7 @@ def _solve_(
 ) -> tuple[list[str], dict[str, Any]]:
     gathered, module = moments.result(), walk.model.get_submodule(name)
     aim, held_aim = aims.result()
-    before = reading_weight(module).double()
+    before = reading_weight(module).double().to(gathered.statistics.mean.device)
     every = dense_regression(gathered.statistics, aim, before)
     apart = gathered.held_out
     held_out = None if held_aim is None or apart is None else dense_regression(apart, held_aim, before)
@@ -141,7 +141,7 @@ def _solve_(
 
     def moved() -> ChannelMoments:
         bias = bias_of(module)
-        return output_moments(gathered.statistics, weight, None if bias is None else bias.detach().double())
+        return output_moments(gathered.statistics, weight, None if bias is None else bias.detach().to(weight))
 
     changed = [name, *walk.settle_dense_(name, lacking, moved)]
     spread = (aim.energy - aim.mean.square()).sum().clamp(min=1e-300) if centred else aim.energy.sum()

@@ -45,7 +45,7 @@ def edit_part_(
     consumers = consumers_of(walk, part, gathered)
     places = {"places": walk.places(looks)} if recipe.scoring.needs_labels else {}
     generator = drawn(recipe, walk, part, iteration)
-    scores = recipe.scoring(consumers, producers_of(walk, part), generator=generator, **places)
+    scores = recipe.scoring(consumers, producers_of(walk, part, consumers), generator=generator, **places)
     kept = selected(part, recipe.selection, scores, consumers, alive, keep).cpu()
     if not walk.repairs(part):
         recipe = replace(recipe, compensation=NoCompensation())

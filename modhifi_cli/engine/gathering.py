@@ -65,6 +65,11 @@ class Gathered:
     held_out: Statistics | None
     fitted: Statistics | None = None
 
+    def to(self, device: torch.device) -> "Gathered":
+        """The same on another device."""
+        held_out, fitted = (None if one is None else one.to(device) for one in (self.held_out, self.fitted))
+        return Gathered(self.statistics.to(device), held_out, fitted)
+
     def without_held_out(self) -> "Gathered":
         """The same, its statistics over the samples that are not held out, where some are."""
         return self if self.fitted is None else replace(self, statistics=self.fitted)
@@ -92,7 +97,8 @@ class HeldOutApart(Generic[Result]):
         hold_out: Whether any sample is held out.
         first: Number of the first sample that this process sees.
         team: The processes that share the calibration set.
-        device: Where the sums are.
+        device: Where the sums of a team are added up.
+        place: Where the sums are, if not where the samples come from: samples go there.
     """
 
     def __init__(
@@ -103,8 +109,10 @@ class HeldOutApart(Generic[Result]):
         first: int = 0,
         team: Team | None = None,
         device: torch.device | str = "cpu",
+        place: torch.device | None = None,
     ) -> None:
         self._fitted, self._held_out = make(), make() if hold_out else None
+        self._place = place
         self._next, self._any_held, self._any_fitted = first, False, False
         self._team, self._device = team or Team(), torch.device(device)
 
@@ -118,6 +126,8 @@ class HeldOutApart(Generic[Result]):
         Raises:
             NumericsError: If a value that is looked at is not finite.
         """
+        if self._place is not None:
+            batch = tuple(tensor.to(self._place) for tensor in batch)
         if self._held_out is None:
             self._fitted.update(*batch)
             self._any_fitted |= len(batch[0]) > 0
@@ -159,7 +169,7 @@ class LayerMoments:
         positions_per_image: As in `Gathering`.
         seed: For the drawn positions.
         hold_out: Whether every fifth sample is also kept apart.
-        shared: ``first``, ``team`` and ``device`` of `HeldOutApart`, where several processes gather.
+        shared: ``first``, ``team``, ``device`` and ``place`` of `HeldOutApart`.
     """
 
     def __init__(
@@ -231,7 +241,7 @@ class TargetMoments:
     Args:
         name: Module name, for messages.
         module: `nn.Conv2d` without groups, or a linear layer.
-        shared: ``first``, ``team`` and ``device`` of `HeldOutApart`, where several processes gather.
+        shared: ``first``, ``team``, ``device`` and ``place`` of `HeldOutApart`.
     """
 
     def __init__(self, name: str, module: nn.Module, **shared: Any) -> None:
@@ -254,7 +264,7 @@ class DepthwiseMoments:
     Args:
         name: Module name, for messages.
         module: The convolution, kept under that name.
-        shared: ``first``, ``team`` and ``device`` of `HeldOutApart`, where several processes gather.
+        shared: ``first``, ``team``, ``device`` and ``place`` of `HeldOutApart`.
     """
 
     def __init__(self, name: str, module: nn.Conv2d, **shared: Any) -> None:

@@ -18,7 +18,7 @@ from modhifi_cli.engine.class_features import MapSummaries, map_summaries
 from modhifi_cli.engine.gathering import DepthwiseMoments, Gathered, Gathering, LayerMoments, TargetMoments
 from modhifi_cli.engine.impact import Impact, images_for
 from modhifi_cli.engine.labelling import Labels, image_labels
-from modhifi_cli.engine.memory import host_bytes, limit_bytes
+from modhifi_cli.engine.memory import SUMS, bytes_of_sums, host_bytes, limit_bytes, place_of_sums
 from modhifi_cli.engine.plan import check_weights, discover, example_of, refuse_nothing
 from modhifi_cli.engine.site import features_kept
 from modhifi_cli.engine.team import Team
@@ -32,6 +32,7 @@ from modhifi_cli.graph.components import (
     bias_of,
     has_weight,
     is_upsampling,
+    reading_weight,
     reads_features,
     weight_of,
 )
@@ -234,7 +235,12 @@ class ImageWalk:
             also: Further looks that ride on the walk: module → function of its first input.
         """
         visits = self.segments.trace.visits
-        moments = {slot.module: self.sums(slot.module, hold_out=hold_out) for slot in slots}
+        moments: dict[str, LayerMoments] = {}
+        beside = 0
+        for slot in slots:
+            place = self._place_of(slot.module, beside=beside)
+            moments[slot.module] = self.sums(slot.module, hold_out=hold_out, place=place)
+            beside += SUMS * bytes_of_sums(self._features(slot.module)) if place == self.device else 0
         looks: dict[str, Look] = {name: accumulator.update for name, accumulator in moments.items()}
         for name, extra in (also or {}).items():
             looks[name] = _both(looks[name], extra) if name in looks else extra
@@ -439,20 +445,30 @@ class ImageWalk:
                 target = target + lacking * (scale if axis == -1 or scale.dim() == 0 else scale[:, None, None])
             yield Pair(read[name], target, done, total)
 
-    def sums(self, name: str, *, hold_out: bool = True, exact: bool = False) -> LayerMoments:
+    def sums(
+        self, name: str, *, hold_out: bool = True, exact: bool = False, place: torch.device | None = None
+    ) -> LayerMoments:
         """An accumulator of a layer's inputs; an exact one takes every position."""
         module = self.model.get_submodule(name)
         positions = None if exact else self.gathering.positions_per_image
-        return LayerMoments(
-            name, module, positions_per_image=positions, seed=self._seed, hold_out=hold_out, **self._shared
-        )
+        shared = {**self._shared, "place": place or self._place_of(name)}
+        return LayerMoments(name, module, positions_per_image=positions, seed=self._seed, hold_out=hold_out, **shared)
 
     def aims(self, name: str) -> TargetMoments | DepthwiseMoments:
         """An accumulator of a layer's inputs against its targets; of a depthwise one filter by filter."""
         module = self.model.get_submodule(name)
         if is_depthwise(module):
             return DepthwiseMoments(name, module, **self._shared)
-        return TargetMoments(name, module, **self._shared)
+        return TargetMoments(name, module, **self._shared, place=self._place_of(name))
+
+    def _features(self, name: str) -> int:
+        return reading_weight(self.model.get_submodule(name)).shape[1]
+
+    def _place_of(self, name: str, *, beside: int = 0) -> torch.device:
+        """Where a layer's moments are; several processes add theirs up where they run."""
+        if self.team.size > 1:
+            return self.device
+        return place_of_sums(self._features(name), self.device, beside=beside)
 
     @property
     def _shared(self) -> dict[str, Any]:
@@ -474,7 +490,8 @@ class ImageWalk:
             was = self._dense.model.get_submodule(norm).get_buffer("running_mean")
             alive = self.layout.alive_outputs(name)
             was = was if alive is None else was[alive.to(was.device)]
-            lacking = mean() if bias is None else mean() - bias.detach().double()
+            lacking = mean().to(was.device)
+            lacking = lacking if bias is None else lacking - bias.detach().double()
             behind.get_buffer("running_mean").copy_(was - lacking)
         return [norm]
 

@@ -16,6 +16,8 @@ from modhifi_cli.evaluation.visiting import free_memory
 # A network holds the activations it stands at, those it goes on to, and the images; as much again is left to forwards,
 # statistics and solves.
 _SHARES = 6
+# A layer's sums are of the fitted, the held-out and all samples; a solve works with as many copies and inverses again.
+SUMS, _SOLVE = 3, 5
 
 
 def limit_bytes(gathering: Gathering, device: torch.device | str, *, networks: int = 1) -> float:
@@ -38,6 +40,27 @@ def host_bytes(gathering: Gathering, device: torch.device | str, *, networks: in
     if gathering.offload is False or torch.device(device).type != "cuda":
         return 0.0
     return free_memory("cpu") / (_SHARES * networks)
+
+
+def place_of_sums(features: int, device: torch.device, *, beside: int = 0) -> torch.device:
+    """Where the second moments of a layer's inputs are summed and solved: on its device as long as that has room.
+
+    Half of what is free is left to forwards; a layer that finds no room is summed and solved by the processor.
+
+    Args:
+        features: Of a row of the layer's input.
+        device: Where its network runs.
+        beside: Bytes of sums that will lie there as well.
+    """
+    if device.type != "cuda":
+        return device
+    need = beside + (SUMS + _SOLVE) * bytes_of_sums(features)
+    return device if need <= free_memory(device) / 2 else torch.device("cpu")
+
+
+def bytes_of_sums(features: int) -> int:
+    """Bytes of second moments, ``[features, features]`` float64."""
+    return 8 * features**2
 
 
 def reset_peaks() -> None:

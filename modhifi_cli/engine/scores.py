@@ -63,5 +63,6 @@ def _scores(
     walk: ImageWalk, scoring: Scoring, part: ComponentGroup, number: int, seed: int, gathered: dict[str, Gathered]
 ) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 7_919 * number)
-    votes = scoring(consumers_of(walk, part, gathered), producers_of(walk, part), generator=generator).votes
+    consumers = consumers_of(walk, part, gathered)
+    votes = scoring(consumers, producers_of(walk, part, consumers), generator=generator).votes
     return torch.cat([rows.cpu() for rows in votes]).mean(0)

@@ -4,7 +4,7 @@ Convolutions, grouped and transposed ones, linear layers of either orientation a
 component lies; behind this file they are matrices whose features go component after component.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,8 +29,9 @@ def consumer_of(walk: Walk, slot: Slot, alive: Tensor, gathered: Mapping[str, Ga
     """One consumer as the numerics see it, the part's living components first; statistics where there are any."""
     module = walk.model.get_submodule(slot.module)
     features = feature_index(walk.layout.input_order(slot, alive), taps_of(module))
-    weight = reading_weight(module).to(torch.float64)
     mine = gathered.get(slot.module)
+    weight = reading_weight(module).to(torch.float64)
+    weight = weight if mine is None else weight.to(mine.statistics.mean.device)
     nothing = Statistics(0, torch.zeros(features.numel(), dtype=torch.float64))
     return Consumer(
         name=slot.module,
@@ -44,20 +45,27 @@ def consumer_of(walk: Walk, slot: Slot, alive: Tensor, gathered: Mapping[str, Ga
 
 
 def consumers_of(walk: Walk, part: ComponentGroup, gathered: Mapping[str, Gathered]) -> list[Consumer]:
-    """All consumers of a part that have weights."""
+    """All consumers of a part that have weights, in one place: the processor's if one of them found no other room."""
     alive = walk.layout.alive(part)
+    places = {one.statistics.mean.device for one in (gathered.get(s.module) for s in walk.consumers(part)) if one}
+    if len(places) > 1:
+        gathered = {name: one.to(torch.device("cpu")) for name, one in gathered.items()}
     return [consumer_of(walk, slot, alive, gathered) for slot in walk.consumers(part)]
 
 
-def producers_of(walk: Walk, part: ComponentGroup) -> list[Tensor]:
-    """The producers' weights by living component, each ``[components, weights]`` float64; those that have none left out."""
+def producers_of(walk: Walk, part: ComponentGroup, consumers: Sequence[Consumer]) -> list[Tensor]:
+    """The producers' weights by living component, each ``[components, weights]`` float64; those that have none left out.
+
+    They lie where the consumers' weights do.
+    """
     alive = walk.layout.alive(part)
     found = []
     for slot in part.producers:
         weight = output_weights(part_of(walk.model, slot.module))
         if weight is not None:
             rows = walk.layout.outputs(slot, alive).flatten()
-            found.append(weight.to(torch.float64)[rows.to(weight.device)].view(alive.numel(), -1))
+            own = weight.to(torch.float64)[rows.to(weight.device)].view(alive.numel(), -1)
+            found.append(own.to(consumers[0].weight.device) if consumers else own)
     return found
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import modhifi_cli
+from modhifi_cli import load_model
 from modhifi_cli.cli import main
+from modhifi_cli.engine import image_walk
 from modhifi_cli.engine.gathering import Gathering
 from modhifi_cli.engine.image_walk import ImageWalk
-from modhifi_cli.engine.memory import limit_bytes, peaks, reset_peaks
+from modhifi_cli.engine.memory import limit_bytes, peaks, place_of_sums, reset_peaks
 from modhifi_cli.engine.prune import prune_
 from modhifi_cli.engine.walk import Budget, Recipe
 from modhifi_cli.errors import is_out_of_memory
@@ -27,6 +29,8 @@ from tests.engine.test_both_walks import Images
 
 RUN = ["data.num_samples=64", "evaluation_data.num_samples=60", "preset=fast", "sparsity=0.3", "console=plain"]
 RUN += ["runtime=gpu", "evaluation=[top1]"]
+FORGET = ["unlearn", "forget_class=3", "data.num_samples=200", "evaluation_data.num_samples=60", "runtime=gpu"]
+FORGET += ["evaluation=[top1]", "audit=none", "console=plain"]
 
 
 @pytest.fixture
@@ -102,11 +106,38 @@ def test_a_run_that_met_a_full_card_goes_on_with_smaller_batches(here, capsys, m
 
 
 @pytest.mark.card
+@pytest.mark.parametrize("verb", ["prune", "unlearn"])
+def test_a_run_that_meets_a_full_card_once_goes_on_by_itself_with_smaller_batches(verb, here, capsys, monkeypatch):
+    words = [verb, *RUN, "data.num_samples=200"] if verb == "prune" else FORGET
+    with pretend.card():
+        assert main([*words, "output_dir=whole"]) == 0
+    save, failed = artifacts.RunDirectory.save_edit, []
+
+    def full_once(run, edit, dense_hash):
+        save(run, edit, dense_hash)
+        if not failed:
+            failed.append(edit.name)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(artifacts.RunDirectory, "save_edit", full_once)
+    capsys.readouterr()
+    with pretend.card():
+        assert main([*words, "output_dir=again"]) == 0
+    told = capsys.readouterr()
+    assert "the memory of cuda was full, so the run goes on with 64 inputs a forward" in told.out and not told.err
+    whole, again = (load_model(next((here / name / verb).glob("*/*"))) for name in ("whole", "again"))
+    assert {name: one.shape for name, one in whole.state_dict().items()} == {
+        name: one.shape for name, one in again.state_dict().items()
+    }
+
+
+@pytest.mark.card
 def test_a_measurement_that_fills_the_card_goes_on_with_half_the_batch(here, capsys, monkeypatch):
     from modhifi_cli.evaluation import top1
 
     measure, asked = top1.measure, []
 
+    @functools.wraps(measure)  # settings may name measurements of the package alone
     def measured(*, batch_size, **given):
         asked.append(batch_size)
         if batch_size > 64:
@@ -160,3 +191,36 @@ def test_what_is_no_want_of_memory_stays_a_defect():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+@pytest.mark.card
+@pytest.mark.parametrize("preset", ["best", "paper"])
+def test_sums_that_find_no_room_on_the_card_are_made_and_solved_by_the_processor(preset, here, monkeypatch):
+    words = ["prune", *RUN, f"preset={preset}", "data.num_samples=400"]
+    with pretend.card():
+        assert main([*words, "output_dir=roomy"]) == 0
+    places = []
+
+    def of_wide_layers(features, device, *, beside=0):
+        places.append((features, beside))
+        return torch.device("cpu") if features > 200 else device
+
+    monkeypatch.setattr(image_walk, "place_of_sums", of_wide_layers)
+    with pretend.card() as seen:
+        assert main([*words, "output_dir=tight"]) == 0
+    assert {features > 200 for features, _ in places} == {True, False}, "some here and some there"
+    assert any("gathering.py" in where for where in seen.copies), seen.report()
+    roomy, tight = (load_model(next((here / name / "prune").glob("*/*"))) for name in ("roomy", "tight"))
+    for name, one in roomy.state_dict().items():
+        other = tight.state_dict()[name]
+        assert one.shape == other.shape
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=lambda told, name=name: f"{name}: {told}")
+
+
+def test_sums_lie_on_the_card_as_long_as_half_of_it_is_left():
+    card = torch.device("cuda")
+    with pretend.card(memory=1e6):
+        assert place_of_sums(88, card).type == "cuda"  # eight times 62 kB
+        assert place_of_sums(89, card).type == "cpu"
+        assert place_of_sums(60, card, beside=300_000).type == "cpu"
+    assert place_of_sums(10**6, torch.device("cpu")).type == "cpu"
