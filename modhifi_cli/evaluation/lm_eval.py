@@ -6,6 +6,7 @@ Where there is no hub, a folder of JSONL files stands in for tasks' data: NAME.j
 """
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -87,9 +88,8 @@ def measure(
         raise package_missing("evaluation=[lm_eval]", "lm_eval") from error
     with _quiet():
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_path=include_path)
+        manager = _tasks(include_path)
         asked = [_task(name, local_data, manager) for name in tasks]
         found: list[Measurement] = []
         with ready_to_measure(models, device):
@@ -175,6 +175,14 @@ def local_task(name: str, file: Path) -> dict[str, Any]:
         f"evaluation.lm_eval.local_data: {file} has the fields {', '.join(sorted(fields))}, expected query, choices, "
         "gold; or context_options, continuation, gold; or context, continuation."
     )
+
+
+@functools.cache
+def _tasks(include_path: str | None) -> Any:
+    """What lm-eval knows: it reads some thousands of files for it, so once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
 
 
 def _task(name: str, local_data: str | None, manager: Any) -> str | dict[str, Any]:
