@@ -86,7 +86,7 @@ def keep_job(
             outcome["status"] = "finished before"
         else:
             interrupted = final.with_name(final.name + INCOMPLETE)
-            going_on = resumable and (interrupted / "calibration.json").exists()
+            going_on = resumable and (interrupted / "config.yaml").exists()
             if interrupted.exists() and not going_on:
                 shutil.rmtree(interrupted)  # it ended before anything that is worth keeping
             make(str(interrupted) if going_on else None)

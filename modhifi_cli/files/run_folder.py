@@ -17,7 +17,7 @@ from modhifi_cli.records import Edit
 
 INCOMPLETE = ".incomplete"
 _PASSING = (FOLDER, "trials")  # folders that a finished run has no more
-_SETTINGS, _RESULTS = "config.yaml", "results.json"  # the first and the last thing that a run writes
+_SETTINGS, _RESULTS = "config.yaml", "results.json"  # the last thing that a run writes as it begins, and as it ends
 
 # Folders that this process works in, by device and inode, and the handle whose lock keeps others out. The lock ends with
 # the process, however it ends.

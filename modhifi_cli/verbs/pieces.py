@@ -635,6 +635,17 @@ def edits_so_far(place: artifacts.RunDirectory, dense_hash: str, calibration: Im
     return edits
 
 
+def begun_folder(
+    final: Path, settings: Mapping[str, Any], command: str, device: torch.device, calibration: ImageSource
+) -> artifacts.RunDirectory:
+    """The folder of a new run with all that going on with it needs; its settings last, for they say that it is whole."""
+    place = artifacts.RunDirectory.create(final)
+    artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
+    artifacts.write_json(place.path / "calibration.json", calibration.protocol)
+    artifacts.write_text(place.path / "config.yaml", config.to_yaml(portable(settings)))
+    return place
+
+
 class _NeedsRoom(Exception):
     """The memory was full, and a run can go on with fewer inputs a forward; its folder, or None where none was kept."""
 

@@ -176,10 +176,9 @@ def _begin(
         dense = pieces.placed(loaded.twin(), settings, device) if kept else None
         dense_hash, widths = weights_hash(loaded.model), describe_widths(loaded.model)
     if place is None:
-        place = artifacts.RunDirectory.create(folder or pieces.new_folder("prune", loaded.name, settings, facts))
-        artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(settings)))
-        artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
-        artifacts.write_json(place.path / "calibration.json", calibration.protocol)
+        place = pieces.begun_folder(
+            folder or pieces.new_folder("prune", loaded.name, settings, facts), settings, command, device, calibration
+        )
     done, healed = healing.apart(pieces.edits_so_far(place, dense_hash, calibration) if resumed else ())
     place.log(command)
     work = Work(settings, loaded, calibration, evaluation, device, place, dense_hash, console)

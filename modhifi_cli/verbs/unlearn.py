@@ -154,10 +154,9 @@ def _begin(
     forget = forget_classes(settings["forget_class"], loaded.classes, labels.classes)
     pieces.name_forgotten_(settings, forget)
     if place is None:
-        place = artifacts.RunDirectory.create(folder or pieces.new_folder("unlearn", loaded.name, settings, facts))
-        artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(asked)))
-        artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
-        artifacts.write_json(place.path / "calibration.json", calibration.protocol)
+        place = pieces.begun_folder(
+            folder or pieces.new_folder("unlearn", loaded.name, settings, facts), asked, command, device, calibration
+        )
     done = pieces.edits_so_far(place, dense_hash, calibration) if resumed else ()
     place.log(command)
     work = Work(settings, loaded, calibration, evaluation, device, place, dense_hash, console)

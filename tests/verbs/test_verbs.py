@@ -406,3 +406,32 @@ def test_several_processes_are_refused_what_only_one_can_decide(word, named, mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=f"2 processes were started, and a run with {named} is one process's"):
         pieces.team_of(config.compose("prune", [word]))
+
+
+class Killed(BaseException):
+    """What no handler of the tool takes for anything else."""
+
+
+@pytest.mark.parametrize("verb", ["prune", "unlearn"])
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_run_that_was_killed_while_it_began_says_to_start_again(verb, written, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [verb, *(["forget_class=3"] if verb == "unlearn" else []), "data.num_samples=60", "evaluation=[]"]
+    write, count = artifacts.write_text, []
+
+    def killed(path, text):
+        if len(count) == written:
+            raise Killed
+        count.append(path)
+        write(path, text)
+
+    for name in ("write_text", "write_json"):
+        monkeypatch.setattr(artifacts, name, lambda path, content: killed(path, str(content)))
+    with pytest.raises(Killed):
+        main([*words, "console=plain"])
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (left,) = tmp_path.glob("outputs/*/*/*.incomplete")
+    capsys.readouterr()
+    assert main([*words, f"resume={left}", "console=plain"]) == 2
+    assert "the run was ended before anything was saved; remove" in capsys.readouterr().err
