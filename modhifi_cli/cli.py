@@ -27,8 +27,11 @@ _FLAGS = frozenset(
 )
 _FLAGS_WITH_VALUE = frozenset("-c --cfg -p --package -cd --config-dir".split())
 
-_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
 _SHOWN = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all")}
+
+_OF_A_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)  # what asking for a path alone may meet
+_LONGEST_SHOWN = 80  # characters of a path
 
 _outcome: list[BaseException] = []  # what ended the job; Hydra would print a text of its own if it saw the exception
 
@@ -52,6 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ModHiFiError as error:
             if not isinstance(error, EndedElsewhere):
                 print(f"error: {_sentence(error)}", file=sys.stderr)
+            code = USER_ERROR
+        except OSError as error:
+            if error.errno not in _OF_A_PATH or error.filename is None:
+                raise
+            place = str(error.filename)
+            place = place if len(place) <= _LONGEST_SHOWN else f"{place[:_LONGEST_SHOWN]}…"
+            print(f"error: {place}: {error.strerror}; give a path that this machine can open.", file=sys.stderr)
             code = USER_ERROR
         except KeyboardInterrupt as interrupt:
             why = "nobody reads the output any more." if out.unread else "interrupted."
@@ -147,23 +157,33 @@ def _open_standard_streams() -> None:
 
 @contextlib.contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
-    """Take a request to end (SIGTERM, as `kill` and the schedulers of clusters send it; SIGHUP) like Ctrl-C.
+    """Take a request to end (SIGTERM, as `kill` and the schedulers of clusters send it; SIGHUP) like Ctrl-C (SIGINT).
 
-    SIGHUP is left alone where it is ignored: that is what nohup does.
+    What is ignored is left alone: nohup does that to SIGHUP.
 
-    So the processes that a command has started end with it, and it says how to go on.
+    So the processes that a command has started end with it, and it says how to go on. Libraries in C may take an
+    interrupt inside a question of theirs for the answer "no" and go on to some other error: once a request has come,
+    whatever ends the command is that request.
     """
     if threading.current_thread() is not threading.main_thread():  # only there may a signal be handled
         yield
         return
 
+    asked = False
+
     def interrupt(*_: object) -> None:
+        nonlocal asked
+        asked = True
         raise KeyboardInterrupt
 
     taken = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in taken}
     try:
         yield
+    except Exception:
+        if asked:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,6 +11,7 @@ import pytest
 
 from modhifi_cli import cli
 from modhifi_cli.cli import main
+from modhifi_cli.errors import DataError
 from modhifi_cli.settings import config
 from tests.attack.runs import QUICK
 
@@ -94,6 +95,10 @@ WRONG = {
     "a given network for made data": (["prune", "data=inversion", "+data.making=1"], "data has no key 'making'"),
     "a sweep of info": (["info", "-m", "model=resnet18,resnet34"], "modhifi info runs once"),
     "no such run": (["verify", "run=nowhere"], "run=nowhere: no such folder"),
+    "a run of a name too long": (["replay", "run=" + 300 * "x"], "x…: File name too long; give a path that this machine can open"),
+    "a folder of a name too long": (["prune", "data=folder", "data.path=" + 300 * "x"], "x…: File name too long; give a path"),
+    "a choice without its key": (["prune", "~target.images"], "~target.images: modhifi prune needs target.images and cannot do"),
+    "a choice that is none without its key": (["compare", "~target.auto"], "~target.auto: modhifi compare needs target.auto and"),
     "no such run to resume": (["prune", "resume=nowhere"], "resume=nowhere: no such folder"),
 }  # fmt: skip
 
@@ -126,17 +131,25 @@ def test_an_output_folder_that_cannot_be_written_is_named(capsys, tmp_path):
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals come to the main thread")
-def test_a_request_to_end_is_taken_like_ctrl_c(monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("swallowed", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_end_is_taken_like_ctrl_c(number, swallowed, monkeypatch, capsys):
+    before = signal.getsignal(number)
 
     def run(words):
-        signal.raise_signal(signal.SIGTERM)
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            if not swallowed:
+                raise
+            raise DataError("a file cannot be read") from None  # as a library in C makes of it
         raise AssertionError("the signal was not heard")
 
     monkeypatch.setattr(cli, "_run", run)
     assert cli.main(["prune"]) == cli.INTERRUPTED
-    assert "interrupted." in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
+    said = capsys.readouterr().err
+    assert "interrupted." in said and "cannot be read" not in said
+    assert signal.getsignal(number) is before
 
 
 class Streams:

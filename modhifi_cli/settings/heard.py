@@ -46,7 +46,13 @@ def _may_go(verb: str, key: str) -> bool:
     # A key of a `_target_` that has a default in the code may go; binding says if it has none.
     own, _ = inherited(verb)
     plain = any(name.startswith(f"{group}.") for name in own) or "_target_" not in _keys_of(group)
-    return bool(rest) and not plain and not rest.endswith("_target_")
+    return bool(rest) and not plain and not rest.endswith("_target_") and rest not in _without_target(group)
+
+
+def _without_target(group: str) -> set[str]:
+    """Keys of the choices of a group that name another one, such as ``target: auto``: they are read before all else."""
+    files = (read_verb(path)[0] for path in (config_directory() / group).glob("*.yaml"))
+    return {name for own in files if "_target_" not in own for name in own}
 
 
 def _may_be_absent(group: str) -> bool:
