@@ -10,6 +10,7 @@ from modhifi_cli.errors import ConfigError, DataError, NumericsError, Unsupporte
 from modhifi_cli.files.exports import onnx
 from modhifi_cli.files.exports.onnx import Onnx
 from modhifi_cli.files.exports.torch_export import TorchExport
+from modhifi_cli.files.exports.written import compare
 from modhifi_cli.records import LoadedModel, Preprocess
 
 EXPORTS = {"onnx": (Onnx, "model.onnx"), "torch_export": (TorchExport, "model.pt2")}
@@ -181,3 +182,20 @@ def test_openvino_gives_the_same_logits(tmp_path, tiny_convnet, batch):
 def test_a_runtime_that_cannot_check_is_refused(tmp_path, tiny_convnet, runtimes):
     with pytest.raises(ConfigError, match=r"export.onnx.runtimes: expected some of onnxruntime, openvino, got"):
         export("onnx", tiny_convnet, tmp_path, runtimes=runtimes)
+
+
+@pytest.mark.parametrize(
+    "own, other, agrees", [(1e-4, -1.4e-4, True), (1e-4, -1.6e-4, False), (4e-5, -1.4e-4, False), (0.0, 2e-4, False), (2e-3, 1e-3, False)]
+)  # fmt: skip
+def test_a_runtime_may_be_as_far_from_float64_as_pytorch_is_where_that_is_more_than_the_tolerance(own, other, agrees):
+    truth = torch.tensor([[1.0, -0.5]], dtype=torch.float64)
+    expected, found = (truth + torch.tensor([[0.0, off]]) for off in (own, other))
+
+    def compared():
+        return compare(found, expected, lambda: truth, kind="onnx", runtime="a runtime", tolerance=1e-4)
+
+    if agrees:
+        assert compared() == (pytest.approx(own - other), pytest.approx(1.0))
+    else:
+        with pytest.raises(NumericsError, match="export.onnx: expected logits within 0.0001 of the largest"):
+            compared()
