@@ -116,6 +116,16 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def need_whole(place: str, value: object, least: int, meaning: str = "") -> None:
+    """Refuse a setting that is no whole number from `least`, whose meaning may be told: `` (off)``.
+
+    Raises:
+        ConfigError: With the place, what it must be and what came.
+    """
+    if not is_whole(value) or value < least:
+        raise ConfigError(f"{place} must be a whole number from {least}{meaning}; got {value!r}.")
+
+
 def nearest(name: object, known: Iterable[str], *, limit: int = 3) -> str:
     """A hint for an unknown name: ``"did you mean 'a' or 'b'?"``, or the known names when nothing is near.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.auditing.depths import classifier_of
 from modhifi_cli.auditing.plan import Seen
-from modhifi_cli.errors import ConfigError, is_number, is_whole
+from modhifi_cli.errors import ConfigError, is_number, need_whole
 from modhifi_cli.numerics import membership
 from modhifi_cli.records import ImageSource, Progress
 
@@ -49,9 +49,7 @@ class Relearn:
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch", "steps", "held_out", "seeds"):
-            value = getattr(self, name)
-            if not is_whole(value) or value < 1:
-                raise ConfigError(f"audit.relearn.{name} must be a whole number from 1; got {value!r}.")
+            need_whole(f"audit.relearn.{name}", getattr(self, name), 1)
         for name, expected, fits in (
             ("learning_rate", "a number above 0", lambda v: v > 0),
             ("threshold", "a number with 0 < threshold <= 1", lambda v: 0 < v <= 1),
@@ -77,8 +75,7 @@ class Membership:
     def __post_init__(self) -> None:
         if self.members not in ("calibration", "none"):
             raise ConfigError(f"audit.membership.members must be calibration or none; got {self.members!r}.")
-        if not is_whole(self.samples) or self.samples < 8:
-            raise ConfigError(f"audit.membership.samples must be a whole number from 8; got {self.samples!r}.")
+        need_whole("audit.membership.samples", self.samples, 8)
 
 
 @dataclass(frozen=True)

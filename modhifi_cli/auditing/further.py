@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.auditing.attacks import Membership, Relearnt, infer_membership, steps_needed
 from modhifi_cli.auditing.plan import LEAST, Seen
-from modhifi_cli.errors import ConfigError, is_whole
+from modhifi_cli.errors import ConfigError, is_whole, need_whole
 from modhifi_cli.numerics import readout
 from modhifi_cli.numerics.rounding import rounded
 from modhifi_cli.records import ImageSource, Progress
@@ -43,9 +43,7 @@ class Further:
 
     def __post_init__(self) -> None:
         for name, least in (("seeds", 1), ("samples", LEAST)):
-            value = getattr(self, name)
-            if not is_whole(value) or value < least:
-                raise ConfigError(f"audit.further.{name} must be a whole number from {least}; got {value!r}.")
+            need_whole(f"audit.further.{name}", getattr(self, name), least)
         if not isinstance(self.bits, list | tuple) or not all(is_whole(one) and 2 <= one <= 16 for one in self.bits):
             raise ConfigError(f"audit.further.bits must be a list of whole numbers from 2 to 16; got {self.bits!r}.")
 

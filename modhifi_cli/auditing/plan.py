@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modhifi_cli.auditing.depths import Depth, Reading
-from modhifi_cli.errors import ConfigError, DataError, is_number, is_whole
+from modhifi_cli.errors import ConfigError, DataError, is_number, need_whole
 
 LEAST = 10  # images of a class on either side, below which a probe says nothing
 NETWORKS = ("dense", "edited", "head_only", "reference")  # in the order of every table
@@ -39,9 +39,7 @@ class Probe:
     def __post_init__(self) -> None:
         least = {"samples": LEAST, "held_out": LEAST, "classes": 2, "depths": 1, "features": 1, "iterations": 1}
         for name, smallest in least.items():
-            value = getattr(self, name)
-            if not is_whole(value) or value < smallest:
-                raise ConfigError(f"audit.probe.{name} must be a whole number from {smallest}; got {value!r}.")
+            need_whole(f"audit.probe.{name}", getattr(self, name), smallest)
         if not is_number(self.strength) or not self.strength > 0:
             raise ConfigError(f"audit.probe.strength must be a number above 0; got {self.strength!r}.")
 

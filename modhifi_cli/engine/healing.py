@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from modhifi_cli.engine.gathering import held_out_images
-from modhifi_cli.errors import ConfigError, DataError, is_number, is_whole
+from modhifi_cli.errors import ConfigError, DataError, is_number, need_whole
 from modhifi_cli.graph.answers import respond, tensors_of
 from modhifi_cli.graph.components import output_size
 from modhifi_cli.graph.decoder import decoder_layers
@@ -68,15 +68,13 @@ class Distill:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "block_epochs"):
-            if not is_whole(getattr(self, name)) or getattr(self, name) < 0:
-                raise ConfigError(f"healing.{name} must be a whole number from 0; got {getattr(self, name)!r}.")
+            need_whole(f"healing.{name}", getattr(self, name), 0)
         if self.epochs + self.block_epochs == 0:
             raise ConfigError(
                 "healing.epochs and healing.block_epochs are both 0, so nothing is trained; set healing=none."
             )
         for name in ("batch_size", "sequences"):
-            if not is_whole(getattr(self, name)) or getattr(self, name) < 1:
-                raise ConfigError(f"healing.{name} must be a whole number from 1; got {getattr(self, name)!r}.")
+            need_whole(f"healing.{name}", getattr(self, name), 1)
         for name in ("lr", "temperature"):
             if not is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"healing.{name} must be a number above 0; got {getattr(self, name)!r}.")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, is_whole
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, need_whole
 from modhifi_cli.graph.decoder import decoder_layers
 
 _KINDS = ("BPE", "Unigram", "WordLevel")
@@ -90,8 +90,7 @@ def cut_vocabulary_(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, l
         ConfigError: If the tokenizer cannot be cut, or `least` is out of range.
         UnsupportedModelError: If something else in the network has a row for every token.
     """
-    if not is_whole(least) or least < 1:
-        raise ConfigError(f"model.vocabulary_least must be a whole number from 1; got {least!r}.")
+    need_whole("model.vocabulary_least", least, 1)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rows = embedding.weight.shape[0]
     _refuse_other_rows(model, embedding, head, rows)

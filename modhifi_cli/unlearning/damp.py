@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, is_number, is_whole
+from modhifi_cli.errors import ConfigError, is_number, need_whole
 from modhifi_cli.numerics.prototypes import forget_directions, without_directions
 from modhifi_cli.numerics.rows import rows_of
 from modhifi_cli.records import ModuleEdit
@@ -39,10 +39,8 @@ class DampLike(Method):
     def __init__(self, *, alpha: float | str = "auto", depth: int | None = None, rise: float = 1.0) -> None:
         if alpha != "auto" and (not is_number(alpha) or not 0 <= alpha < 1e6):
             raise ConfigError(f"method.alpha must be a number from 0, or auto; got {alpha!r}.")
-        if depth is not None and (not is_whole(depth) or depth < 0):
-            raise ConfigError(
-                f"method.depth must be a whole number from 0 (the classifier alone), or null; got {depth!r}."
-            )
+        if depth is not None:
+            need_whole("method.depth", depth, 0, " (the classifier alone), or null")
         if not is_number(rise) or not 0 <= rise < 1e6:
             raise ConfigError(f"method.rise must be a number from 0; got {rise!r}.")
         self.given = None if alpha == "auto" else float(alpha)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, NumericsError, is_number, is_whole
+from modhifi_cli.errors import ConfigError, NumericsError, is_number, need_whole
 from modhifi_cli.records import Edit, ImageSource, ModuleEdit, Progress
 from modhifi_cli.unlearning.method import Samples, saved
 
@@ -24,8 +24,7 @@ class Finetune:
     lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not is_whole(self.epochs) or self.epochs < 0:
-            raise ConfigError(f"finetune.epochs must be a whole number from 0 (off); got {self.epochs!r}.")
+        need_whole("finetune.epochs", self.epochs, 0, " (off)")
         if not is_number(self.lr) or not 0 < self.lr < float("inf"):
             raise ConfigError(f"finetune.lr must be a number above 0; got {self.lr!r}.")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.engine.gathering import Gathering, LayerMoments
-from modhifi_cli.errors import ConfigError, is_number, is_whole
+from modhifi_cli.errors import ConfigError, is_number, need_whole
 from modhifi_cli.numerics.contrast import Aim, Asked, Contrast, contrast
 from modhifi_cli.records import ModuleEdit, Statistics
 from modhifi_cli.unlearning.closings import Closing
@@ -248,8 +248,7 @@ def check_ridge(ridge: float) -> None:
 
 def check_depth(depth: int, *, least: int, of_least: str = "") -> None:
     """Raise ConfigError if a depth is no whole number from `least` (whose meaning `of_least` tells)."""
-    if not is_whole(depth) or depth < least:
-        raise ConfigError(f"method.depth must be a whole number from {least}{of_least}; got {depth!r}.")
+    need_whole("method.depth", depth, least, of_least)
 
 
 def check_shares(**values: float) -> None:
