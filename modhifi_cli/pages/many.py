@@ -268,7 +268,7 @@ def page(
     )  # fmt: skip
     over = "Mean ± standard deviation over draws and, where a run forgets, over forgotten classes."
     main: list[Block] = [as_table(lines(rows, dense, head=head)), Text(over, "note")] if rows else []
-    found = [text for text in (finding(rows, dense), best_trades(rows)) if text]
+    found = findings(rows, dense)
     everything = _every_number(rows)
     places = tuple((run.method, percent(run.budget), placeless(run.folder)) for run in runs)
     return Page(
@@ -287,6 +287,11 @@ def page(
             Section("Again", (Code(command),)),
         ),
     )  # fmt: skip
+
+
+def findings(rows: Sequence[Row], dense: Mapping[str, float] | None = None) -> list[str]:
+    """All that the numbers say: who kept most, and whom no other beats; empty where there is nothing to compare."""
+    return [text for text in (finding(rows, dense), best_trades(rows)) if text]
 
 
 def finding(rows: Sequence[Row], dense: Mapping[str, float] | None = None) -> str:

@@ -229,9 +229,8 @@ def _write(
         f"{_model_name(settings)}, mean ± standard deviation over seeds",
         many.lines(rows, own, leave_out=other, head=head),
     )
-    for found in (many.finding(rows, own), many.best_trades(rows)):
-        if found:
-            console.note(found)
+    for found in many.findings(rows, own):
+        console.note(found)
     console.note(f"the page is {folder / 'comparison.html'}; the same as text and numbers: comparison.md, comparison.csv")
     if figures:
         console.note("figures: " + ", ".join(f"{name} (png, svg)" for name in figures))

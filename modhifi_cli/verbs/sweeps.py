@@ -183,9 +183,8 @@ def summarise_sweep(folder: Path, style: str) -> int:
     page = ""
     if len(finished) > 1 and measured:
         rows = write_comparison(folder, finished, f"modhifi report run={folder}")
-        for found in (many.finding(rows), many.best_trades(rows)):
-            if found:
-                console.note(found)
+        for found in many.findings(rows):
+            console.note(found)
         page = f"; the page with figures is {folder / 'report.html'}"
     console.note(f"all numbers are in {folder / 'summary.csv'}{page}")
     console.result({"folder": str(folder), "jobs": rows})
