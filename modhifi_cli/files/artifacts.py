@@ -23,7 +23,8 @@ from modhifi_cli.files.results import (
     save_latency_table,
     text_of,
 )
-from modhifi_cli.files.run_folder import INCOMPLETE, RunDirectory, run_folder
+from modhifi_cli.files.run_folder import RunDirectory, run_folder
+from modhifi_cli.files.run_names import INCOMPLETE
 from modhifi_cli.files.saved_network import (
     answer,
     answer_process,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from modhifi_cli.errors import DataError
+from modhifi_cli.errors import DataError, is_number
 from modhifi_cli.files.manifest import NAME, Checked, made_here
 
 _STRANGE = ("adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "quantize_config.json")
@@ -88,7 +88,7 @@ def _check(told: Any, where: str, depth: int) -> None:
     if not isinstance(told, Mapping):
         return
     for key, value in told.items():
-        if _KEYS.search(key) and value not in _ORDINARY and not _is_number(value):  # a convolution's size opens nothing
+        if _KEYS.search(key) and value not in _ORDINARY and not is_number(value):  # a convolution's size opens nothing
             raise DataError(
                 f"{where}: '{key}' would make transformers import or fetch something, which a folder may not ask for; "
                 "remove it if you know it."
@@ -96,10 +96,6 @@ def _check(told: Any, where: str, depth: int) -> None:
         if _FILE_KEYS.search(key) and isinstance(value, str) and _leads_out(value):
             raise DataError(f"{where}: '{key}' names {value[:80]!r}, outside the folder; remove it.")
         _check(value, where, depth + 1)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _leads_out(value: str) -> bool:

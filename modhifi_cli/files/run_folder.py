@@ -13,9 +13,9 @@ from modhifi_cli.errors import DataError
 from modhifi_cli.files import manifest
 from modhifi_cli.files.disk import append_line, disk, make_folder, refuse_links
 from modhifi_cli.files.edits import FOLDER, gather_edits, load_edits, save_edit
+from modhifi_cli.files.run_names import INCOMPLETE
 from modhifi_cli.records import Edit
 
-INCOMPLETE = ".incomplete"
 _PASSING = (FOLDER, "trials")  # folders that a finished run has no more
 _SETTINGS, _RESULTS = "config.yaml", "results.json"  # the last thing that a run writes as it begins, and as it ends
 

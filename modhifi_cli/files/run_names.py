@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modhifi_cli.errors import DataError
 
-INCOMPLETE = ".incomplete"  # as in run_folder.py, which imports torch; this file answers at once
+INCOMPLETE = ".incomplete"  # here, since this file answers at once and run_folder.py imports torch
 
 
 def named_run(given: str, outputs: Path, *, key: str = "run") -> str:

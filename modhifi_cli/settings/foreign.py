@@ -11,6 +11,7 @@ from typing import Any
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.settings.targets import check_targets
 
+CODE_KEYS = ("factory", "function", "example", "forward")  # whose values name code that would run
 _DEEPEST = 16
 
 
@@ -37,7 +38,7 @@ def refuse_reaching(plain: Mapping[str, Any], keys: Sequence[str], *, made_here:
                 raise ConfigError(
                     f"{path} never comes from a folder: it would run code from the hub; build that network yourself."
                 )
-            if name in ("factory", "function", "example", "forward") and value and not trust:
+            if name in CODE_KEYS and value and not trust:
                 raise ConfigError(
                     f"{path}: the folder names code of your own, {value!r:.100}, which would run here; if you know it, say "
                     "model.trust=true."

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modhifi_cli.errors import ConfigError, is_number, nearest
+from modhifi_cli.settings.foreign import CODE_KEYS
 from modhifi_cli.settings.words import as_plain_words
 from modhifi_cli.settings.yamls import config_directory, groups, inherited, read_verb
 
@@ -146,7 +147,7 @@ def _code_in(node: Any, path: str) -> list[tuple[str, Any]]:
         found = [
             (f"{path}.{key}" if path else str(key), value)
             for key, value in node.items()
-            if value and (key in ("factory", "function", "example", "forward") and isinstance(value, str) or key == "trust_remote_code")
+            if value and (key in CODE_KEYS and isinstance(value, str) or key == "trust_remote_code")
         ]
         return found + [one for key, value in node.items() for one in _code_in(value, f"{path}.{key}" if path else str(key))]
     if isinstance(node, list):
