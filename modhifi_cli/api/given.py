@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.data.tensors import TensorImages, from_batches
 from modhifi_cli.data.text import SEQUENCES, TokenWindows, of_tokens, windows_of
+from modhifi_cli.engine.plan import example_of
 from modhifi_cli.errors import ConfigError, DataError, is_whole
 from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot
 from modhifi_cli.graph.folded import copied, fold_
@@ -184,8 +185,7 @@ def ready(
         return form.pack({name: batch[name] for name in known} if known else batch), labels_of(batch)
 
     images = from_batches(itertools.chain([first], rest), most=_at_most(most, IMAGES), part=part)
-    example = next(iter(images.batches(2)))[0].to(place)
-    example = example if len(example) > 1 else torch.cat([example, example.flip(-1)])
+    example = example_of(images, place)
     if form is None and _gives_logits(network, example):
         check_images(network, example)
         return Given(network, images, place, Inside(folded=folded))

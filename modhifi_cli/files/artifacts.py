@@ -9,7 +9,6 @@ from modhifi_cli.files.disk import (
     write_json,
     write_text,
 )
-from modhifi_cli.files.earlier_run import load as load_run
 from modhifi_cli.files.earlier_run import opening_of, reads_text, with_weights
 from modhifi_cli.files.edits import load_edits
 from modhifi_cli.files.manifest import NAME as CHECKSUMS
@@ -33,7 +32,6 @@ from modhifi_cli.files.saved_network import (
     license_of,
     load_model,
     load_saved,
-    load_verification,
     opens_natively,
     read_answer,
     save_model,
@@ -43,7 +41,7 @@ from modhifi_cli.files.saved_network import (
 
 __all__ = [
     "CHECKSUMS", "FORMAT_VERSION", "INCOMPLETE", "RunDirectory", "answer", "answer_process", "answers_of", "checked", "code_changed",
-    "environment", "license_of", "load_edits", "load_latency_table", "load_model", "load_run", "load_saved", "load_verification", "made_here", "make_folder",
+    "environment", "license_of", "load_edits", "load_latency_table", "load_model", "load_saved", "made_here", "make_folder",
     "measurements_to_json", "opening_of", "opens_natively", "read_answer", "read_object", "read_results", "read_text", "reads_text", "renew",
     "report_material", "run_folder", "save_latency_table", "save_model", "save_verification", "stored_answers", "text_of", "with_weights", "write_bytes",
     "write_json", "write_text",

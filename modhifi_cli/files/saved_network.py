@@ -303,12 +303,6 @@ def answers_of(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     return answers
 
 
-def load_verification(run: Path, *, unverified: bool = False) -> tuple[Tensor, Tensor]:
-    """The inputs and logits of `stored_answers`."""
-    stored = stored_answers(run, unverified=unverified)
-    return stored["inputs"], stored["logits"]
-
-
 def stored_answers(run: Path, *, unverified: bool = False) -> dict[str, Tensor]:
     """The ``inputs`` that `save_verification` wrote into a run folder and what the network made of them.
 

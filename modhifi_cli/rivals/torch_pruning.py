@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from modhifi_cli.engine.activations import Activations
 from modhifi_cli.engine.gathering import Gathering
 from modhifi_cli.engine.memory import limit_bytes
-from modhifi_cli.engine.plan import Plan, PlannedGroup, Summary, discover
+from modhifi_cli.engine.plan import Plan, PlannedGroup, Summary, discover, example_of
 from modhifi_cli.engine.prices import COUNTED, Price, Pricing, Subject, as_price
 from modhifi_cli.engine.rounding import AUTO
 from modhifi_cli.engine.widths import NEAR
@@ -118,11 +118,8 @@ def torch_pruning_(
     target = price.name
     _check(sparsity, importance)
     device = torch.device(device)
-    if len(calibration) == 0:
-        raise DataError("the calibration data holds no image; give data.num_samples at least 1.")
+    example = example_of(calibration, device)
     model.to(device).eval()
-    images, _ = next(iter(calibration.batches(2)))
-    example = (images if len(images) > 1 else torch.cat([images, images.flip(-1)]))[:2].to(device)
     asked = _Asked(importance, whole_network, _excluded(model, exclude), 1 if round_to == AUTO else int(round_to))
     segments = Segments(model, example)
     pricing: Pricing | None = None

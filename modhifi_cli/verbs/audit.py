@@ -40,11 +40,8 @@ def audit(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Consol
     evaluation = pieces.image_source(settings, "evaluation_data", loaded, labelled=True, console=console)
     case = case_of(loaded, dense, edited, calibration, labels, evaluation, forget)
     report = make_audit(settings, before["model"], loaded, case, device=device, console=console)
-    command = pieces.command_line("audit", facts["overrides"])
-    place = artifacts.RunDirectory.create(folder or pieces.new_folder("audit", loaded.name, settings, facts))
-    artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(asked)))
-    artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
-    write_audit(place.path, report, model=loaded.name, repeat=command)
+    place = pieces.begin_run("audit", loaded.name, asked, facts, folder, device)
+    write_audit(place.path, report, model=loaded.name, repeat=pieces.command_line("audit", facts["overrides"]))
     artifacts.write_json(
         place.path / "results.json",
         {

@@ -55,10 +55,7 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
     models = {name: pieces.placed(model, kept, device) for name, model in models.items()}
     on = pieces.MeasuredOn(calibration, evaluation, loaded.preprocess)
     measurements = pieces.measure(settings, models, on, device, console)
-    place = artifacts.RunDirectory.create(folder or pieces.new_folder("evaluate", loaded.name, settings, facts))
-    command = pieces.command_line("evaluate", facts["overrides"])
-    artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(asked)))
-    artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
+    place = pieces.begin_run("evaluate", loaded.name, asked, facts, folder, device)
     results = ({} if opened is None else opened.record()) | Results.written(
         verb="evaluate", model=loaded.name, weights=loaded.weights, measurements=measurements,
         memory=peaks(device),

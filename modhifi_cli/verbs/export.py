@@ -1,6 +1,5 @@
 """`modhifi export`: the network of a finished run in the formats of other programs."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,11 @@ def export(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Conso
     opened = open_run(settings, console, needs=("model", "results.json"))
     run = opened.folder
     pieces.refuse_exports(settings["export"], "tokens" if artifacts.reads_text(run) else "images")
-    loaded = opened.network(replaced=settings["weights"])
-    if settings["weights"] is not None:
-        loaded = artifacts.with_weights(loaded, settings["weights"])
+    loaded = opened.network(settings["weights"])
     results = artifacts.read_results(run)
     told = {key: results[key] for key in ("sparsity", "target") if results.get(key) is not None}
     made = pieces.export(run / "export", settings["export"], loaded, loaded.model, told)
-    rows = [{**dataclasses.asdict(one), "path": one.path.name} for one in made]
+    rows = [one.row() for one in made]
     others = [one for one in results.get("exports") or () if one.get("path") not in {row["path"] for row in rows}]
     artifacts.write_json(run / "results.json", {**results, "exports": [*others, *rows]})
     files = sorted(path for one in made for path in (one.path.rglob("*") if one.path.is_dir() else [one.path]))

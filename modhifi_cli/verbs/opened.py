@@ -61,9 +61,10 @@ class OpenedRun:
         named = node["_target_"]
         return config.build(node, allow=(named,) if self.trust else ())
 
-    def network(self, *, replaced: str | None = None) -> LoadedModel:
-        """The saved network; `replaced` is a file of weights that comes on top, perhaps the saved one trained since."""
-        return artifacts.load_saved(self.folder, allow=self.trust, unverified=self.unverified, replaced=replaced)
+    def network(self, weights: str | None = None) -> LoadedModel:
+        """The saved network, or with the weights of a file in place of its own, perhaps the saved file trained since."""
+        loaded = artifacts.load_saved(self.folder, allow=self.trust, unverified=self.unverified, replaced=weights)
+        return loaded if weights is None else artifacts.with_weights(loaded, weights)
 
     def edits(self) -> tuple[tuple[Edit, ...], str | None]:
         """The edits, and the hash of the dense weights they apply to."""

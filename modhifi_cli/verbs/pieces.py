@@ -635,17 +635,6 @@ def edits_so_far(place: artifacts.RunDirectory, dense_hash: str, calibration: Im
     return edits
 
 
-def begun_folder(
-    final: Path, settings: Mapping[str, Any], command: str, device: torch.device, calibration: ImageSource
-) -> artifacts.RunDirectory:
-    """The folder of a new run with all that going on with it needs; its settings last, for they say that it is whole."""
-    place = artifacts.RunDirectory.create(final)
-    artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
-    artifacts.write_json(place.path / "calibration.json", calibration.protocol)
-    artifacts.write_text(place.path / "config.yaml", config.to_yaml(portable(settings)))
-    return place
-
-
 class _NeedsRoom(Exception):
     """The memory was full, and a run can go on with fewer inputs a forward; its folder, or None where none was kept."""
 
@@ -797,6 +786,35 @@ def set_precision(settings: Mapping[str, Any]) -> None:
     high = settings["runtime"]["matmul"] == "high"
     torch.backends.cuda.matmul.allow_tf32 = high
     torch.backends.cudnn.allow_tf32 = high
+
+
+def begin_run(
+    verb: str,
+    network: str,
+    settings: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    folder: Path | None,
+    device: torch.device,
+    calibration: ImageSource | None = None,
+) -> artifacts.RunDirectory:
+    """The folder of a new run with all that going on with it needs; its settings last, for they say that it is whole.
+
+    Args:
+        verb: Of the run.
+        network: The network's name.
+        settings: As the user gave them; they are kept as they are compared later (`portable`).
+        facts: `config.job_facts()`.
+        folder: Where; None: under ``output_dir``, by the time and the command.
+        device: Where it runs.
+        calibration: What its edits are computed from; None for a run that nobody goes on with.
+    """
+    place = artifacts.RunDirectory.create(folder or new_folder(verb, network, settings, facts))
+    command = command_line(verb, facts["overrides"])
+    artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
+    if calibration is not None:
+        artifacts.write_json(place.path / "calibration.json", calibration.protocol)
+    artifacts.write_text(place.path / "config.yaml", config.to_yaml(portable(settings)))
+    return place
 
 
 def new_folder(verb: str, model: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:

@@ -160,7 +160,6 @@ def _begin(
     """Load what the run needs and make its folder, or open that of the run it goes on with."""
     from modhifi_cli.graph.surgery import describe_widths, weights_hash
 
-    command = pieces.command_line("prune", facts["overrides"])
     resumed = settings["resume"]
     place = artifacts.RunDirectory.reopen(resumed) if resumed else None
     if place is not None:
@@ -176,11 +175,9 @@ def _begin(
         dense = pieces.placed(loaded.twin(), settings, device) if kept else None
         dense_hash, widths = weights_hash(loaded.model), describe_widths(loaded.model)
     if place is None:
-        place = pieces.begun_folder(
-            folder or pieces.new_folder("prune", loaded.name, settings, facts), settings, command, device, calibration
-        )
+        place = pieces.begin_run("prune", loaded.name, settings, facts, folder, device, calibration)
     done, healed = healing.apart(pieces.edits_so_far(place, dense_hash, calibration) if resumed else ())
-    place.log(command)
+    place.log(pieces.command_line("prune", facts["overrides"]))
     work = Work(settings, loaded, calibration, evaluation, device, place, dense_hash, console)
     return _Begun(work, dense, widths, done, healed)
 
@@ -375,7 +372,7 @@ def _write_outcome(
             measurements=outcome.measurements,
             groups=groups,
             predicted_error=dict(cut.predicted),
-            exports=[{**dataclasses.asdict(export), "path": export.path.name} for export in outcome.exported],
+            exports=[export.row() for export in outcome.exported],
             calibration=dict(work.calibration.protocol) | labelled,
             **quality.entries(outcome.sample, work.calibration, outcome.seen),
             widths={name: {key: [counts[key], kept.get(name, {}).get(key, 0)] for key in counts} for name, counts in widths.items()},

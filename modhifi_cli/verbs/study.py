@@ -79,13 +79,13 @@ def _subject(
     """What the study looks at, and what makes a cell of it the same cell."""
     import torch
 
+    from modhifi_cli.engine.plan import example_of
     from modhifi_cli.evaluation.runtimes import runtime
     from modhifi_cli.graph.surgery import weights_hash
     from modhifi_cli.models import build_architecture
     from modhifi_cli.studies.subject import Subject
 
-    example, _ = next(iter(calibration.batches(2)))
-    example = example if len(example) > 1 else torch.cat([example, example.flip(-1)])
+    example = example_of(calibration, torch.device("cpu"))
 
     def untrained() -> Any:
         if pieces.is_decoder(settings):

@@ -39,7 +39,7 @@ def synthesize(
         assert source is not None
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Type the same command again: finished parts are kept in the cache.") from None
-    place = artifacts.RunDirectory.create(folder or pieces.new_folder("synthesize", loaded.name, settings, facts))
+    place = pieces.begin_run("synthesize", loaded.name, settings, facts, folder, device)
     place.log(command)
     pixels = _pixels(source, loaded)
     model = pieces.placed(loaded.model, settings, device)
@@ -60,8 +60,6 @@ def synthesize(
         "command": command,
     }
     artifacts.write_json(place.path / "manifest.json", manifest)
-    artifacts.write_json(place.path / "environment.json", artifacts.environment(command, str(device)))
-    artifacts.write_text(place.path / "config.yaml", config.to_yaml(pieces.portable(settings)))
     final = place.finish(edits=False)
     quality.show(console, found)
     kind = "arrays" if settings["form"] == "array" else "folder"

@@ -132,7 +132,6 @@ def _begin(
     from modhifi_cli.unlearning.classes import forget_classes
 
     settings = dict(asked)
-    command = pieces.command_line("unlearn", facts["overrides"])
     resumed = settings["resume"]
     place = artifacts.RunDirectory.reopen(resumed) if resumed else None
     if place is not None:
@@ -154,11 +153,9 @@ def _begin(
     forget = forget_classes(settings["forget_class"], loaded.classes, labels.classes)
     pieces.name_forgotten_(settings, forget)
     if place is None:
-        place = pieces.begun_folder(
-            folder or pieces.new_folder("unlearn", loaded.name, settings, facts), asked, command, device, calibration
-        )
+        place = pieces.begin_run("unlearn", loaded.name, asked, facts, folder, device, calibration)
     done = pieces.edits_so_far(place, dense_hash, calibration) if resumed else ()
-    place.log(command)
+    place.log(pieces.command_line("unlearn", facts["overrides"]))
     work = Work(settings, loaded, calibration, evaluation, device, place, dense_hash, console)
     return _Begun(work, model, dense, labels, forget, done)
 
@@ -298,7 +295,7 @@ def _write_outcome(begun: _Begun, outcome: _Outcome) -> None:
             trials=trials,
             measurements=outcome.measurements,
             audit=None if audited is None else _audit_in_short(audited),
-            exports=[{**dataclasses.asdict(export), "path": export.path.name} for export in outcome.exported],
+            exports=[export.row() for export in outcome.exported],
             calibration=dict(work.calibration.protocol) | {"labels": labels.account},
             **quality.entries(outcome.sample, work.calibration, outcome.seen),
             warnings=list(summary.warnings),

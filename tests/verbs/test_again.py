@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import modhifi_cli
 from modhifi_cli.cli import main
-from modhifi_cli.files import artifacts
+from modhifi_cli.files import artifacts, earlier_run
 from tests.decoders import saved
 from tests.tasks import stranger
 
@@ -61,7 +61,7 @@ def test_fine_tuned_weights_go_on_top_of_a_run(home, tmp_path, capsys):
     state = load_file(first / "model" / "weights.safetensors")
     name = next(key for key, tensor in state.items() if tensor.dim() == 4)
     save_file({key: tensor * 1.5 if key == name else tensor for key, tensor in state.items()}, tmp_path / "tuned.safetensors")
-    tuned = artifacts.load_run(str(first), weights=str(tmp_path / "tuned.safetensors"))
+    tuned = earlier_run.load(str(first), weights=str(tmp_path / "tuned.safetensors"))
     assert torch.equal(tuned.model.state_dict()[name], state[name] * 1.5) and "tuned.safetensors" in tuned.weights
     again = ["model=run", f"model.run={first}", "evaluation=[size]", "console=plain"]
     assert main(["evaluate", *again, f"model.weights={tmp_path / 'tuned.safetensors'}"]) == 0
@@ -84,7 +84,7 @@ def test_weights_trained_in_place_are_other_weights_and_can_be_named(home, tmp_p
     assert main([*words, f"model.weights={file}"]) == 0
     assert main(["export", f"run={copied}", "export=[torch_export]", f"weights={file}", "console=plain"]) == 0
     key = next(key for key, tensor in trained.items() if tensor.dim() == 4)
-    assert torch.equal(artifacts.load_run(str(copied), weights=str(file)).model.state_dict()[key], trained[key])
+    assert torch.equal(earlier_run.load(str(copied), weights=str(file)).model.state_dict()[key], trained[key])
 
 
 def test_export_afterwards_and_a_stranger_opens_the_folder(home, tmp_path, capsys):

@@ -66,8 +66,8 @@ def test_the_saved_network_is_smaller_and_loads(finished):
     assert not model.training
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters < 0.7 * 174_970
-    inputs, logits = artifacts.load_verification(finished)
-    assert torch.equal(model(inputs), logits)
+    stored = artifacts.stored_answers(finished)
+    assert torch.equal(model(stored["inputs"]), stored["logits"])
 
 
 class Stop:
@@ -174,8 +174,8 @@ def test_replay_makes_a_damaged_network_again(copied, here, capsys):
     assert main(["replay", f"run={copied}", "console=plain"]) == 0
     assert "saved network cannot be compared with" in capsys.readouterr().out
     again = only_run(here, "replay/embedded/*")
-    inputs, logits = artifacts.load_verification(copied)
-    assert torch.equal(load_model(again)(inputs), logits)
+    stored = artifacts.stored_answers(copied)
+    assert torch.equal(load_model(again)(stored["inputs"]), stored["logits"])
 
 
 def test_replay_of_an_interrupted_run_is_refused(here, monkeypatch, capsys):

@@ -12,9 +12,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,10 @@ class ExportReport:
     runtime: str
     seconds: float
     opens: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """What results.json tells: every field, and of the path its name alone."""
+        return {**asdict(self), "path": self.path.name}
 
 
 @dataclass(frozen=True)
