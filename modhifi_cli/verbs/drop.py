@@ -14,7 +14,7 @@ from modhifi_cli.files import artifacts
 from modhifi_cli.records import Edit, Progress
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
-from modhifi_cli.verbs.work import Work
+from modhifi_cli.verbs.work import Cut, Work
 
 FOLDER = "trials"
 _FIRST_OF_TEXT = 0.1  # share of the first trial with a language model
@@ -56,19 +56,19 @@ def search_(
     work: Work,
     model: nn.Module,
     *,
-    edit_: Callable[[Work, nn.Module, Sequence[Edit]], tuple[Any, list[Edit], Mapping[str, float]]],
+    edit_: Callable[[Work, nn.Module, Sequence[Edit]], Cut],
     plan: Callable[[Work, nn.Module], Any],
-) -> tuple[Any, list[Edit], dict[str, float], list[dict[str, Any]]]:
+) -> Cut:
     """Search, then leave the accepted trial's network in `model` and its edits in the run's folder.
 
     Args:
         work: The run.
         model: The dense network.
-        edit_: (a trial's work, a copy of the network, edits done) prunes the copy; summary, edits, predicted errors.
+        edit_: (a trial's work, a copy of the network, edits done) prunes the copy.
         plan: (such a work, a copy) → the plan of such a run, before anything is cut.
 
     Returns:
-        Summary, edits and predicted errors of the accepted trial, and a row for every trial.
+        That of the accepted trial, with a row for every trial.
 
     Raises:
         ConfigError: If even the smallest cut breaks the bound; the run's folder is gone then.
@@ -99,7 +99,7 @@ def search_(
         )
         ours = copy.deepcopy(model)
         try:
-            summary, _, errors = edit_(one, ours, _done(one))
+            cut = edit_(one, ours, _done(one))
         except UnreachableShare as error:
             if error.reachable >= share or found.largest <= _below(error.reachable):
                 raise
@@ -107,7 +107,7 @@ def search_(
             found.write()
             continue
         drop = measured_drop(dense, answers(judges, ours))
-        found.trials.append(_trial(share, summary, errors, dense, drop, accepted=drop <= asked.value))
+        found.trials.append(_trial(share, cut, dense, drop, accepted=drop <= asked.value))
         found.write()
         place.log(f"trial of {share:.4f}: {drop:.2f} points lost")
         del ours
@@ -115,9 +115,9 @@ def search_(
     if best is None:
         place.discard()
         raise _unkept(work, asked, found, len(dense))
-    edits = _accept_(work, model, best)
-    summary = _summary(found.trials[best])
-    return summary, edits, found.trials[best]["predicted_error"], _rows(found.trials, best, asked.of, len(dense))
+    edits, taken = _accept_(work, model, best), found.trials[best]
+    rows = _rows(found.trials, best, asked.of, len(dense))
+    return Cut(_summary(taken), edits, taken["predicted_error"], rows)
 
 
 def _of_share(work: Work, share: float) -> dict[str, Any]:
@@ -152,19 +152,18 @@ def _done(one: Work) -> Sequence[Edit]:
     return done
 
 
-def _trial(
-    share: float, summary: Any, errors: Mapping[str, float], dense: Tensor, drop: float, *, accepted: bool
-) -> dict[str, Any]:
+def _trial(share: float, cut: Cut, dense: Tensor, drop: float, *, accepted: bool) -> dict[str, Any]:
     """A finished trial as it is kept."""
     from modhifi_cli.engine.max_drop import predicted_drop
 
+    summary = cut.summary
     impact = getattr(summary, "predicted_impact", None)
     return {
         "sparsity": share,
         "achieved": dict(summary.achieved),
         "latency": summary.latency,
         "warnings": list(summary.warnings),
-        "predicted_error": errors,
+        "predicted_error": cut.predicted,
         "predicted_drop": None if impact is None else predicted_drop(dense, impact),
         "drop": drop,
         "accepted": accepted,

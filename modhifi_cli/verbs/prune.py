@@ -18,7 +18,7 @@ from modhifi_cli.records import Edit, ImageSource, Measurement, Note, Progress, 
 from modhifi_cli.settings import config, recipes
 from modhifi_cli.verbs import drop, dry_run, healing, pieces, quality, timing, tracking
 from modhifi_cli.verbs.shared import Shared
-from modhifi_cli.verbs.work import Work
+from modhifi_cli.verbs.work import Cut, Work
 
 _GROUP_FACTS = ("dead_outputs", "fidelity", "subset_fidelity", "rows", "seconds")
 
@@ -40,16 +40,6 @@ class _Begun:
     widths: Mapping[str, Mapping[str, int]]
     done: tuple[Edit, ...]
     healed: Edit | None
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """What cutting came to: its summary, all edits, the errors it predicted, and the rows of a search's trials."""
-
-    summary: Any
-    edits: list[Edit]
-    predicted: Mapping[str, float]
-    trials: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -203,15 +193,13 @@ def _introduce(work: Work, price: Any) -> tuple[str, ...]:
     return shared_text
 
 
-def _searched_(work: Work, model: nn.Module, times: timing.Times) -> _Cut:
+def _searched_(work: Work, model: nn.Module, times: timing.Times) -> Cut:
     """The cut of a run that finds its share itself."""
 
-    def edited(one: Work, ours: nn.Module, done: Sequence[Edit]) -> tuple[Any, list[Edit], Mapping[str, float]]:
-        cut = _edit_(one, ours, done, times)
-        return cut.summary, cut.edits, cut.predicted
+    def edited(one: Work, ours: nn.Module, done: Sequence[Edit]) -> Cut:
+        return _edit_(one, ours, done, times)
 
-    found = drop.search_(work, model, edit_=edited, plan=lambda one, ours: _plan(one, ours, times))
-    return _Cut(*found)
+    return drop.search_(work, model, edit_=edited, plan=lambda one, ours: _plan(one, ours, times))
 
 
 def _follow(settings: Mapping[str, Any]) -> None:
@@ -230,7 +218,7 @@ def _follow(settings: Mapping[str, Any]) -> None:
         pass
 
 
-def _edit_(work: Work, model: nn.Module, done: Sequence[Edit], times: timing.Times) -> _Cut:
+def _edit_(work: Work, model: nn.Module, done: Sequence[Edit], times: timing.Times) -> Cut:
     """Run the task; every edit is on disk before the next group starts."""
     from modhifi_cli.engine.plan import Plan, Summary
     from modhifi_cli.evaluation.latency_table import LatencyTable
@@ -265,7 +253,7 @@ def _edit_(work: Work, model: nn.Module, done: Sequence[Edit], times: timing.Tim
                 place.log(f"warning: {text}")
                 console.warning(text)
     assert summary is not None, "the task ended without a summary"
-    return _Cut(summary, edits, predicted)
+    return Cut(summary, edits, predicted)
 
 
 def _light(edit: Edit) -> Edit:
@@ -342,7 +330,7 @@ def _show_plan(console: Console, plan: Any) -> None:
 
 
 def _write_outcome(
-    work: Work, model: nn.Module, price: Any, widths: Mapping[str, Mapping[str, int]], cut: _Cut, outcome: _Outcome
+    work: Work, model: nn.Module, price: Any, widths: Mapping[str, Mapping[str, int]], cut: Cut, outcome: _Outcome
 ) -> None:
     from modhifi_cli.graph.surgery import describe_widths
 

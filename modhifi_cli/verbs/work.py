@@ -1,6 +1,6 @@
 """One run of a verb at work: what nearly every step of it looks at."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 
 from modhifi_cli.console import Console
 from modhifi_cli.files import artifacts
-from modhifi_cli.records import ImageSource, LoadedModel
+from modhifi_cli.records import Edit, ImageSource, LoadedModel
 
 
 @dataclass(frozen=True)
@@ -34,3 +34,20 @@ class Work:
     place: artifacts.RunDirectory
     dense_hash: str
     console: Console
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What cutting came to.
+
+    Attributes:
+        summary: Of the task.
+        edits: All of them in order.
+        predicted: By group, the error that its width was predicted to cost; empty where nothing was predicted.
+        trials: A row for every trial of a search.
+    """
+
+    summary: Any
+    edits: list[Edit]
+    predicted: Mapping[str, float]
+    trials: Sequence[Mapping[str, Any]] = ()
