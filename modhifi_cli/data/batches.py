@@ -9,12 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from modhifi_cli.data.sources import labels_to_read, settings_group
+from modhifi_cli.data.sources import PAPER_SAMPLES, labels_to_read, settings_group
 from modhifi_cli.data.tensors import TensorImages, from_batches
 from modhifi_cli.errors import ConfigError, DataError, first_line
 from modhifi_cli.records import Preprocess
-
-_MOST = 2000  # samples, as in the paper
 
 
 def load(
@@ -37,7 +35,7 @@ def load(
         labels: For calibration samples: ``"auto"``, ``"given"`` or ``"model"`` (`labels_to_read`); None for others.
         num_samples: The first so many; None takes all, ``"auto"`` up to 2,000.
         found: Gives the user's function by its name.
-        packed: Takes a batch apart into one tensor and its labels; None takes its first entry.
+        packed: Takes a batch apart into what the network reads, as one tensor, and its labels.
 
     Raises:
         ConfigError: If the function is not found or fails.
@@ -45,9 +43,9 @@ def load(
     """
     group = settings_group(labelled=labelled, labels=labels)
     reads = labels_to_read(labelled=labelled, labels=labels)
-    if found is None:
+    if found is None or packed is None:
         raise ConfigError(f"{group}=batches takes batches for a network that reads them; choose another source for text.")
-    most = _MOST if num_samples == "auto" else num_samples
+    most = PAPER_SAMPLES if num_samples == "auto" else num_samples
     try:
         given = found(factory)()
     except (ConfigError, DataError):
@@ -62,7 +60,7 @@ def load(
         raise DataError(f"{group}.factory={factory}: expected batches one after the other, got a {type(given).__name__}.")
 
     def part(batch: Any) -> tuple[Any, Tensor | None]:
-        inputs, truth = packed(batch) if packed is not None else _pair(batch)
+        inputs, truth = packed(batch)
         return inputs, None if reads == "never" else truth
 
     source = from_batches(given, most=most, part=part)
@@ -72,9 +70,3 @@ def load(
         raise DataError(f"{group}: {factory} gives no labels; give pairs of inputs and labels, or a key 'label'.")
     source.protocol = {**source.protocol, "factory": factory}
     return source
-
-
-def _pair(batch: Any) -> tuple[Any, Tensor | None]:
-    if isinstance(batch, list | tuple) and len(batch) > 1 and isinstance(batch[1], Tensor):
-        return batch[0], batch[1]
-    return (batch[0] if isinstance(batch, list | tuple) and batch else batch), None

@@ -45,16 +45,16 @@ class TensorImages:
 def from_batches(
     batches: Iterable[Any] | Tensor,
     *,
+    part: Callable[[Any], tuple[Any, Tensor | None]],
     most: int | None = None,
-    part: Callable[[Any], tuple[Any, Tensor | None]] | None = None,
 ) -> TensorImages:
     """Inputs as the network wants them, collected from whatever holds them.
 
     Args:
         batches: One tensor ``[samples, …]``; or anything that gives batches one after the other (a list, a
             ``DataLoader``), each such a tensor, or a tuple of it, labels ``[batch]``, and whatever else (paths).
-        most: Stop after so many samples; None takes all.
         part: Takes a batch apart into what the network reads, as one tensor, and labels or None.
+        most: Stop after so many samples; None takes all.
 
     Raises:
         DataError: If there is no sample, or something is no batch of finite floating numbers of one shape.
@@ -63,7 +63,7 @@ def from_batches(
     labels: list[Tensor | None] = []
     count = 0
     for number, batch in enumerate([batches] if isinstance(batches, Tensor) else batches):
-        found, truth = (part or _pair)(batch)
+        found, truth = part(batch)
         if not isinstance(found, Tensor):
             raise DataError(
                 f"batches: expected a tensor of images, or images and labels, got {_told(batch)} in batch {number}; "
@@ -93,13 +93,6 @@ def from_batches(
         raise DataError("batches: some come with labels and some without; label all of them, or none.")
     known = [one for one in labels if one is not None]
     return TensorImages(torch.cat(images), torch.cat(known) if known else None)
-
-
-def _pair(batch: Any) -> tuple[Any, Tensor | None]:
-    if isinstance(batch, list | tuple) and batch:
-        truth = batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
-        return batch[0], truth
-    return batch, None
 
 
 def _told(value: object) -> str:

@@ -250,7 +250,7 @@ def parted(batch: Any, key: str | int | None) -> tuple[Any, Tensor | None]:
             names = ", ".join(map(str, batch))
             raise DataError(
                 f"batches: it is not clear which of {names} the network reads; name it (inputs=), or give a function of "
-                "model and batch (forward=)."
+                "model and batch (forward=, model.forward with model.example)."
             )
         truth = next((batch[name] for name in _LABELS if name in batch), None)
         return batch[chosen], _labels(truth, batch[chosen])

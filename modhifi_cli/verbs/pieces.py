@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import inspect
 import json
@@ -22,7 +23,7 @@ from modhifi_cli.data.making import Making
 from modhifi_cli.errors import ConfigError, DataError, ModHiFiError, NumericsError, is_out_of_memory
 from modhifi_cli.files import artifacts, cache, run_names
 from modhifi_cli.files.exports.written import ExportReport, Intent
-from modhifi_cli.models.called import Sent
+from modhifi_cli.models.called import Sent, parted
 from modhifi_cli.models.module import exactly
 from modhifi_cli.pages import figures, many, terms
 from modhifi_cli.pages import page as pages
@@ -114,9 +115,8 @@ def image_source(
     if isinstance(loaded.model, Sent):
         loaded.model.refuse(dtype_of(settings))
     if "found" in inspect.signature(build).parameters and not reads_text:
-        given["found"] = exactly
-        if isinstance(loaded.model, Sent):
-            given["packed"] = loaded.model.packed
+        own = isinstance(loaded.model, Sent)
+        given |= {"found": exactly, "packed": loaded.model.packed if own else functools.partial(parted, key=None)}
     source = build(preprocess=loaded.preprocess, labelled=labelled, **given)
     if console is not None and "labels" in source.protocol:
         console.note(f"{key}: {source.protocol['labels']}")

@@ -51,7 +51,7 @@ def test_the_rivals_run_on_the_card(preset):
         model = network("batchnorm").cuda()
         events = list(
             config.build(settings["outside"])(
-                model, calibration=from_batches(labelled_images("batchnorm")), sparsity=0.3, target="params",
+                model, calibration=from_batches(labelled_images("batchnorm"), part=tuple), sparsity=0.3, target="params",
                 batchnorm=settings["batchnorm"], exclude=(), round_to=1, batch_size=20, device="cuda", done=(),
             )
         )  # fmt: skip

@@ -44,6 +44,16 @@ def pairs():
         yield batch["image"], batch["label"], ["path"] * 16
 
 
+def named_images():
+    for batch in batches():
+        yield {"pixel_values": batch["image"], "label": batch["label"], "path": ["path"] * 16}
+
+
+def unnamed_images():
+    for batch in batches():
+        yield {"a": batch["image"], "b": batch["image"]}
+
+
 def swapped():
     for batch in batches():
         yield batch["words"], batch["image"]
@@ -156,6 +166,16 @@ def test_a_function_of_model_and_images_says_what_of_the_answer_counts(place):
     model = artifacts.load_model(folder, allow=f"{place}:Pair")
     images = torch.randn(2, 3, 12, 12)
     assert torch.equal(model(images), 2 * model.network(images)[0])
+
+
+def test_dictionaries_of_images_are_read_at_the_usual_names(place, capsys):
+    preprocess = "model.preprocess={mean: [0, 0, 0], std: [1, 1, 1], size: 12}"
+    words = ["model=module", f"model.factory={place}:Pair", f"model.forward={place}:doubled", preprocess,
+             "evaluation_data=batches", "evaluation=[top1]"]  # fmt: skip
+    assert run("evaluate", *words, f"evaluation_data.factory={place}:named_images") == 0
+    assert run("evaluate", *words, f"evaluation_data.factory={place}:unnamed_images") == 2
+    text = " ".join(capsys.readouterr().err.split())
+    assert "batches: it is not clear which of a, b the network reads; name it (inputs=)" in text
 
 
 def test_labels_of_batches_are_read_where_a_measurement_needs_them(place):
