@@ -12,7 +12,6 @@ from modhifi_cli.api.results import Audited, Unlearned
 from modhifi_cli.api.words import own_words
 from modhifi_cli.data.tensors import TensorImages
 from modhifi_cli.errors import ConfigError
-from modhifi_cli.graph.folded import copied
 from modhifi_cli.records import Edit, Progress, last_of
 from modhifi_cli.settings import config, recipes
 
@@ -159,7 +158,7 @@ def audit(
     if not isinstance(edited, nn.Module):
         raise ConfigError(f"edited: expected a torch.nn.Module, got a {type(edited).__name__}.")
     given = ready(dense, batches, device, forward=forward, inputs=inputs)
-    unseen = None if evaluation is None else ready(dense, evaluation, device, forward=forward, inputs=inputs).samples
+    unseen = None if evaluation is None else given.more(evaluation)
     if unseen is not None and next(iter(unseen.batches(1)))[1] is None:
         raise ConfigError("evaluation: an audit measures accuracy on these images, and they come without labels.")
     asked = recipes.audit_settings(chosen)
@@ -167,8 +166,8 @@ def audit(
         found = _labels(given, labels, classes, batch_size, listen)
         case = Case(
             given.network,
-            _beside(edited, given),
-            None if reference is None else _beside(reference, given),
+            given.of(edited),
+            None if reference is None else given.of(reference),
             calibration=given.samples,
             calibration_labels=found.values,
             labels_account=found.account,
@@ -186,11 +185,6 @@ def audit(
         report=report.plain(),
         rows=tuple(pages.rows(report.plain())),
     )
-
-
-def _beside(network: nn.Module, given: Given) -> nn.Module:
-    """Another network of the same inputs, as the first is walked."""
-    return given.inside.wrap(copied(network).to(given.device).eval())
 
 
 def _asked(forget: int | str | Sequence[int | str]) -> Any:

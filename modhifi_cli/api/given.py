@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi_cli.data.sources import PAPER_SAMPLES
 from modhifi_cli.data.tensors import TensorImages, from_batches
-from modhifi_cli.data.text import SEQUENCES, TokenWindows, of_tokens, windows_of
+from modhifi_cli.data.text import LENGTH, SEQUENCES, TokenWindows, of_tokens, windows_of
 from modhifi_cli.engine.plan import example_of
 from modhifi_cli.errors import ConfigError, DataError, is_whole
 from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot
@@ -25,8 +26,6 @@ from modhifi_cli.records import Edit
 
 Batches = Iterable[Any] | Tensor
 Forward = Callable[[nn.Module, Any], Any]
-IMAGES = 2000  # as in the paper; a loader of a whole training set must not fill the memory
-LENGTH = 1024  # tokens of a window, as in the paper
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,32 @@ class Given:
         samples: Images or windows of tokens.
         device: Where forwards run.
         inside: How names go together.
-        reads_text: Whether it is a language model.
+        part: Takes a batch apart into what the network reads, as one tensor, and labels; None of a language model.
     """
 
     network: nn.Module
     samples: TensorImages | TokenWindows
     device: torch.device
     inside: Inside
-    reads_text: bool = False
+    part: Callable[[Any], tuple[Any, Tensor | None]] | None = None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it is a language model."""
+        return self.part is None
+
+    def of(self, network: nn.Module) -> nn.Module:
+        """Another network of the same inputs, as the first is walked; a language model is the caller's own, as it is."""
+        return network if self.reads_text else self.inside.wrap(copied(network).to(self.device).eval())
+
+    def more(self, batches: Batches) -> TensorImages:
+        """Further images, read as the first were.
+
+        Raises:
+            DataError: If they are none, or of another form than the first.
+        """
+        assert self.part is not None, "texts are cut into windows with the network at hand"
+        return from_batches(batches, part=self.part)
 
     @property
     def example(self) -> Tensor:
@@ -163,7 +180,7 @@ def ready(
         found = _windows(model, batches, most, tokenizer, length, scored, seed)
         # Measurements hold a network ready and give it back; a copy of a large one would take its memory again.
         network = model if scored else (model if in_place else copy.deepcopy(model)).eval()
-        return Given(network, found, place, Inside(), reads_text=True)
+        return Given(network, found, place, Inside())
     network = (model if in_place else copied(model)).to(place).eval()
     folded = fold_(network)
     rest = iter([batches] if isinstance(batches, Tensor) else batches)
@@ -184,15 +201,16 @@ def ready(
             return parted(batch, inputs)
         return form.pack({name: batch[name] for name in known} if known else batch), labels_of(batch)
 
-    images = from_batches(itertools.chain([first], rest), most=_at_most(most, IMAGES), part=part)
+    # A loader of a whole training set must not fill the memory.
+    images = from_batches(itertools.chain([first], rest), most=_at_most(most, PAPER_SAMPLES), part=part)
     example = example_of(images, place)
     if form is None and _gives_logits(network, example):
         check_images(network, example)
-        return Given(network, images, place, Inside(folded=folded))
+        return Given(network, images, place, Inside(folded=folded), part)
     inside = Inside(form or Form(example), forward, folded)
     network = inside.wrap(network)
     check_images(network, example)
-    return Given(network, images, place, inside)
+    return Given(network, images, place, inside, part)
 
 
 def _at_most(asked: int | str | None, otherwise: int | None) -> int | None:
@@ -231,8 +249,7 @@ def _windows(
             "batches: a language model reads texts, or ids of tokens [sequences, length] int64 (or dictionaries with "
             f"input_ids); got {told}."
         )
-    found = of_tokens(ids, preprocess=text)
-    found = found if kept is None or kept >= len(found) else of_tokens(found.windows[:kept], preprocess=text)
+    found = of_tokens(ids, preprocess=text, most=kept)
     lengths = sorted({len(window) for window in found.windows})
     if not scored and len(lengths) > 1:
         raise DataError(

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from modhifi_cli.api.results import Compared, Measured, Pruned
 from modhifi_cli.api.words import own_words
 from modhifi_cli.errors import ConfigError, NumericsError
 from modhifi_cli.evaluation import agreement, size, token_perplexity, top1
-from modhifi_cli.graph.folded import copied
+from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.pages import many
 
 
@@ -62,14 +63,14 @@ def evaluate(
         scored=True,
     )  # fmt: skip
     with listening(progress, "measuring") as listen:
-        return _measured(given, dense, batch_size, listen)
+        return _measured(given, None if dense is None else given.of(dense), batch_size, listen)
 
 
 def _measured(given: Given, dense: nn.Module | None, batch_size: int | None, listen: Listener) -> Measured:
+    """What `evaluate` gives; `dense` is walked as it is."""
     models = {"model": given.network}
     if dense is not None:
-        other = dense if given.reads_text else given.inside.wrap(copied(dense).to(given.device).eval())
-        models = {"dense": other, **models}
+        models = {"dense": dense, **models}
     example, labels = next(iter(given.samples.batches(1)))
     beside: dict[str, Any] = {
         "evaluation_data": given.samples, "calibration_data": None, "example": example, "device": given.device,
@@ -129,30 +130,35 @@ def compare(
         UnsupportedModelError: If nothing in the network can be pruned.
     """
     shared: dict[str, Any] = {
-        "tokenizer": tokenizer, "length": length, "batch_size": batch_size, "device": device, "forward": forward,
-        "inputs": inputs, "progress": progress,
+        "tokenizer": tokenizer, "length": length, "device": device, "forward": forward, "inputs": inputs,
     }  # fmt: skip
     for budget in budgets:
         if not isinstance(budget, int | float) or not 0 <= budget < 1:
             raise ConfigError(f"budgets: expected shares with 0 <= budget < 1, such as [0.2, 0.4]; got {budget!r}.")
     if not methods or isinstance(methods, str):
         raise ConfigError(f"methods: expected names of presets, such as ['best', 'paper']; got {methods!r}.")
-    batches, evaluation = _held(batches), _held(evaluation)
-    before = evaluate(model, evaluation, **shared)
+    batches = _held(batches)
+    given = ready(model, evaluation, scored=True, **shared)
+    # Every comparison asks the dense network for the same images.
+    dense = given.network if given.reads_text else RememberedLogits(given.network)
+    with listening(progress, "measuring") as listen:
+        before = _measured(given, None, batch_size, listen)
     runs, failed, networks = [], [], {}
     name = type(model).__name__
     for method, budget in itertools.product(methods, budgets):
         try:
             network, done = prune(
                 model, batches, preset=method, sparsity=budget, target=target, settings=settings, seed=seed,
-                num_samples=num_samples, **shared,
+                num_samples=num_samples, batch_size=batch_size, progress=progress, **shared,
             )  # fmt: skip
         except NumericsError as error:
             failed.append(f"{method}, {budget:g}: {error}")
             runs.append(many.Run(method, budget, model=name, status="failed", message=str(error)))
             continue
         networks[method, budget] = network
-        values = _removed(done) | evaluate(network, evaluation, dense=model, **shared)
+        with listening(progress, "measuring") as listen:
+            measured = _measured(replace(given, network=given.of(network)), dense, batch_size, listen)
+        values = _removed(done) | measured
         runs.append(many.Run(method, budget, values=values, dense=before, model=name))
     rows = tuple(many.grouped(runs))
     plain = tuple({"method": row.method, "budget": row.budget, **row.mean} for row in rows)

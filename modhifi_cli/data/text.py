@@ -21,7 +21,7 @@ from modhifi_cli.records import Preprocess, TextInput
 _FIELDS = (("text",), ("content",), ("instruction", "input", "output"), ("prompt", "completion"), ("document",))
 _JOINT = "\n\n"  # between documents of one stream
 _NOT_SCORED = -100
-SEQUENCES = 128  # of a calibration set, as in the paper
+SEQUENCES, LENGTH = 128, 1024  # of a calibration set, and tokens of each, as in the paper
 _OVERLAP = 32  # tokens in a row that two texts must share to count as overlapping
 
 
@@ -78,7 +78,7 @@ def load(
     separator: str | None = None,
     layout: str = "stream",
     sequences: int | None = SEQUENCES,
-    length: int = 1024,
+    length: int = LENGTH,
     stride: int | None = None,
     tokens: int | None = None,
     bos: bool | str = "auto",
@@ -134,7 +134,7 @@ def windows_of(
     *,
     layout: str = "stream",
     sequences: int | None = SEQUENCES,
-    length: int = 1024,
+    length: int = LENGTH,
     stride: int | None = None,
     tokens: int | None = None,
     bos: bool | str = "auto",
@@ -183,7 +183,8 @@ def windows_of(
     if not windows:
         raise DataError(f"{place}: {account} holds less than one window of {length} tokens; lower {place}.length.")
     if with_bos:
-        windows = [torch.cat([torch.tensor([preprocess.bos]), window]) for window in windows]
+        first = torch.tensor([preprocess.bos])
+        windows = [torch.cat([first, window]) for window in windows]
         context = [skipped + 1 if skipped else 0 for skipped in context]
     digest = sha256_of_samples(window.numpy().tobytes() for window in windows)
     protocol = {
@@ -211,12 +212,13 @@ def _with_bos(place: str, layout: str, bos: bool | str, preprocess: TextInput) -
     return wanted
 
 
-def of_tokens(tokens: Sequence[Tensor], *, preprocess: TextInput) -> TokenWindows:
+def of_tokens(tokens: Sequence[Tensor], *, preprocess: TextInput, most: int | None = None) -> TokenWindows:
     """Windows of ids that somebody has in memory already; every token but the first of a window is scored.
 
     Args:
         tokens: Windows ``[length]`` int64, or batches of them ``[windows, length]``.
         preprocess: The network's `TextInput`.
+        most: Windows at most; None takes all. Those behind them are looked at, too.
 
     Raises:
         DataError: If there is no window of two tokens or more, or an id is not in the vocabulary.
@@ -230,6 +232,7 @@ def of_tokens(tokens: Sequence[Tensor], *, preprocess: TextInput) -> TokenWindow
             f"batches: expected token ids from 0 to {preprocess.vocabulary - 1}, the network's vocabulary, got {low} to "
             f"{high}; make them with the network's own tokenizer."
         )
+    windows = windows[:most]
     protocol = {
         "source": "tokens",
         "sequences": len(windows),
