@@ -65,6 +65,6 @@ def evaluate(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
     final = place.finish(edits=False)
     pieces.show_measurements(console, measurements)
     console.note(f"results lie in {final}")
-    tracking.track(settings, final, console)
+    tracking.track(settings, facts, final, console)
     console.result({"folder": str(final), "measurements": results["measurements"]})
     return final

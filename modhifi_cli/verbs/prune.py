@@ -124,7 +124,7 @@ def _pruned(
         pieces.write_card(place.path)
         final = place.finish()
     _show_outcome(console, final, summary, measurements)
-    tracking.track(settings, final, console)
+    tracking.track(settings, facts, final, console)
     return final
 
 

@@ -120,7 +120,7 @@ def _unlearned(settings: Mapping[str, Any], facts: Mapping[str, Any], console: C
         pieces.write_card(place.path)
         final = place.finish()
     _show_outcome(console, final, settings, begun.forget, summary, measurements, audited)
-    tracking.track(settings, final, console)
+    tracking.track(settings, facts, final, console)
     return final
 
 
