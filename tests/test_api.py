@@ -214,6 +214,8 @@ def test_an_audit_tells_the_output_from_the_inside():
     assert repr(found) == f"Audited({found.verdict})" and "head-only" in found._repr_html_()
     with pytest.raises(ConfigError, match="evaluation: an audit measures accuracy on these images, and they come without"):
         modhifi_cli.audit(LOADED.model, edited, [(pixels, labels)], forget=3, evaluation=pixels)
+    with pytest.raises(ConfigError, match="edited: expected a torch.nn.Module, got a dict"):
+        modhifi_cli.audit(LOADED.model, {}, [(pixels, labels)], forget=3)
 
 
 def test_methods_are_compared_on_the_same_samples(tiny_convnet):
@@ -230,6 +232,8 @@ def test_methods_are_compared_on_the_same_samples(tiny_convnet):
     assert parameters == found.rows[1]["parameters"] < found.dense["parameters"]
     with pytest.raises(ConfigError, match="methods: expected names of presets, such as .* got 'best'"):
         modhifi_cli.compare(tiny_convnet, PIXELS, PIXELS, methods="best")
+    with pytest.raises(ConfigError, match=r"budgets: expected shares with 0 <= budget < 1, such as \[0.2, 0.4\]; got 40"):
+        modhifi_cli.compare(tiny_convnet, PIXELS, PIXELS, budgets=[40])
 
 
 @pytest.mark.parametrize("data", ["inversion", "procedural"])
@@ -242,6 +246,8 @@ def test_samples_are_made_from_the_network_as_it_wants_them(data):
         modhifi_cli.synthesize(LOADED.model)
     with pytest.raises(ConfigError, match=r"^preprocess\['size'\]: expected pixels"):
         modhifi_cli.synthesize(LOADED.model, preprocess=said | {"size": -1})
+    with pytest.raises(ConfigError, match="data: expected auto or inversion or procedural for a .*, got 'generated'"):
+        modhifi_cli.synthesize(LOADED.model, data="generated")
 
 
 # ------------------------------------------------------------------------------------------------- language models
@@ -310,6 +316,14 @@ def test_what_is_wrong_with_text_is_said_in_one_sentence(case, decoder):
     batches, settings, kind, words = LANGUAGE[case]
     with pytest.raises(kind, match=words):
         modhifi_cli.prune(decoder, batches, **settings)
+
+
+def test_what_is_for_classifiers_of_images_is_refused_for_a_language_model(decoder):
+    ids = torch.full((4, 8), 3)
+    with pytest.raises(ConfigError, match="classes can be taken out of classifiers of images only, and this is a language"):
+        modhifi_cli.unlearn(decoder, ids, forget=0)
+    with pytest.raises(ConfigError, match="score: neurons of language models are scored while their layers are cut; use prune"):
+        modhifi_cli.score(decoder, ids)
 
 
 def test_the_names_of_the_package_are_functions_whatever_was_imported_before():

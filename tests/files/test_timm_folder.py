@@ -111,6 +111,16 @@ def test_blocks_of_unequal_width_are_refused_before_the_run_and_after_it(tmp_pat
         write(loaded, tmp_path)
 
 
+def test_neurons_of_zeros_are_refused_where_a_norm_would_see_them(tmp_path):
+    loaded = network("test_vit")
+    mlp = loaded.model.blocks[0].mlp
+    neurons = mlp.fc1.out_features
+    mlp.fc1, mlp.fc2 = nn.Linear(mlp.fc1.in_features, neurons - 1), nn.Linear(neurons - 1, mlp.fc2.out_features)
+    mlp.norm = nn.LayerNorm(neurons - 1)
+    with pytest.raises(UnsupportedModelError, match=rf"blocks.0.mlp keeps {neurons - 1} hidden .* {neurons}, and its norm sees all"):
+        write(loaded, tmp_path)
+
+
 def test_what_timms_list_has_no_word_for_is_refused_before_the_run():
     loaded = networks.load(name="resnext26ts", weights="random", num_classes=5)
     with pytest.raises(UnsupportedModelError, match=r"timm's list of widths cannot say .*; choose export=\[plain\]"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from modhifi_cli.errors import ConfigError
+from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.files.trackers.tensorboard import TensorBoard
 from modhifi_cli.records import Measurement, Results
 from modhifi_cli.settings import config
@@ -32,6 +32,18 @@ def test_tensorboard_reads_every_number_of_a_run(tmp_path):
     assert of("top1/dense") == [90.0] and of("top1/pruned") == [88.0] and of("removed/flops") == [40.0]
     assert of("groups/kept") == [0.75, 0.5] and of("trials/agreement") == [99.0, 97.0]
     assert "_hparams_/session_start_info" in read.summary_metadata
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="comes with the extra [tracker]")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    with pytest.raises(DataError, match=r"tracker.folder: .*RUN cannot be written \(.*No space left.*\); give another folder"):
+        TensorBoard(str(tmp_path)).write(Path("outputs/prune/net/RUN"), RESULTS, {})
 
 
 def test_a_tracker_without_its_package_is_refused_before_the_run(monkeypatch):

@@ -106,7 +106,7 @@ def test_a_key_of_another_verb_is_said_to_be_so():
 
 @pytest.mark.parametrize("word", ["console=[[1]]", "statistics=[1,2]", "evaluation=[[top1]]", "data=5", "experiment=[1]"])
 def test_a_group_that_is_given_no_name_is_told_what_it_takes(word):
-    with pytest.raises(ConfigError, match=re.escape(word) + ".*takes the name of one of its choices"):
+    with pytest.raises(ConfigError, match=re.escape(word) + ".*takes the name of one of its choices .*, not null, a number or a nested list"):
         config.compose("prune", [word])
 
 
