@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modhifi_cli.graph.components import ComponentGroup, input_size, is_upsampling, output_size
 from modhifi_cli.graph.heads import head_count, mixes_heads, per_head
-from modhifi_cli.graph.modes import compiler_left_out
+from modhifi_cli.graph.modes import compiler_left_out, without_gradients
 from modhifi_cli.graph.parts import Part, is_part, part_of
 
 
@@ -45,18 +45,16 @@ def count(model: nn.Module, example: Tensor) -> Counts:
 
 
 def _counted(model: nn.Module, example: Tensor) -> FlopCounterMode:
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        # The counter hooks whatever asks for a gradient, and stumbles over views of parameters made without one.
-        for parameter in required:
-            parameter.requires_grad_(False)
         # Which fused kernels of attention the counter knows changes from one torch to the next, and those it does not
         # know count as nothing. Written out as products of matrices, attention counts the same everywhere.
         torch.backends.mha.set_fastpath_enabled(False)
         mode = getattr(flop_counter, "_FlopCounterMode", FlopCounterMode)
         with (
             compiler_left_out(mode),
+            # The counter hooks whatever asks for a gradient, and stumbles over views of parameters made without one.
+            without_gradients(model),
             torch.no_grad(),
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
@@ -64,8 +62,6 @@ def _counted(model: nn.Module, example: Tensor) -> FlopCounterMode:
             model(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
     return counter
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modhifi_cli.graph.answers import tensors_of
+from modhifi_cli.graph.modes import without_gradients
 
 _ITERATIONS = 300
 _SETTLED = 1e-7  # relative change of a spectral norm from one step of the power iteration to the next
@@ -73,22 +74,17 @@ def worst_case_gains(model: nn.Module, example: Tensor) -> Gains:
 
         return hook
 
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     handles = []
     try:
         for name, module in model.named_modules():
             if _known(module):
                 handles.append(module.register_forward_pre_hook(before(name)))
                 handles.append(module.register_forward_hook(after(name)))
-        for parameter in required:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with without_gradients(model), torch.enable_grad():
             output = model(example.detach().clone().requires_grad_())
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
     modules = {node: (origins.get(name), constants[name]) for name, node in ends.items()}
     roots = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
     gains, unbounded = _propagate(roots, modules)

@@ -6,8 +6,6 @@ node lies on all paths exactly when (paths above it) × (paths below it) = all p
 networks; `segments.py` uses the cuts and verifies each before relying on it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from modhifi_cli.graph.answers import tensors_of
 from modhifi_cli.graph.inputs import FORWARD_ERRORS, not_taken
+from modhifi_cli.graph.modes import without_gradients
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         for module in names:
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave))
-        with _without_gradients(model), torch.enable_grad():
+        with without_gradients(model), torch.enable_grad():
             image = example.detach().clone().requires_grad_()
             output = model(image)
     except FORWARD_ERRORS as error:
@@ -129,19 +128,6 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     norm_of = {layer: norm for layer, norm in norm_of.items() if layer not in reused}
     joins = _joins(order, nodes, once)
     return Trace(visits, frozenset(reused), cuts, norm_of, joins, _upstream(order, nodes, once), calls)
-
-
-@contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Within it no parameter asks for a gradient; afterwards those do that did."""
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in required:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
 
 
 def _runs_often(module: nn.Module) -> bool:
