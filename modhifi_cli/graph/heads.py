@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modhifi_cli.errors import is_whole
 from modhifi_cli.graph.standardised import computes_weight, settle_
 
 COUNTS = ("num_heads", "heads", "num_attention_heads")  # attributes that hold the number of heads
@@ -59,7 +60,7 @@ def head_count(module: nn.Module) -> int | None:
         return None  # the layers of language models are taken apart in `decoder.py`
     for name in COUNTS:
         count = getattr(module, name, None)
-        if isinstance(count, int) and not isinstance(count, bool) and _holds_heads(module, count):
+        if is_whole(count) and _holds_heads(module, count):
             return count
     table = getattr(module, _TABLE, None)
     if isinstance(table, Tensor):  # a position bias that stands in a module of its own

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from modhifi_cli.errors import is_whole
+
 _CUT = "_cut_parts"  # where a module remembers which of its own parts were cut
 
 
@@ -202,5 +204,5 @@ def _attributes_of(node: ast.AST) -> tuple[str, ...]:
 def integers(module: nn.Module) -> dict[str, int]:
     """Integers that a module keeps under names of its own."""
     held = vars(module).items()
-    return {n: v for n, v in held if isinstance(v, int) and not isinstance(v, bool) and not n.startswith("_")}
+    return {n: v for n, v in held if is_whole(v) and not n.startswith("_")}
 

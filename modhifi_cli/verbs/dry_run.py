@@ -6,13 +6,12 @@ from typing import Any
 import torch
 
 from modhifi_cli.console import Console
+from modhifi_cli.data.text import LENGTH, SEQUENCES
 from modhifi_cli.engine.forecast import SPEEDS, Run, forecast
 from modhifi_cli.engine.memory import free_memory
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.settings import config, recipes
 from modhifi_cli.verbs import pieces
-
-_LENGTH, _SEQUENCES = 1024, 128  # of the paper, where the data does not say
 
 
 def show(settings: Mapping[str, Any], console: Console) -> None:
@@ -47,8 +46,8 @@ def show(settings: Mapping[str, Any], console: Console) -> None:
     steps = recipes.steps(settings)
     uneven = steps["allocation"].needs_curves
     data = settings["data"] or {}
-    length = min(int(data.get("length") or _LENGTH), int(_config(model).max_position_embeddings))
-    sequences = data.get("sequences") or _SEQUENCES
+    length = min(int(data.get("length") or LENGTH), int(_config(model).max_position_embeddings))
+    sequences = data.get("sequences") or SEQUENCES
     budget = Budget(float(settings["sparsity"]), price, settings["round_to"])
     shares = steps["schedule"](budget.sparsity)
     sizes = [part.components for part in decoder.parts]
