@@ -825,7 +825,7 @@ def _check_experts(
     experts = home.get_submodule(part.group.followers[0].module)
     width = experts.expert(experts.numbers[0]).down_proj.out_features
     verdict = Verdict(float("inf"), 0.0, "its router chooses as many experts as there are")
-    if part.components - part.components // (3 * part.balanced) * part.balanced < part.least:
+    if part.components - part.balanced < part.least:
         return verdict
     try:
         with torch.no_grad(), KeepsDouble():

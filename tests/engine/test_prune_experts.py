@@ -36,8 +36,11 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def made(family: str) -> nn.Module:
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval().requires_grad_(False)
+def made(family: str, **instead: int) -> nn.Module:
+    config = FAMILIES[family]()
+    for key, value in instead.items():
+        setattr(config, key, value)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -78,6 +81,16 @@ def test_neurons_heads_and_whole_experts_of_a_family_obey_their_laws(family):
     assert len(inner) == sum(part.components for part in whole)
     chosen, experts = (2, model.get_submodule(whole[0].group.followers[0].module).num_experts)
     assert all(part.share == chosen / experts for part in inner)
+
+
+@pytest.mark.parametrize(("experts", "chosen", "lawful"), [(8, 7, True), (4, 3, True), (4, 4, False), (2, 2, False)])
+def test_whole_experts_can_go_as_long_as_the_router_has_enough_to_choose_from(experts, chosen, lawful):
+    model = made("mixtral", num_local_experts=experts, num_experts_per_tok=chosen)
+    open_experts_(model)
+    found = find_parts(model, components=["mlp", "experts"])
+    assert [part.least for part in found.parts if part.kind == "experts"] == [chosen] * 2 * lawful
+    reasons = {each.reason for each in found.refused}
+    assert reasons == (set() if lawful else {"it fails the slicing law: its router chooses as many experts as there are"})
 
 
 def test_an_expert_that_is_cut_is_one_that_the_router_never_chooses():
