@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from modhifi_cli.data.sources import settings_group, sha256_of_samples
 from modhifi_cli.errors import ConfigError, DataError, first_line, is_whole, package_missing
@@ -183,8 +184,7 @@ def windows_of(
     if not windows:
         raise DataError(f"{place}: {account} holds less than one window of {length} tokens; lower {place}.length.")
     if with_bos:
-        first = torch.tensor([preprocess.bos])
-        windows = [torch.cat([first, window]) for window in windows]
+        windows = [functional.pad(window, (1, 0), value=preprocess.bos) for window in windows]
         context = [skipped + 1 if skipped else 0 for skipped in context]
     digest = sha256_of_samples(window.numpy().tobytes() for window in windows)
     protocol = {
