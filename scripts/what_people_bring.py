@@ -29,7 +29,7 @@ from modhifi_cli.graph.decoder import find_parts
 from modhifi_cli.graph.experts import open_experts_
 from modhifi_cli.graph.folded import copied, fold_
 from modhifi_cli.graph.surgery import apply_edit_
-from modhifi_cli.models.called import Called, Form, named_inputs, parted
+from modhifi_cli.models.called import Called, Form, named_inputs, read_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "what_people_bring.md"
 KEPT = Path("outputs") / "what_people_bring.json"
@@ -468,7 +468,7 @@ def pruned(make: Callable[[], nn.Module], batches: Any, options: dict[str, Any])
         apply_edit_(again, edit)
     first = batches if isinstance(batches, torch.Tensor) else next(iter(batches))
     function, names = options.get("forward"), named_inputs(dense, first)
-    read = first if function else {name: first[name] for name in names} if names else parted(first, options.get("inputs"))[0]
+    read = read_of(first, names, function, options.get("inputs"))
     form = Form(read)
     packed = form.pack(read)
     with torch.inference_mode():

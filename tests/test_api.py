@@ -218,6 +218,30 @@ def test_an_audit_tells_the_output_from_the_inside():
         modhifi_cli.audit(LOADED.model, {}, [(pixels, labels)], forget=3)
 
 
+class Masked(nn.Module):
+    """Reads an image and a mask beside it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU())
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, image, mask):
+        return self.head((self.body(image) * mask[:, None, None, None]).mean((2, 3)))
+
+
+def test_batches_of_another_form_than_the_first_are_one_sentence():
+    model, draw = Masked(), torch.Generator().manual_seed(0)
+    full = {"image": torch.randn(80, 3, 8, 8, generator=draw), "mask": torch.ones(80, dtype=torch.int64), "label": torch.arange(80) % 4}
+    without = {key: value for key, value in full.items() if key != "mask"}
+    with pytest.raises(DataError, match="batches: expected dictionaries with image, mask as in the first batch, got dict"):
+        modhifi_cli.prune(model, [full, without], preset="fast")
+    half = {**full, "mask": torch.arange(80) % 2}
+    with pytest.raises(DataError, match=r"holds nothing but 1 in the first batch and other values later; put batches with"):
+        modhifi_cli.audit(model, model, [full], forget=1, evaluation=[half])
+
+
 def test_methods_are_compared_on_the_same_samples(tiny_convnet):
     pixels = (torch.randn(16, 3, 8, 8) for _ in range(2))
     found = modhifi_cli.compare(

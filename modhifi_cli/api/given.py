@@ -21,7 +21,7 @@ from modhifi_cli.errors import ConfigError, DataError, is_whole
 from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot
 from modhifi_cli.graph.folded import copied, fold_
 from modhifi_cli.graph.inputs import FORWARD_ERRORS, check_images, refuse_finished
-from modhifi_cli.models.called import INSIDE, Called, Form, labels_of, named_inputs, parted
+from modhifi_cli.models.called import INSIDE, Called, Form, labels_of, named_inputs, parted, read_of
 from modhifi_cli.records import Edit
 
 Batches = Iterable[Any] | Tensor
@@ -194,12 +194,12 @@ def ready(
     known = () if forward is not None or inputs is not None else named_inputs(network, first)
     form: Form | None = None
     if forward is not None or known:
-        form = Form(first if forward is not None else {name: first[name] for name in known})
+        form = Form(read_of(first, known, forward))
 
     def part(batch: Any) -> tuple[Any, Tensor | None]:
         if form is None:
             return parted(batch, inputs)
-        return form.pack({name: batch[name] for name in known} if known else batch), labels_of(batch)
+        return form.pack(read_of(batch, known, forward)), labels_of(batch)
 
     # A loader of a whole training set must not fill the memory.
     images = from_batches(itertools.chain([first], rest), most=_at_most(most, PAPER_SAMPLES), part=part)

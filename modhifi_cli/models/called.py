@@ -168,7 +168,7 @@ class Sent(Called):
 
     def __init__(self, network: nn.Module, batch: Any, function: Callable[[nn.Module, Any], Any] | None = None) -> None:
         self._names = () if function is not None else named_inputs(network, batch)
-        super().__init__(network, Form(_read_of(batch, self._names, function)), function)
+        super().__init__(network, Form(read_of(batch, self._names, function)), function)
 
     def forward(self, packed: Tensor) -> Tensor:
         """``[batch, 1, 1, numbers]`` → everything the network says, ``[batch, numbers]``."""
@@ -194,16 +194,28 @@ class Sent(Called):
         Raises:
             DataError: If it has another form than the first.
         """
-        sent = self._form.pack(_read_of(batch, self._names, self._function))
+        sent = self._form.pack(read_of(batch, self._names, self._function))
         return sent.reshape(len(sent), 1, 1, -1), labels_of(batch)
 
 
-def _read_of(batch: Any, names: Sequence[str], function: Callable[[nn.Module, Any], Any] | None) -> Any:
-    """What of a batch is read: all of it by a function, inputs by name, or the inputs alone."""
+def read_of(
+    batch: Any, names: Sequence[str], function: Callable[[nn.Module, Any], Any] | None, key: str | int | None = None
+) -> Any:
+    """What of a batch is read.
+
+    Args:
+        batch: As it comes from the user's data.
+        names: Inputs that the network takes by name (`named_inputs`); empty where it takes one.
+        function: Of the user's, which reads all of a batch; or None.
+        key: Where the one input stands, as of `parted`.
+
+    Raises:
+        DataError: If one of the names or the key is not there.
+    """
     if function is not None:
         return batch
     if not names:
-        return parted(batch, None)[0]
+        return parted(batch, key)[0]
     if not isinstance(batch, Mapping) or any(name not in batch for name in names):
         raise DataError(
             f"batches: expected dictionaries with {', '.join(names)} as in the first batch, got {type(batch).__name__}; "
