@@ -13,7 +13,7 @@ from modhifi_cli.api.results import Pruned
 from modhifi_cli.api.words import own_words
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.evaluation.latency_table import LatencyTable
-from modhifi_cli.graph.components import ComponentGroup, Refusal
+from modhifi_cli.graph.components import ComponentGroup, Refusal, complement
 from modhifi_cli.records import Edit, Progress, last_of
 from modhifi_cli.settings import config, recipes
 
@@ -157,7 +157,7 @@ def _pruned(given: Given, chosen: dict[str, Any], check_data: bool, listen: List
     kept = {inside.outer(name): numbers for name, numbers in _kept(sizes, edits).items()}
     sizes = {inside.outer(name): size for name, size in sizes.items()}
     return inside.network(edited), Pruned(
-        removed={name: _others(numbers, sizes[name]) for name, numbers in kept.items()},
+        removed={name: complement(numbers, sizes[name]) for name, numbers in kept.items()},
         kept=kept,
         refused=tuple(inside.refusal(each) for each in plan.refused),
         achieved=achieved,
@@ -321,9 +321,3 @@ def _kept(sizes: Mapping[str, int], edits: Sequence[Edit]) -> dict[str, Tensor]:
         if edit.name in kept and edit.removed.numel():
             kept[edit.name] = kept[edit.name][edit.kept]
     return kept
-
-
-def _others(kept: Tensor, count: int) -> Tensor:
-    gone = torch.ones(count, dtype=torch.bool)
-    gone[kept] = False
-    return gone.nonzero().flatten()

@@ -15,7 +15,7 @@ from modhifi_cli.engine.impact import TRIAL_DEPTHS, scaled_curve
 from modhifi_cli.engine.site import consumers_of, features_kept, with_others, write_weight_
 from modhifi_cli.engine.walk import Recipe, Surveyed, Walk
 from modhifi_cli.errors import IllPosedError
-from modhifi_cli.graph.components import ComponentGroup, bias_of
+from modhifi_cli.graph.components import ComponentGroup, bias_of, complement
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.numerics.compensation import Joint, restored_constant
 from modhifi_cli.numerics.elimination import DEFAULT_RIDGE, elimination
@@ -79,8 +79,7 @@ def _written(walk: Walk, part: ComponentGroup) -> list[str]:
 def _hollow_(walk: Walk, part: ComponentGroup, consumers: Sequence[Consumer], kept: Tensor) -> None:
     """Make the network behave as if a part were cut and repaired, without changing a shape (for a trial)."""
     alive = walk.layout.alive(part)
-    removed = torch.ones(alive.numel(), dtype=torch.bool)
-    removed[kept] = False
+    removed = complement(kept, alive.numel())
     joint = Joint(ridge=walk.trial_ridge)
     for slot, consumer in zip(walk.consumers(part), consumers, strict=True):
         module = walk.model.get_submodule(slot.module)

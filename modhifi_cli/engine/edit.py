@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modhifi_cli.engine.gathering import Gathered
 from modhifi_cli.engine.site import consumers_of, kept_positions, producers_of, with_others, write_weight_
 from modhifi_cli.engine.walk import Recipe, Repair, Walk, drawn
-from modhifi_cli.graph.components import ComponentGroup, output_size
+from modhifi_cli.graph.components import ComponentGroup, complement, output_size
 from modhifi_cli.numerics.compensation import NoCompensation, restored_constant
 from modhifi_cli.numerics.fidelity import joint_fidelity, layer_fidelity
 from modhifi_cli.records import Consumer, Edit, ModuleEdit, Progress
@@ -63,8 +63,6 @@ def edit_part_(
     walk.edited_([slot.module for slot in part.consumers], changed)
     refreshed = walk.take_refreshed_()
     modules = {edit.module: edit for edit in tensor_edits(walk.model, list(dict.fromkeys((*refreshed, *changed))))}
-    removed = torch.ones(alive.numel(), dtype=torch.bool)
-    removed[kept] = False
     facts = _facts(consumers, repairs, scores, alive.numel(), kept.numel(), started, gathered_at)
     return Edit(
         name=part.name,
@@ -80,7 +78,7 @@ def edit_part_(
             for name in dict.fromkeys((*refreshed, *part.modules, *changed, *cut.attributes))
         ),
         kept=kept,
-        removed=removed.nonzero().flatten(),
+        removed=complement(kept, alive.numel()),
         facts={**facts, **walk.facts(part)},
         state=walk.state,
     )

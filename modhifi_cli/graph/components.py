@@ -5,7 +5,7 @@ and grouped convolutions) pass them on one by one, *consumers* read them. Groups
 dense network; `Layout` knows which of those coordinates are still alive after earlier edits.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,14 @@ class Slot:
     def entries(self) -> int:
         """Channels (or features) per component."""
         return self.index.shape[1]
+
+
+def complement(positions: Tensor | Collection[int], count: int) -> Tensor:
+    """The others of ``0 … count − 1``, int64 sorted."""
+    gone = positions if isinstance(positions, Tensor) else torch.tensor([int(one) for one in positions], dtype=torch.int64)
+    others = torch.ones(count, dtype=torch.bool)
+    others[gone] = False
+    return others.nonzero().flatten()
 
 
 @dataclass(frozen=True)
@@ -168,7 +176,8 @@ def reads_features(module: object) -> bool:
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
-def _inputs_first(module: object) -> bool:
+def inputs_first(module: object) -> bool:
+    """Whether a layer's weight has its inputs in front: a transposed convolution, a linear layer of GPT-2."""
     return is_upsampling(module) or is_transposed(module)
 
 
@@ -203,19 +212,19 @@ def reading_weight(module: nn.Module) -> Tensor:
     overlap is left aside.
     """
     weight = weight_of(module).detach()
-    return weight.flatten(1).T if _inputs_first(module) else weight.flatten(1)
+    return weight.flatten(1).T if inputs_first(module) else weight.flatten(1)
 
 
 def write_reading_weight_(module: nn.Module, weight: Tensor) -> None:
     """Put such a matrix, ``[numbers written, features]``, in the place of a consumer's weight."""
     own = weight_of(module)
     with torch.no_grad():
-        own.copy_((weight.T if _inputs_first(module) else weight).reshape(own.shape))
+        own.copy_((weight.T if inputs_first(module) else weight).reshape(own.shape))
 
 
 def taps_of(module: nn.Module) -> int:
     """Features per input channel of a conv or linear layer: k·k, or 1."""
-    return 1 if _inputs_first(module) else weight_of(module)[0, 0].numel()
+    return 1 if inputs_first(module) else weight_of(module)[0, 0].numel()
 
 
 def output_weights(module: nn.Module | Part) -> Tensor | None:
@@ -225,7 +234,7 @@ def output_weights(module: nn.Module | Part) -> Tensor | None:
     if head_count(module) is not None:
         return head_weights(module)
     weight = weight_of(module).detach()
-    return (weight.transpose(0, 1) if _inputs_first(module) else weight).flatten(1)
+    return (weight.transpose(0, 1) if inputs_first(module) else weight).flatten(1)
 
 
 def has_weight(module: nn.Module) -> bool:
@@ -270,9 +279,7 @@ class Layout:
     def input_order(self, slot: Slot, components: Tensor) -> Tensor:
         """All present input positions, component-major: those of `components` first, then the rest in order."""
         first = self.inputs(slot, components).flatten()
-        rest = torch.ones(self._inputs[slot.module].numel(), dtype=torch.bool)
-        rest[first] = False
-        return torch.cat([first, rest.nonzero().flatten()])
+        return torch.cat([first, complement(first, self._inputs[slot.module].numel())])
 
     def keep_(self, group: ComponentGroup, kept: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Let only `kept` (positions among the living components) live on.
@@ -282,9 +289,7 @@ class Layout:
             `ModuleEdit` needs. Followers appear under outputs only.
         """
         alive = self._components[group.name]
-        removed = torch.ones(alive.numel(), dtype=torch.bool)
-        removed[kept] = False
-        gone = alive[removed]
+        gone = alive[complement(kept, alive.numel())]
         kept_outputs = self._drop_(self._outputs, (*group.producers, *group.followers), gone)
         kept_inputs = self._drop_(self._inputs, group.consumers, gone)
         self._components[group.name] = alive[kept]

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from modhifi_cli.errors import first_line
 from modhifi_cli.graph.answers import flattened
-from modhifi_cli.graph.components import ComponentGroup, Layout, is_upsampling
+from modhifi_cli.graph.components import ComponentGroup, Layout, complement, inputs_first
 from modhifi_cli.graph.heads import forget_tables_, head_count
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.parts import is_part, part_of
@@ -94,7 +94,7 @@ def zero_consumers_(model: nn.Module, group: ComponentGroup, removed: Tensor) ->
             entries = slot.index[removed].flatten()
             if isinstance(module, ChannelPadShortcut):
                 module.source[torch.isin(module.source, entries)] = -1
-            elif is_upsampling(module):
+            elif inputs_first(module):
                 module.weight[entries] = 0
             else:
                 module.weight[:, entries] = 0
@@ -104,9 +104,7 @@ def slice_groups_(model: nn.Module, groups: Sequence[ComponentGroup], removed: S
     """Remove the given dense components of each group from a dense network by real slicing, in place."""
     layout = Layout(model, groups)
     for group, gone in zip(groups, removed, strict=True):
-        kept = torch.ones(group.components, dtype=torch.bool)
-        kept[gone] = False
-        outputs, inputs = layout.keep_(group, kept.nonzero().flatten())
+        outputs, inputs = layout.keep_(group, complement(gone, group.components))
         for name in dict.fromkeys((*outputs, *inputs)):
             slice_module_(part_of(model, name), outputs=outputs.get(name), inputs=inputs.get(name))
 

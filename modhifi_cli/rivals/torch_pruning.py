@@ -25,6 +25,7 @@ from modhifi_cli.engine.rounding import AUTO
 from modhifi_cli.engine.widths import NEAR
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError, nearest, package_missing
 from modhifi_cli.evaluation.latency_table import LatencyTable
+from modhifi_cli.graph.components import complement
 from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.segments import Segments
@@ -45,11 +46,11 @@ class _ShortcutPruner(torch_pruning.BasePruningFunc):
     """Lets Torch-Pruning cut the option-A shortcut map, whose two sides belong to different streams."""
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        layer.slice_(outputs=_complement(idxs, layer.out_channels).to(layer.source.device))
+        layer.slice_(outputs=complement(idxs, layer.out_channels).to(layer.source.device))
         return layer
 
     def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        layer.slice_(inputs=_complement(idxs, layer.in_channels).to(layer.source.device))
+        layer.slice_(inputs=complement(idxs, layer.in_channels).to(layer.source.device))
         return layer
 
     def get_out_channels(self, layer: nn.Module) -> int:
@@ -407,24 +408,17 @@ def _as_edit(graph: Any, group: Any, names: dict[nn.Module, str]) -> Edit:
     kept: dict[str, dict[str, Tensor]] = {}
     for (name, dim), positions in touched.items():
         size = graph.get_out_channels(modules[name]) if dim == "out" else graph.get_in_channels(modules[name])
-        kept.setdefault(name, {})[dim] = _complement(positions, size)
+        kept.setdefault(name, {})[dim] = complement(positions, size)
     removed = torch.tensor(sorted(int(position) for position in group[0].idxs))
     size = graph.get_out_channels(modules[root])
     return Edit(
         name=root,
         iteration=0,
         modules=tuple(ModuleEdit(name, dims.get("out"), dims.get("in")) for name, dims in kept.items()),
-        kept=_complement(removed.tolist(), size),
+        kept=complement(removed, size),
         removed=removed,
         facts={"components": size, "kept": size - removed.numel()},
     )
-
-
-def _complement(positions: Sequence[int] | set[int], size: int) -> Tensor:
-    """The other positions of 0 … size − 1, ``[kept]`` int64 sorted."""
-    kept = torch.ones(size, dtype=torch.bool)
-    kept[torch.as_tensor(sorted(int(position) for position in positions), dtype=torch.int64)] = False
-    return kept.nonzero().flatten()
 
 
 def _same_network(ours: nn.Module, theirs: nn.Module) -> None:

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from modhifi_cli.graph.components import ComponentGroup, Slot
 from modhifi_cli.graph.dependency import find_groups
 from modhifi_cli.graph.law import TOLERANCE, check, lawful
 from modhifi_cli.graph.trace import trace
@@ -65,3 +67,11 @@ def test_the_check_leaves_the_network_as_found():
     check(model, groups, images)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_layer_whose_inputs_are_its_rows_obeys_the_law_by_its_rows():
+    transformers = pytest.importorskip("transformers")
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), transformers.pytorch_utils.Conv1D(9, 9))
+    every = torch.arange(9)[:, None]
+    group = ComponentGroup("3", 9, (Slot("1", every),), (), (Slot("3", every),))
+    assert check(net, [group], torch.randn(2, 3, 2, 2)).holds
