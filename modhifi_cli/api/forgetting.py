@@ -142,10 +142,15 @@ def audit(
         seed: For everything that is drawn.
         forward, inputs, progress: As of `prune`.
 
+    Returns:
+        The verdict with its grounds, and the figures of every network.
+
     Raises:
-        ConfigError: If a setting is unknown or a class does not exist.
-        DataError: If there are too few samples of the classes.
+        ConfigError: If a setting is unknown or out of range, a class does not exist, a network is none, or the images to
+            evaluate on come without labels.
+        DataError: If there are too few samples of the classes, or the networks do not have the same number of logits.
         NumericsError: If values are not finite.
+        UnsupportedModelError: If the network is no classifier.
     """
     from modhifi_cli.auditing.audit import AuditReport, Case
     from modhifi_cli.auditing.audit import audit as audited

@@ -218,10 +218,13 @@ def groups(
         components: Of a language model, as of `prune`.
         forward, inputs: As of `prune`.
 
+    Returns:
+        The groups in forward order, with positions in the coordinates of the network as it is, and what is left alone.
+
     Raises:
-        ConfigError: If an excluded module does not exist.
-        DataError: If `batches` holds no images that fit.
-        UnsupportedModelError: If the network cannot be traced.
+        ConfigError: If `model` is no network, or an excluded module does not exist.
+        DataError: If `batches` holds no samples that fit.
+        UnsupportedModelError: If the network cannot be traced, or a language model holds nothing that can be pruned.
     """
     from modhifi_cli.engine.plan import discover, example_of
 

@@ -23,7 +23,9 @@ def load_model(
         unverified: Whether a folder without checksums, as older versions wrote them, may be read.
 
     Raises:
-        DataError: If there is no such folder and no such name on the hub, or what is there is no saved network.
+        ConfigError: If a name on the hub is given, and the package that fetches from there is not installed.
+        DataError: If there is no such folder and no such name on the hub, or what is there is no saved network, is damaged,
+            or would run code that was not allowed.
     """
     from modhifi_cli.files import artifacts, hub
 

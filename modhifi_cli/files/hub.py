@@ -35,10 +35,14 @@ def is_name(given: str) -> bool:
 
 
 def fetched(name: str) -> Path:
-    """The folder of a network on the hub, from the cache or downloaded.
+    """The folder of a network on the hub, from the cache or downloaded: a copy in this package's cache, without links.
+
+    Args:
+        name: ``"USER/NAME"``.
 
     Raises:
-        DataError: If there is none of that name, or no connection.
+        ConfigError: If the package that fetches it is not installed.
+        DataError: If there is none of that name, no connection, or the cache cannot be written.
     """
     try:
         from huggingface_hub import snapshot_download

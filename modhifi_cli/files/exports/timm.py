@@ -87,7 +87,17 @@ class Timm(Graph):
 
 
 def opened(folder: Path) -> nn.Module:
-    """The network of a written folder, by timm's own functions."""
+    """The network of a written folder, by timm's own functions.
+
+    Args:
+        folder: With timm's ``config.json``, the weights and, where widths differ, the list of them.
+
+    Returns:
+        In evaluation mode, on the CPU.
+
+    Raises:
+        RuntimeError, ValueError, OSError: As timm raises them, if it does not open the folder.
+    """
     import timm
     from timm.models import adapt_model_from_string, load_checkpoint
 
