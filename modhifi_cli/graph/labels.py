@@ -68,7 +68,7 @@ _NEW = frozenset(
     "zeros zeros_like new_zeros empty empty_like new_empty full full_like new_full ones ones_like new_ones".split()
 )
 _CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution _convolution".split())
-_RECURRENCES = "lstm gru rnn_tanh rnn_relu mkldnn_rnn_layer _cudnn_rnn lstm_cell gru_cell".split()
+_RECURRENCES = frozenset("lstm gru rnn_tanh rnn_relu mkldnn_rnn_layer _cudnn_rnn lstm_cell gru_cell".split())
 _PRODUCTS = frozenset("matmul bmm mm addmm baddbmm mv dot addmv inner".split())
 _ATTENTION = frozenset(
     "scaled_dot_product_attention _native_multi_head_attention _transformer_encoder_layer_fwd "
@@ -337,12 +337,12 @@ class _Flow(TorchDispatchMode):
             (_CONVOLUTIONS, self._convolution), (_MOVES, self._move), (_SAME, self._same), (_WINDOWS, self._window),
             (_POINTWISE, self._pointwise), (_REDUCTIONS, self._reduction), (_ALONG, self._reduction_along),
             (_PRODUCTS, self._product), (_ATTENTION, self._attention), (_NEW, self._new),
+            (_RECURRENCES, self._recurrence),
         )  # fmt: skip
         single = {
             "linear": self._linear, "batch_norm": self._batch_norm, "group_norm": self._group_norm,
             "layer_norm": self._layer_norm, "rms_norm": self._layer_norm, "instance_norm": self._instance_norm,
-            "glu": self._glu, **dict.fromkeys(_RECURRENCES, self._recurrence),
-            "constant_pad_nd": self._pad, "pad": None, "im2col": self._im2col, "copy_": self._copy,
+            "glu": self._glu, "constant_pad_nd": self._pad, "pad": None, "im2col": self._im2col, "copy_": self._copy,
         }  # fmt: skip
         if name in single:
             return single[name]

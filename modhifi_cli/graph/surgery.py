@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import DataError, UnsupportedModelError
-from modhifi_cli.graph.components import is_transposed, is_upsampling
+from modhifi_cli.graph.components import inputs_first, is_transposed
 from modhifi_cli.graph.experts import Experts
 from modhifi_cli.graph.heads import adopt_, head_count, slice_heads_
 from modhifi_cli.graph.modules import ChannelPadShortcut
@@ -47,10 +47,7 @@ def slice_module_(module: nn.Module | Part, *, outputs: Tensor | None = None, in
     Raises:
         UnsupportedModelError: If the module is of another kind, or the outputs split a convolution group.
     """
-    if is_part(module):
-        if outputs is not None:
-            module.keep_(outputs)
-    elif isinstance(module, Experts):
+    if is_part(module) or isinstance(module, Experts):
         if outputs is not None:
             module.keep_(outputs)
     elif isinstance(module, ChannelPadShortcut):
@@ -68,24 +65,15 @@ def slice_module_(module: nn.Module | Part, *, outputs: Tensor | None = None, in
             module.num_groups, module.num_channels = groups, outputs.numel()
     elif isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         _slice_grouped_(module, outputs)
-    elif is_transposed(module) or is_upsampling(module):
-        out_name, in_name = ("nf", "nx") if is_transposed(module) else ("out_channels", "in_channels")
+    elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear) or is_transposed(module):
+        along_inputs, along_outputs = (0, 1) if inputs_first(module) else (1, 0)
         if outputs is not None:
-            _select_(module, ("weight",), 1, outputs)
+            _select_(module, ("weight",), along_outputs, outputs)
             _select_(module, ("bias",), 0, outputs)
-            setattr(module, out_name, outputs.numel())
+            setattr(module, next(name for name in _OUTPUTS if hasattr(module, name)), outputs.numel())
         if inputs is not None:
-            _select_(module, ("weight",), 0, inputs)
-            setattr(module, in_name, inputs.numel())
-    elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-        linear = isinstance(module, nn.Linear)
-        out_name, in_name = ("out_features", "in_features") if linear else ("out_channels", "in_channels")
-        if outputs is not None:
-            _select_(module, ("weight", "bias"), 0, outputs)
-            setattr(module, out_name, outputs.numel())
-        if inputs is not None:
-            _select_(module, ("weight",), 1, inputs)
-            setattr(module, in_name, inputs.numel())
+            _select_(module, ("weight",), along_inputs, inputs)
+            setattr(module, next(name for name in _INPUTS if hasattr(module, name)), inputs.numel())
     elif head_count(module) is not None:
         if outputs is not None:
             slice_heads_(module, outputs)
