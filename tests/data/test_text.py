@@ -116,5 +116,7 @@ def test_bad_files_are_named(tmp_path, words):
     (tmp_path / "c.txt").write_text("")
     with pytest.raises(DataError, match="holds no text"):
         load(tmp_path / "c.txt", words)
+    with pytest.raises(ConfigError, match=r"data: give either data.path=FILE or data.hub \(a data set's name on the hub\)"):
+        load(tmp_path / "c.txt", words, hub={"path": "wikitext"})
     with pytest.raises(ConfigError, match="this network reads images"):
         load(tmp_path / "c.txt", Preprocess((8, 8), (0.5,), (0.5,)))

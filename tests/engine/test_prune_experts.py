@@ -93,6 +93,21 @@ def test_whole_experts_can_go_as_long_as_the_router_has_enough_to_choose_from(ex
     assert reasons == (set() if lawful else {"it fails the slicing law: its router chooses as many experts as there are"})
 
 
+def test_experts_without_a_router_beside_them_and_heads_of_uneven_latents_are_left_alone():
+    model = made("mixtral")
+    open_experts_(model)
+    for name in decoder_layers(model):
+        router = model.get_submodule(f"{name}.mlp.gate")
+        router.weight = nn.Parameter(torch.zeros(5, 32))
+    reasons = {each.reason for each in find_parts(model, check=False).refused}
+    assert reasons == {"whole experts stay: no router with a row for each of them stands beside them"}
+    model = made("deepseek_v3")
+    for name in decoder_layers(model):
+        model.get_submodule(f"{name}.self_attn").num_heads = 3
+    reason = next(each.reason for each in find_parts(model, components=["mlp", "attention"], check=False).refused)
+    assert reason.startswith("its projections have [") and reason.endswith("not so many for each of 3 heads")
+
+
 def test_an_expert_that_is_cut_is_one_that_the_router_never_chooses():
     """Written out: the router's logits of the removed experts at minus infinity, in transformers' own network."""
     model = made("mixtral").double()

@@ -1,9 +1,11 @@
 """Roles, heads and the slicing law for a tiny random decoder of every family."""
 
 import copy
+import re
 
 import pytest
 import torch
+from torch import nn
 
 from modhifi_cli.errors import ConfigError, UnsupportedModelError
 from modhifi_cli.graph import decoder
@@ -104,3 +106,22 @@ def test_networks_that_are_no_decoders_are_refused():
 
     with pytest.raises(UnsupportedModelError, match="only causal decoders"):
         decoder.decoder_layers(nn.Sequential(nn.Linear(2, 2)))
+
+
+def _narrow_reader_(layer):
+    layer.mlp.down_proj = nn.Linear(40, 32)
+
+
+def _odd_head_size_(layer):
+    layer.self_attn.head_dim = 7
+
+
+@pytest.mark.parametrize(("change_", "words"), [
+    (_narrow_reader_, r"it reads 40 neurons, its writers have \[48\]"),
+    (_odd_head_size_, "its head dimension is unknown, or does not divide the 32 features it reads"),
+])  # fmt: skip
+def test_what_does_not_fit_together_is_left_alone_with_the_numbers(change_, words):
+    model = tiny("llama")
+    change_(model.model.layers[1])
+    found = decoder.find_parts(model, check=False)
+    assert len(found.parts) == 3 and re.fullmatch(words, found.refused[0].reason)

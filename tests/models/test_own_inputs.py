@@ -168,6 +168,13 @@ def test_a_function_of_model_and_images_says_what_of_the_answer_counts(place):
     assert torch.equal(model(images), 2 * model.network(images)[0])
 
 
+def test_batches_without_the_labels_that_a_measurement_needs_are_one_sentence(place, capsys):
+    assert run("evaluate", "model=module", f"model.factory={place}:sound", f"model.example={place}:wave",
+               "evaluation_data=batches", f"evaluation_data.factory={place}:waves", "evaluation=[top1]") == 2  # fmt: skip
+    text = " ".join(capsys.readouterr().err.split())
+    assert f"evaluation_data: {place}:waves gives no labels; give pairs of inputs and labels, or a key 'label'" in text
+
+
 def test_dictionaries_of_images_are_read_at_the_usual_names(place, capsys):
     preprocess = "model.preprocess={mean: [0, 0, 0], std: [1, 1, 1], size: 12}"
     words = ["model=module", f"model.factory={place}:Pair", f"model.forward={place}:doubled", preprocess,
