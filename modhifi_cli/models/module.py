@@ -139,11 +139,7 @@ def load(
         model=model,
         name=name or factory.rpartition(":")[2],
         preprocess=wanted,
-        architecture={
-            "builder": BUILDER,
-            "kwargs": {"factory": factory, "kwargs": dict(kwargs or {}), "file": code.name, "sha256": digest}
-            | {key: value for key, value in (("example", example), ("forward", forward)) if value is not None},
-        },
+        architecture=_architecture(factory, kwargs or {}, code, digest, example=example, forward=forward),
         weights=f"{account}, made by {factory} (imported from {code}, sha256 {digest[:12]})",
         classes=named_classes(classes, logits.shape[1]),
     )
@@ -210,13 +206,18 @@ def described(
         model=model,
         name=name,
         preprocess=preprocess_of(preprocess),
-        architecture={
-            "builder": BUILDER,
-            "kwargs": {"factory": factory, "kwargs": dict(kwargs), "file": code.name, "sha256": digest},
-        },
+        architecture=_architecture(factory, kwargs, code, digest),
         weights=f"weights given in Python, network made by {factory}",
         classes=None if classes is None else tuple(str(one) for one in classes),
     )
+
+
+def _architecture(
+    factory: str, kwargs: Mapping[str, Any], code: Path, digest: str, **named: str | None
+) -> dict[str, Any]:
+    """What builds the network again; `named` are further functions of the user's, those that there are."""
+    made = {"factory": factory, "kwargs": dict(kwargs), "file": code.name, "sha256": digest}
+    return {"builder": BUILDER, "kwargs": made | {key: name for key, name in named.items() if name is not None}}
 
 
 def changed_code(architecture: Mapping[str, Any]) -> str | None:

@@ -15,6 +15,8 @@ from modhifi_cli.models.preprocessing import adjusted, named_classes
 from modhifi_cli.models.weights import fit_weights_, library_weights_missing, load_weights_, seeded_initialisation
 from modhifi_cli.records import LoadedModel, Preprocess
 
+BUILDER = "modhifi_cli.models.timm.build"
+
 
 def build(*, name: str, num_classes: int | None = None, options: Mapping[str, Any] | None = None) -> nn.Module:
     """An untrained network in evaluation mode.
@@ -100,10 +102,7 @@ def load(
         model=model,
         name=name,
         preprocess=adjusted(_preprocess(_data_config(model, options or {})), preprocess),
-        architecture={
-            "builder": "modhifi_cli.models.timm.build",
-            "kwargs": {"name": name, "num_classes": num_classes, "options": dict(options or {})},
-        },
+        architecture=_architecture(name, num_classes, dict(options or {})),
         weights=account,
         classes=named_classes(classes, getattr(model, "num_classes", None))
         or (_imagenet_classes(model) if num_classes in (None, published_classes) else None),
@@ -147,15 +146,18 @@ def described(
 ) -> LoadedModel:
     """A network of timm at hand, which says itself what it is."""
     config = model.pretrained_cfg
-    kwargs = {"name": config["architecture"], "num_classes": getattr(model, "num_classes", None), "options": None}
     return LoadedModel(
         model=model,
         name=name,
         preprocess=adjusted(_preprocess(_data_config(model, {})), preprocess),
-        architecture={"builder": "modhifi_cli.models.timm.build", "kwargs": kwargs},
+        architecture=_architecture(config["architecture"], getattr(model, "num_classes", None), None),
         weights=f"weights given in Python, network timm {config['architecture']}",
         classes=None if classes is None else tuple(classes),
     )
+
+
+def _architecture(name: str, num_classes: int | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"builder": BUILDER, "kwargs": {"name": name, "num_classes": num_classes, "options": options}}
 
 
 def _preprocess(config: Mapping[str, Any]) -> Preprocess:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from modhifi_cli.errors import UnsupportedModelError
 from modhifi_cli.files.exports.written import ExportReport, Graph, Intent, Way, first_line, written
+from modhifi_cli.models.timm import BUILDER
 from modhifi_cli.records import LoadedModel, Preprocess
 
-_BUILDER = "modhifi_cli.models.timm.build"
 _LIST, _WEIGHTS = "pruned.txt", "model.safetensors"
 # A step above the ratio itself: timm cuts `width * ratio` down to a whole number, and the product may fall just below.
 _ABOVE = 1e-9
@@ -119,7 +119,7 @@ def _opening(listed: bool) -> str:
 
 
 def _require(loaded: LoadedModel) -> None:
-    if loaded.architecture.get("builder") != _BUILDER:
+    if loaded.architecture.get("builder") != BUILDER:
         raise UnsupportedModelError(
             f"export.timm: {loaded.name} is no network of timm (model=timm model.name=…); choose export=[plain], which "
             "PyTorch opens."
