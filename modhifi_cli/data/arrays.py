@@ -5,6 +5,7 @@ than the sample drawn from it.
 """
 
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def load(
     reads = labels_to_read(labelled=labelled, labels=labels)
     if layout not in ("auto", "NHWC", "NCHW"):
         raise ConfigError(f"{group}.layout: expected auto, NHWC or NCHW, got {layout!r}.")
-    parts = _parts(Path(path).expanduser(), group)
+    parts = _parts(Path(os.path.expanduser(path)), group)
     counts = []
     for part in parts:
         with _open(part, images_key, _IMAGE_KEYS, what="images", setting=f"{group}.images_key") as table:
@@ -182,7 +183,7 @@ def _labels(
     group: str,
 ) -> np.ndarray:
     if labels_path is not None:
-        file = Path(labels_path).expanduser()
+        file = Path(os.path.expanduser(labels_path))
         if not file.is_file():
             raise DataError(
                 f"{group}.labels_path: no file at {file}, expected a .npy file with one label per image."

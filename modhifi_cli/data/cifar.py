@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 as torchvision lays them out on disk."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def load(
         raise ConfigError(f"{group}.name: unknown set '{name}', {nearest(name, _SETS)}")
     if split not in _SPLITS:
         raise ConfigError(f"{group}.split: unknown split '{split}', {nearest(split, _SPLITS)}")
-    whole = _read(name, Path(path).expanduser(), train=split == "train", download=download, group=group)
+    whole = _read(name, Path(os.path.expanduser(path)), train=split == "train", download=download, group=group)
     num_samples = samples_wanted(len(whole.data), num_samples)
     chosen = choose(len(whole.data), num_samples, seed=seed, place=f"{name} ({split})")
     images = np.ascontiguousarray(whole.data[chosen])

@@ -82,7 +82,7 @@ def load(
     reads = labels_to_read(labelled=labelled, labels=labels)
     if class_order not in ORDERS:
         raise ConfigError(f"{group}.class_order: unknown order '{class_order}', {nearest(class_order, ORDERS)}")
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     files = _find(root, group)
     targets, folders = None, None
     if reads == "required" or reads == "optional" and _has_labels(root, files, labels_path):
@@ -156,7 +156,7 @@ def _labels(
     root: Path, files: Sequence[str], class_order: str, labels_path: str | None, group: str, known: Known
 ) -> tuple[np.ndarray, Folders | None]:
     """The label of every file, and what the class folders stand for (None where a file of labels says it)."""
-    file = root / _LABELS_FILE if labels_path is None else Path(labels_path).expanduser()
+    file = root / _LABELS_FILE if labels_path is None else Path(os.path.expanduser(labels_path))
     if labels_path is not None or file.is_file():
         return _labels_from_json(file, files), None
     folders = [name.partition("/")[0] if "/" in name else None for name in files]

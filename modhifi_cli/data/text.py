@@ -5,6 +5,7 @@ their protocol what they took, and carry the hash of the very tokens.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,7 +294,7 @@ def _documents(
     if hub is not None:
         rows, account = _from_hub(place, hub)
     else:
-        file = Path(str(path)).expanduser()
+        file = Path(os.path.expanduser(str(path)))
         account = file.name
         if not file.is_file():
             raise DataError(f"{place}.path: no file at {file}; give a .txt, .jsonl, .json or .parquet file.")

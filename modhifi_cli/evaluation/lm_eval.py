@@ -187,7 +187,7 @@ def _tasks(include_path: str | None) -> Any:
 
 def _task(name: str, local_data: str | None, manager: Any) -> str | dict[str, Any]:
     if local_data is not None:
-        folder = Path(local_data).expanduser()
+        folder = Path(os.path.expanduser(local_data))
         if not folder.is_dir():
             raise DataError(f"evaluation.lm_eval.local_data: no folder at {folder}.")
         # NAME_val1000.jsonl is NAME, too: a part of it that says so.

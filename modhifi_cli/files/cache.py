@@ -55,7 +55,7 @@ def directory(asked: str = AUTO) -> Path:
         asked: ``"auto"``, or a folder to use instead.
     """
     if asked != AUTO:
-        return Path(asked).expanduser()
+        return Path(os.path.expanduser(asked))
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "modhifi" / _SETS
 

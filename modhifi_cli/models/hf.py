@@ -10,6 +10,7 @@ import copy
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def load(
         UnsupportedModelError: If it is no causal decoder, or its weights are quantised.
     """
     _check(path, gguf, dtype, weights)
-    place = Path(gguf or path or "").expanduser()
+    place = Path(os.path.expanduser(gguf or path or ""))
     source, options = _source(path, gguf, place, weights, tokenizer)
     options |= {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -169,7 +170,7 @@ def outline(
     """
     if path is None:
         raise ConfigError("model: dry_run=true reads a configuration; give model.path=FOLDER_OR_HUB_NAME.")
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if place.is_dir() and not (place / "config.json").is_file():
         raise DataError(f"model.path: {place} has no config.json; copy the network's there.")
     options: dict[str, Any] = {"trust_remote_code": bool(trust_remote_code)}

@@ -5,6 +5,7 @@ batch and gives the logits, or, where the network names none, everything it says
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def load(
         DataError: If the folder lacks its configuration or weights, or these do not fit.
         UnsupportedModelError: If the network reads something else than images.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     config = _json(folder / "config.json", needed=True)
     config.pop("_name_or_path", None)  # where it lay before
     config.pop("text_config", None)  # of the other tower, which a classifier of images does not have

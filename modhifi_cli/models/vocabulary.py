@@ -9,6 +9,7 @@ finds its best split among fewer pieces, of which the former best are all left. 
 
 import copy
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def read_texts(path: str) -> list[str]:
     Raises:
         DataError: If nothing is there, a file cannot be read, or there is no text in it.
     """
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     files = sorted(file for file in place.iterdir() if file.suffix in _SUFFIXES) if place.is_dir() else [place]
     if not files or not place.exists():
         raise DataError(f"model.vocabulary: no text at {place}, expected a .txt or .jsonl file or a folder of them.")

@@ -7,6 +7,7 @@ Checkpoints in the wild nest the tensors (``{"state_dict": ..., "epoch": ...}``)
 import contextlib
 import hashlib
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -73,7 +74,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         DataError: If the file is missing, unreadable, holds other objects than tensors, or holds no tensors.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if file.is_dir():
         parts = weights_files(file)
         return {name: tensor for part in parts for name, tensor in read_weights(part).items()}
@@ -169,7 +170,7 @@ def load_weights_(
     Raises:
         DataError: As `read_weights` and `fit_weights_`.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     tensors = read_weights(file)
     fit_weights_(model, tensors if rename is None else rename(tensors), source=str(file))
     hashed = hashlib.sha256()

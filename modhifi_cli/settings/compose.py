@@ -252,12 +252,12 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if verb == "info" and "model.weights" in OmegaConf.missing_keys(composed):
-        composed.model.weights = "random"  # shapes are all that it looks at
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(f"modhifi {verb}: {', '.join(missing)} must be given, e.g. {example(missing[0])}.")
     try:
+        if verb == "info" and "model.weights" in OmegaConf.missing_keys(composed):
+            composed.model.weights = "random"  # shapes are all that it looks at
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"modhifi {verb}: {', '.join(missing)} must be given, e.g. {example(missing[0])}.")
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"modhifi {verb}: {first_line(error)}") from error

@@ -161,7 +161,7 @@ def check_foreign_folder(folder: str) -> None:
     Raises:
         ConfigError: If there is no such folder, or a YAML in it is too large, unreadable or has an alias.
     """
-    place = Path(folder).expanduser()
+    place = Path(os.path.expanduser(folder))
     if not place.is_dir():
         raise ConfigError(f"--config-dir {folder}: no such folder.")
     for path in sorted(place.rglob("*.yaml")):

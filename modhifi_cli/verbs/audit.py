@@ -1,6 +1,7 @@
 """`modhifi audit`: what an unlearning run has made its network forget, and what is still inside."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def _labelled(
 def _reference(asked: str | None, model: Mapping[str, Any], loaded: LoadedModel) -> nn.Module | None:
     if asked is None:
         return None
-    path = Path(asked).expanduser()
+    path = Path(os.path.expanduser(asked))
     if not path.exists():
         raise DataError(
             f"audit.reference: nothing at {path}; give a weights file for {loaded.name}, or the folder of a run, of a "
