@@ -56,7 +56,7 @@ _TAKEN = "taken_heads"  # buffer of an attention that has lost heads: which of t
 
 def head_count(module: nn.Module) -> int | None:
     """Number of heads that a module says it has, or None for a module that is no attention and no part of one."""
-    if type(module).__module__.startswith("transformers."):
+    if type(module).__module__.startswith("transformers.") and not _holds_any(module):
         return None  # the layers of language models are taken apart in `decoder.py`
     for name in COUNTS:
         count = getattr(module, name, None)
@@ -66,6 +66,11 @@ def head_count(module: nn.Module) -> int | None:
     if isinstance(table, Tensor):  # a position bias that stands in a module of its own
         return table.shape[_table_dim(table)]
     return None
+
+
+def _holds_any(module: nn.Module) -> bool:
+    """Whether a module itself has something for each head under a name that says so, as attention to pictures does."""
+    return any(name in _PER_HEAD for name in (*module._parameters, *module._buffers))
 
 
 def _holds_heads(module: nn.Module, count: int) -> bool:
