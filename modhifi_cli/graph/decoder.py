@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,8 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 _CHOSEN = ("top_k", "num_experts_per_tok", "moe_topk", "topk", "num_selected_experts")
 _ROUTER_GROUPS = ("num_group", "n_group", "num_expert_group")
 _GATES = ("gate_proj", "g_proj", "q_gate_proj")
+_HEAD_COUNTS = ("num_heads", "n_head", "num_attention_heads", "n_heads")
+_WIDTHS = ("embed_dim", "hidden_size")
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "dim_head")
 
 
@@ -147,14 +149,21 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Call:
-    """How the network calls one of its decoder layers, apart from the hidden states."""
+    """How the network calls one of its decoder layers, apart from the hidden states.
+
+    Attributes:
+        args: What follows them by place.
+        kwargs: What follows by name.
+        shape: Of the hidden states; ``[batch, length, width]``, or more where a network keeps several streams.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Call":
         """The same with tensors on a device, floating ones in another dtype if one is given."""
-        return Call(_moved(self.args, device, dtype), _moved(self.kwargs, device, dtype))
+        return Call(_moved(self.args, device, dtype), _moved(self.kwargs, device, dtype), self.shape)
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, ...]:
@@ -163,15 +172,20 @@ def decoder_layers(model: nn.Module) -> tuple[str, ...]:
     Raises:
         UnsupportedModelError: If the network is no causal decoder of transformers.
     """
-    config = getattr(model, "config", None)
-    counts = [getattr(config, key, None) for key in ("num_hidden_layers", "decoder_layers")]  # the latter of pairs
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    # The second of pairs, the third where the first counts how often layers run.
+    counts = [getattr(text, key, None) for key in ("num_hidden_layers", "decoder_layers", "num_layers_per_stack")]
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is a sequence-to-sequence model; only causal decoders can be pruned as language "
             "models."
         )
+    others = tuple(f"{name}." for name, module in model.named_modules()  # parts that read pictures or sound
+                   if name and getattr(module, "main_input_name", "input_ids") != "input_ids")  # fmt: skip
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
-             and len(module) in counts and any(parameter.dim() > 1 for parameter in module[0].parameters())]  # fmt: skip
+             and len(module) in counts and any(parameter.dim() > 1 for parameter in module[0].parameters())
+             and not name.startswith(others)]  # fmt: skip
     # Layers are of one class, or each of the class of its kind.
     for name, module in sorted(lists, key=lambda each: len({type(layer) for layer in each[1]}) > 1):
         return tuple(f"{name}.{number}" for number in range(len(module)))
@@ -193,7 +207,7 @@ def short_circuited(
 
     def stand_in(number: int) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return answer(number, hidden_states, Call(args, kwargs))
+            return answer(number, hidden_states, Call(args, kwargs, tuple(hidden_states.shape)))
 
         return forward
 
@@ -218,7 +232,7 @@ def _either_way(
     try:
         with short_circuited(model, layers, answer):
             return forward()
-    except (ValueError, TypeError):  # it unpacks what its layers give
+    except (ValueError, TypeError, AttributeError):  # it unpacks what its layers give, or takes the first of it
         with short_circuited(model, layers, lambda *given: (answer(*given), None)):
             return forward()
 
@@ -254,6 +268,11 @@ def enter(model: nn.Module, layers: Sequence[str], tokens: Tensor) -> tuple[Tens
             pass
 
     _either_way(model, layers, answer, forward)
+    if len(calls) < len(layers):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: only {len(calls)} of its {len(layers)} decoder layers run on text alone; only decoders "
+            "that run whole on it can be pruned as language models."
+        )
     return entered[0], calls
 
 
@@ -269,7 +288,7 @@ def leave(model: nn.Module, layers: Sequence[str], hidden: Tensor) -> Tensor:
 def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """Hidden states behind one decoder layer."""
     output = layer(hidden, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def find_parts(
@@ -306,7 +325,7 @@ def find_parts(
     device = next(model.parameters()).device
     calls: list[Call] = []
     if check:
-        _, calls = enter(model, layers, torch.arange(8, device=device)[None] % model.config.vocab_size)
+        _, calls = enter(model, layers, torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size)
     parts: list[Part] = []
     refused: list[Refusal] = []
     verdicts: dict[Any, int | str] = {}
@@ -373,6 +392,7 @@ def attributes_at(model: nn.Module, part: Part, keep: int) -> dict[str, int]:
         "all_head_size": heads * dim,
         "num_q_heads": heads,
         "n_heads": heads,
+        "n_head": heads,
         "num_attn_heads": heads,
     }
     found = {name: value for name, value in values.items() if isinstance(getattr(module, name, None), int)}
@@ -559,7 +579,7 @@ def _ran(layer: nn.Module, name: str, call: Call, model: nn.Module) -> frozenset
 
     handles = [each.register_forward_pre_hook(note(path)) for path, each in layer.named_modules() if path]
     try:
-        hidden = torch.ones(1, 8, width, device=parameter.device, dtype=parameter.dtype)
+        hidden = torch.ones(call.shape if len(call.shape) > 3 else (1, 8, width), device=parameter.device, dtype=parameter.dtype)
         run_layer(layer, hidden, call.to(parameter.device, parameter.dtype))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError, KeyError):
         return None  # the law will say
@@ -645,6 +665,8 @@ def _attention_candidates(
         return _latent_candidates(model, parent, writers, reader, number)
     dim = next((d for d in (getattr(module, n, None) for n in ("v_head_dim", *_HEAD_SIZES)) if isinstance(d, int)), None)
     width = input_size(model.get_submodule(reader))
+    count = next((n for n in (integers(module).get(name, 0) for name in _HEAD_COUNTS) if n > 1), 0)
+    dim = width // count if dim is None and count and width % count == 0 else dim
     if dim is None or width % dim:
         return Refusal(parent, f"its head dimension is unknown, or does not divide the {width} features it reads")
     heads = width // dim
@@ -686,17 +708,23 @@ def _attention_candidates(
         else:
             slots, consumed, count = [Slot(names[0], queries)], query, heads
             said = f"query head, the same number of each of {kv_heads} KV heads"
-        # What attention's answer is multiplied with, head by head.
-        for leaf in _GATES if len(writers) == 3 else ():
-            gate = getattr(module, leaf, None)
-            if is_linear(gate) and output_size(gate) in (width, heads):
-                slots.append(Slot(f"{parent}.{leaf}", torch.arange(output_size(gate)).view(count, -1)))
-        # A number for each head that the module holds itself, such as attention's sinks.
-        held = [leaf for leaf, tensor in module.named_parameters(recurse=False) if tuple(tensor.shape) == (heads,)]
-        followers = [Slot(f"{parent}.{leaf}", torch.arange(heads).view(count, -1)) for leaf in held]
+        more, followers = _beside_heads(module, parent, width, heads, count)
+        slots += more if len(writers) == 3 else []
         group = _group(reader, count, slots, Slot(reader, consumed), followers, balanced=1 if whole else kv_heads)
         parts.append(Part(group, "attention", number, said, parent, heads, kv_heads))
+    # Where the width of all heads has a name of its own that the forward reads, it follows them.
+    counted = [Slot(f"{parent}.{leaf}", consumed) for leaf in _WIDTHS if integers(module).get(leaf) == width]
+    if counted:
+        parts += [replace(p, group=replace(p.group, followers=(*p.group.followers, *counted))) for p in parts]
     return parts
+
+
+def _beside_heads(module: nn.Module, parent: str, width: int, heads: int, count: int) -> tuple[list[Slot], list[Slot]]:
+    """What attention's answer is multiplied with, head by head, and numbers for each head that it holds, such as sinks."""
+    gates = [(leaf, output_size(gate)) for leaf in _GATES if is_linear(gate := getattr(module, leaf, None))]
+    slots = [Slot(f"{parent}.{leaf}", torch.arange(size).view(count, -1)) for leaf, size in gates if size in (width, heads)]
+    held = [leaf for leaf, tensor in module.named_parameters(recurse=False) if tuple(tensor.shape) == (heads,)]
+    return slots, [Slot(f"{parent}.{leaf}", torch.arange(heads).view(count, -1)) for leaf in held]
 
 
 def _mixer_candidates(model: nn.Module, parent: str, number: int) -> list[Part] | Refusal:
@@ -736,7 +764,9 @@ def _latent_candidates(
     if not heads or any(size % heads for size in (width, *sizes)):
         return Refusal(parent, f"its projections have {sizes} outputs and its reader {width}, not so many for each of {heads} heads")
     slots = [Slot(name, torch.arange(size).view(heads, -1)) for name, size in zip(writers, sizes, strict=True)]
-    group = _group(reader, heads, slots, Slot(reader, torch.arange(width).view(heads, -1)))
+    more, followers = _beside_heads(module, parent, width, heads, heads)
+    consumer = Slot(reader, torch.arange(width).view(heads, -1))
+    group = _group(reader, heads, [*slots, *(slot for slot in more if slot.module not in writers)], consumer, followers)
     return [Part(group, "attention", number, "head", parent, heads, heads)]
 
 
@@ -786,8 +816,8 @@ def check_part(layer: nn.Module, prefix: str, part: Part, call: Call, *, seed: i
     removed = _drawn(part, generator)
     kept = torch.ones(part.components, dtype=torch.bool)
     kept[removed] = False
-    width = output_size(home.get_submodule(part.consumer.module))
-    hidden = torch.randn(1, 8, width, generator=generator, dtype=torch.float64)
+    shape = call.shape if len(call.shape) > 3 else (1, 8, output_size(home.get_submodule(part.consumer.module)))
+    hidden = torch.randn(shape, generator=generator, dtype=torch.float64)
     call = call.to(cpu, torch.float64)
     mixed = of_experts(home, part.consumer.module)
     if mixed is not None:  # it must be asked
@@ -833,7 +863,8 @@ def _check_experts(
                 removed = _drawn(part, generator)
                 kept = torch.ones(part.components, dtype=torch.bool)
                 kept[removed] = False
-                hidden = torch.randn(1, 1, width, generator=generator, dtype=torch.float64).repeat(1, 8, 1)
+                shape = (1, 1, *(call.shape[2:] if len(call.shape) > 3 else [width]))
+                hidden = torch.randn(shape, generator=generator, dtype=torch.float64).expand(1, 8, *shape[2:]).clone()
                 never = _rooted(prefix, copy.deepcopy(dense))
                 before = _never_chosen_(never, prefix, part, removed, hidden, call)
                 zeroed = run_layer(never.get_submodule(prefix), hidden, call)

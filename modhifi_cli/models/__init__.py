@@ -88,7 +88,8 @@ def _refuse_reaching(value: Any, key: str = "kwargs", depth: int = 0, *, largest
         raise DataError("architecture description: nested too deep; the file was not written by modhifi.")
     if isinstance(value, Mapping):
         for name, one in value.items():
-            if one not in (None, False) and _REACHING.search(str(name)):
+            number = isinstance(one, int | float) and not isinstance(one, bool)  # the width of a quantiser opens nothing
+            if one not in (None, False) and not number and _REACHING.search(str(name)):
                 raise DataError(
                     f"architecture description: {key}.{name} would fetch, open or run something, which a folder may not "
                     "ask for; remove it if you know it, and save the model again."

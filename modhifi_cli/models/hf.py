@@ -353,7 +353,7 @@ def save(model: nn.Module, directory: Path, text: TextInput) -> tuple[bool, dict
     described = {"widths": describe_widths(model), "attributes": attention_attributes(model), "opens": vars(opens)}
     with _quiet(), closed(model) if native is not None else contextlib.nullcontext():
         try:
-            model.config = dense if native is None else native
+            model.config = _without_kernels(dense if native is None else native)
             # The tensors' present names for ourselves; for others those that the family's checkpoints have on the hub.
             model.save_pretrained(directory, save_original_format=native is not None)
         finally:
@@ -494,7 +494,8 @@ def _tokenizer(source: str, options: Mapping[str, Any]) -> Any:
 
 
 def text_input(config: Any, tokenizer: Any) -> TextInput:
-    """What a decoder's configuration and its tokenizer (or None) say of its input."""
+    """What a decoder's configuration, of the part that reads text, and its tokenizer (or None) say of its input."""
+    config = config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
     bos = getattr(tokenizer, "bos_token_id", None)
     return TextInput(
@@ -599,10 +600,24 @@ def _described(config: Any) -> dict[str, Any]:
     return _without_places(config.to_dict())
 
 
+def _without_kernels(config: Any) -> Any:
+    """The same, or a copy of it that asks for no kernels that would have to be fetched."""
+    asked = [key for key, value in config.to_dict().items() if value is True and key.endswith("_kernels")]
+    if not asked:
+        return config
+    config = copy.deepcopy(config)
+    for key in asked:
+        setattr(config, key, False)
+    return config
+
+
 def _without_places(plain: dict[str, Any]) -> dict[str, Any]:
-    """The same without what says where a configuration, or a part of it, was read from; the second is of GGUF files."""
+    """The same without what says where a configuration, or a part of it, was read from (the second is of GGUF files).
+
+    Nor does it ask for kernels that would have to be fetched: the network computes the same without them.
+    """
     return {
-        key: _without_places(value) if isinstance(value, dict) else value
+        key: _without_places(value) if isinstance(value, dict) else False if value is True and key.endswith("_kernels") else value
         for key, value in plain.items()
         if key not in ("_name_or_path", "_model_name_or_path")
     }

@@ -37,7 +37,7 @@ _SIZES: Mapping[str, int] = {
                      "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size", "dim_ff", "dff",
                      "shared_intermediate_size", "moe_shared_expert_intermediate_size", "intermediate_size_mlp",
                      "num_hidden_neurons", "moe_latent_size"), 96),
-    **dict.fromkeys(("vocab_size", "n_words", "vocab_size_per_layer_input", "type_vocab_size"), 128),
+    **dict.fromkeys(("vocab_size", "n_words", "vocab_size_per_layer_input", "type_vocab_size", "unpadded_vocab_size"), 128),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 128),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
@@ -65,7 +65,7 @@ _OTHERWISE: tuple[Mapping[str, Any], ...] = (
     {"num_hidden_layers": 8, "num_layers": 8},
     {"head_dim": None, "num_key_value_heads": None, "hidden_size": 128, "num_attention_heads": 8},
 )
-_OPEN = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "intermediate_size")  # what "all" says
+_OPEN = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "intermediate_size", "n_routed_experts", "n_shared_experts")  # what "all" says
 _PICTURES = {"num_hidden_layers": 2, "n_layer": 2, "image_size": 64}  # the others are sizes of whole stages
 
 
@@ -189,11 +189,30 @@ def _smaller(config: Any, sizes: Mapping[str, int], change: Mapping[str, Any]) -
             found[key] = min(value, 3)
         elif key == "attention_types" and sizes is _SIZES:  # GPT-Neo's way to say every layer's kind
             found[key] = [[["global", "local"], 2]]
+        elif key == "attention_type" and sizes is _SIZES:  # BigBird's; blocks of it want more tokens than are used here
+            found[key] = "original_full"
         elif key == "is_decoder" and sizes is _SIZES:
             found[key] = True
+        elif isinstance(value, dict) and sizes is _SIZES and (inside := _smaller_inside(value, wanted)) != value:
+            found[key] = inside
     for key, part in _parts(config):
         inside = _smaller(part, sizes, change)
         found[key] = inside if sizes is _SIZES else part.to_dict() | inside
+    return found
+
+
+def _smaller_inside(plain: Mapping[Any, Any], wanted: Mapping[str, Any]) -> dict[Any, Any]:
+    """Settings of single layers, and others that stand in a mapping; those of layers that are left out go."""
+    found = {}
+    for key, value in plain.items():
+        size = wanted.get(key)
+        if isinstance(value, dict):
+            if not str(key).isdecimal() or int(key) < 4:
+                found[key] = _smaller_inside(value, wanted)
+        elif size is not None and isinstance(value, int) and not isinstance(value, bool):
+            found[key] = min(value, size)
+        else:
+            found[key] = value
     return found
 
 

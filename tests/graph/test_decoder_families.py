@@ -185,3 +185,47 @@ def test_a_text_part_whose_class_no_configuration_leads_to_is_rebuilt_by_its_cla
     assert type(again) is type(model) and again.state_dict().keys() == model.state_dict().keys()
     with pytest.raises(Exception, match="transformers has no network 'os'"):
         hf.build(config=model.config.to_dict(), kind="os")
+
+
+@pytest.mark.parametrize("config", [
+    lambda: transformers.GPTBigCodeConfig(n_embd=32, n_layer=1, n_head=4, vocab_size=64, n_positions=32),  # one KV head
+    lambda: transformers.OpenAIGPTConfig(n_embd=32, n_layer=1, n_head=4, vocab_size=64, n_positions=32),  # layers give lists
+    lambda: transformers.Gemma3nTextConfig(  # several streams beside each other
+        **SHORT, head_dim=8, hidden_size_per_layer_input=8, vocab_size_per_layer_input=64, laurel_rank=4, num_kv_shared_layers=0,
+        layer_types=["full_attention"], activation_sparsity_pattern=[0.0]),
+])  # fmt: skip
+def test_layers_that_are_called_in_other_ways_are_looked_into(config):
+    config = config()
+    config.vocab_size_per_layer_input = getattr(config, "vocab_size_per_layer_input", 64)
+    found = find_parts(made(config))
+    assert {part.kind for part in found.parts} == {"mlp", "attention"} and not found.refused
+
+
+def test_only_the_layers_of_the_part_that_reads_text_are_layers_of_the_decoder():
+    from modhifi_cli.graph.decoder import decoder_layers
+
+    config = transformers.GitConfig(**{k: v for k, v in SHORT.items() if k != "num_key_value_heads"})
+    config.vision_config = transformers.GitVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                                        intermediate_size=48, image_size=32, patch_size=16)  # fmt: skip
+    assert decoder_layers(made(config)) == ("git.encoder.layer.0",)
+
+
+def test_layers_that_do_not_run_on_text_alone_are_told():
+    config = transformers.MllamaTextConfig(**{**SHORT, "num_hidden_layers": 2}, cross_attention_layers=[1])
+    model = transformers.MllamaForCausalLM(config).eval()
+    with pytest.raises(Exception, match="only 1 of its 2 decoder layers run on text alone"):
+        find_parts(model)
+
+
+def test_a_saved_network_asks_for_no_kernels_that_would_be_fetched(tmp_path):
+    import json
+
+    from modhifi_cli.models import hf
+
+    config = transformers.JambaConfig(**SHORT, num_experts=1, attn_layer_offset=0, attn_layer_period=1, use_mamba_kernels=True)
+    model = made(config)
+    loaded = hf.described(model, None, "jamba")
+    hf.save(model, tmp_path, loaded.preprocess)
+    assert loaded.architecture["kwargs"]["config"]["use_mamba_kernels"] is False
+    (file,) = tmp_path.glob("*config.json") if not (tmp_path / "config.json").exists() else [tmp_path / "config.json"]
+    assert json.loads(file.read_text())["use_mamba_kernels"] is False and model.config.use_mamba_kernels is True
