@@ -663,27 +663,11 @@ def _attention_candidates(
         return Refusal(parent, f"{across} normalises all its heads together, so that none of them can go")
     if writers[-1].endswith("kv_b_proj"):  # as `_is_latent`
         return _latent_candidates(model, parent, writers, reader, number)
-    dim = next((d for d in (getattr(module, n, None) for n in ("v_head_dim", *_HEAD_SIZES)) if isinstance(d, int)), None)
-    width = input_size(model.get_submodule(reader))
-    count = next((n for n in (integers(module).get(name, 0) for name in _HEAD_COUNTS) if n > 1), 0)
-    dim = width // count if dim is None and count and width % count == 0 else dim
-    if dim is None or width % dim:
-        return Refusal(parent, f"its head dimension is unknown, or does not divide the {width} features it reads")
-    heads = width // dim
-    sizes = [output_size(model.get_submodule(name)) for name in writers]
-    if len(writers) == 3:
-        kv_heads = sizes[2] // dim
-        each = sizes[1] // kv_heads if kv_heads and sizes[1] % kv_heads == 0 else 0
-        # Queries are as wide as keys; a gate for the head's answer may lie beside each of them.
-        if sizes[2] % dim or not each or sizes[0] not in (heads * each, 2 * heads * each):
-            return Refusal(parent, f"its query, key and value projections have {sizes} outputs, its reader {width}")
-    else:
-        rest = sizes[0] - width
-        if rest <= 0 or rest % (2 * dim):
-            return Refusal(writers[0], f"its {sizes[0]} outputs are no queries, keys and values of {heads} heads")
-        kv_heads = rest // (2 * dim)
-    if heads % kv_heads:
-        return Refusal(parent, f"{heads} query heads are not shared evenly by {kv_heads} KV heads")
+    counted = _heads_and_sizes(model, parent, writers, reader)
+    if isinstance(counted, Refusal):
+        return counted
+    heads, kv_heads, dim, sizes = counted
+    width = heads * dim
     share = heads // kv_heads
     whole = unit == "kv_group" or share == 1 or (unit == "auto" and kv_heads >= _FEW_KV_GROUPS)
     query = torch.arange(width).view(heads, dim)
@@ -713,10 +697,39 @@ def _attention_candidates(
         group = _group(reader, count, slots, Slot(reader, consumed), followers, balanced=1 if whole else kv_heads)
         parts.append(Part(group, "attention", number, said, parent, heads, kv_heads))
     # Where the width of all heads has a name of its own that the forward reads, it follows them.
-    counted = [Slot(f"{parent}.{leaf}", consumed) for leaf in _WIDTHS if integers(module).get(leaf) == width]
-    if counted:
-        parts += [replace(p, group=replace(p.group, followers=(*p.group.followers, *counted))) for p in parts]
+    named = [Slot(f"{parent}.{leaf}", consumed) for leaf in _WIDTHS if integers(module).get(leaf) == width]
+    if named:
+        parts += [replace(p, group=replace(p.group, followers=(*p.group.followers, *named))) for p in parts]
     return parts
+
+
+def _heads_and_sizes(
+    model: nn.Module, parent: str, writers: Sequence[str], reader: str
+) -> tuple[int, int, int, list[int]] | Refusal:
+    """Query heads, KV heads, features of each that are read, and outputs of the writers; or why they do not fit together."""
+    module = model.get_submodule(parent)
+    dim = next((d for d in (getattr(module, n, None) for n in ("v_head_dim", *_HEAD_SIZES)) if isinstance(d, int)), None)
+    width = input_size(model.get_submodule(reader))
+    count = next((n for n in (integers(module).get(name, 0) for name in _HEAD_COUNTS) if n > 1), 0)
+    dim = width // count if dim is None and count and width % count == 0 else dim
+    if dim is None or width % dim:
+        return Refusal(parent, f"its head dimension is unknown, or does not divide the {width} features it reads")
+    heads = width // dim
+    sizes = [output_size(model.get_submodule(name)) for name in writers]
+    if len(writers) == 3:
+        kv_heads = sizes[2] // dim
+        each = sizes[1] // kv_heads if kv_heads and sizes[1] % kv_heads == 0 else 0
+        # Queries are as wide as keys; a gate for the head's answer may lie beside each of them.
+        if sizes[2] % dim or not each or sizes[0] not in (heads * each, 2 * heads * each):
+            return Refusal(parent, f"its query, key and value projections have {sizes} outputs, its reader {width}")
+    else:
+        rest = sizes[0] - width
+        if rest <= 0 or rest % (2 * dim):
+            return Refusal(writers[0], f"its {sizes[0]} outputs are no queries, keys and values of {heads} heads")
+        kv_heads = rest // (2 * dim)
+    if heads % kv_heads:
+        return Refusal(parent, f"{heads} query heads are not shared evenly by {kv_heads} KV heads")
+    return heads, kv_heads, dim, sizes
 
 
 def _beside_heads(module: nn.Module, parent: str, width: int, heads: int, count: int) -> tuple[list[Slot], list[Slot]]:
