@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modhifi_cli.pages.page import one_line
-from modhifi_cli.pages.terms import protocol_lines, table
+from modhifi_cli.pages.terms import protocol_lines, removed, table
 from modhifi_cli.records import Measurement, without_folders
 
 _VERBS = {"prune": "pruned", "unlearn": "with classes forgotten", "replay": "replayed"}
@@ -101,13 +101,13 @@ def _method(results: Mapping[str, Any], trained: str) -> str:
     if results.get("verb") == "unlearn":
         forgotten = ", ".join(map(str, results.get("forget") or ()))
         return f"Classes {forgotten} were forgotten in closed form (ModHiFi-U, arXiv:2511.19566), without training."
-    shares = ", ".join(f"{100 * share:.1f} % of {term}" for term, share in (results.get("achieved") or {}).items())
-    extra = " (params: of the decoder layers; model_params: of the whole network)" if "model_params" in shares else ""
+    shares = removed(results.get("achieved") or {})
     return (
         "Structured pruning with closed-form repair (ModHiFi-P, arXiv:2511.19566)"
-        f"{'. It was ' + trained if trained else ', without training.'} Removed: {shares or 'as the edits say'}{extra}."
+        f"{'. It was ' + trained if trained else ', without training.'} Removed: {shares or 'as the edits say'}."
     )
 
 
 def _why(opening: Mapping[str, Any]) -> str:
-    return one_line(f"Plain transformers does not open it: {opening['why']}.")
+    own = opening["by"] != "modhifi"
+    return one_line(f"{'It brings code of its own' if own else 'Plain transformers does not open it'}: {opening['why']}.")
