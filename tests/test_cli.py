@@ -101,6 +101,10 @@ WRONG = {
     "a folder of nobody's home": (["prune", "data=folder", "data.path='~nobodyx/y'"], "no folder at ~nobodyx/y"),
     "settings in nobody's home": (["prune", "--config-dir", "~nobodyx"], "~nobodyx"),
     "a choice without its key": (["prune", "~target.images"], "~target.images: modhifi prune needs target.images and cannot do"),
+    "a part of a group without its target": (
+        ["unlearn", "forget_class=3", "~audit.membership._target_"], "~audit.membership._target_: modhifi unlearn needs",
+    ),
+    "a measurement without its target": (["prune", "~evaluation.top1._target_"], "~evaluation.top1._target_: modhifi prune"),
     "a choice that is none without its key": (["compare", "~target.auto"], "~target.auto: modhifi compare needs target.auto and"),
     "no such run to resume": (["prune", "resume=nowhere"], "resume=nowhere: no such folder"),
 }  # fmt: skip

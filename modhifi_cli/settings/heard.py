@@ -42,12 +42,14 @@ def check_words(verb: str, words: Sequence[str]) -> None:
 
 def _may_go(verb: str, key: str) -> bool:
     group, _, rest = key.partition(".")
+    if rest.endswith("_target_"):
+        return False
     if _may_be_absent(group):
         return True
     # A key of a `_target_` that has a default in the code may go; binding says if it has none.
     own, _ = inherited(verb)
     plain = any(name.startswith(f"{group}.") for name in own) or "_target_" not in _keys_of(group)
-    return bool(rest) and not plain and not rest.endswith("_target_") and rest not in _without_target(group)
+    return bool(rest) and not plain and rest not in _without_target(group)
 
 
 def _without_target(group: str) -> set[str]:
