@@ -264,7 +264,11 @@ def _sweep(verb: str, overrides: Sequence[str], flags: Sequence[str]) -> int:
     sweeps.begin_sweep(folder)
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.run_hydra(verb, [*overrides, f"hydra.sweep.dir='{quoted}'", *flags], job)
-    return USER_ERROR if sweeps.summarise_sweep(folder, given.get("console", "rich")) else 0
+    failed = sweeps.summarise_sweep(folder, given.get("console", "rich"))
+    if failed:
+        some = "a job" if failed == 1 else f"{failed} jobs"
+        raise ConfigError(f"{folder}: {some} did not finish, as said above; the same command tries only what failed again.")
+    return 0
 
 
 def job(composed: Any) -> tuple[float, float] | None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -320,7 +321,9 @@ def test_a_sweep_records_failures_and_skips_what_is_finished(here, capsys):
     assert abs(float(rows[2]["removed_flops"]) - 0.4) < 0.01
     assert prune(*words) == 2
     assert [row["status"] for row in summary(here)] == ["finished before", "failed", "finished before"]
-    assert "sweep of 3 jobs" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "sweep of 3 jobs" in told.out
+    assert re.search(r"error: outputs/sweeps/\S+: a job did not finish, as said above", told.err)
 
 
 def test_a_sweep_goes_on_with_an_interrupted_job(here, monkeypatch, capsys):
