@@ -342,6 +342,11 @@ def test_what_is_wrong_with_text_is_said_in_one_sentence(case, decoder):
         modhifi_cli.prune(decoder, batches, **settings)
 
 
+def test_a_score_that_tells_classes_apart_is_for_pruning_alone():
+    with pytest.raises(ConfigError, match="DisCEditSP tells classes apart and scores while it prunes; choose another"):
+        modhifi_cli.score(LOADED.model, images(), scoring="discedit_sp")
+
+
 def test_what_is_for_classifiers_of_images_is_refused_for_a_language_model(decoder):
     ids = torch.full((4, 8), 3)
     with pytest.raises(ConfigError, match="classes can be taken out of classifiers of images only, and this is a language"):

@@ -106,6 +106,23 @@ WRONG = {
     ),
     "a measurement without its target": (["prune", "~evaluation.top1._target_"], "~evaluation.top1._target_: modhifi prune"),
     "a choice that is none without its key": (["compare", "~target.auto"], "~target.auto: modhifi compare needs target.auto and"),
+    "a flag without its value": (["prune", "--cfg"], "--cfg must be one of job, hydra, all, such as --cfg job; got ''."),
+    "a flag without the one it goes with": (["prune", "--resolve"], "--resolve goes with --cfg job, which shows settings instead"),
+    "a folder of settings without a name": (["prune", "--config-dir="], "--config-dir needs a value behind it; got ''."),
+    "an unknown key of list": (["list", "colour=3"], "modhifi list has no key 'colour'; known: console, group."),
+    "a kind of network with an unknown target": (["prune", "target.images=speed"], "target.images: there is no target 'speed'; known"),
+    "a folder of Hydra's": (["prune", "hydra.run.dir=x"], "hydra.run.dir has no effect: modhifi names folders and logs itself"),
+    "a repair towards another network": (
+        ["prune", "compensation.reference=both"], "compensation.reference must be 'current' or 'dense', got 'both'.",
+    ),
+    "a repair towards nothing and the dense network": (
+        ["prune", "+compensation.towards=zero", "compensation.reference=dense"], "towards=zero is for compensation.reference=current",
+    ),
+    "an unknown bound": (["unlearn", "forget_class=3", "method=discedit_u", "method.bound=no"], "method.bound must be one of witness, f"),
+    "a foretold run with a target for the clock": (
+        ["prune", "model=hf", "model.path=x", "dry_run=true", "target=latency"], "dry_run=true counts, and target=latency has to",
+    ),
+    "a foretold run of images": (["prune", "dry_run=true"], "dry_run=true reads the shapes of language models; for networks that"),
     "no such run to resume": (["prune", "resume=nowhere"], "resume=nowhere: no such folder"),
 }  # fmt: skip
 

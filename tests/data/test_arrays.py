@@ -65,6 +65,13 @@ def test_the_drawn_rows_and_labels_belong_together_over_parts_and_chunks(tmp_pat
     assert source.protocol["num_samples"] == 6 and source.protocol["available"] == 9
 
 
+def test_parts_of_two_sets_are_told_by_their_shapes(tmp_path):
+    np.savez(tmp_path / "part0.npz", X=IMAGES, Y=LABELS)
+    np.savez(tmp_path / "part1.npz", X=IMAGES[:, :-1], Y=LABELS)
+    with pytest.raises(DataError, match=r"part1.npz: images are uint8 \[.*\] here but uint8 \[.*\] in the parts before; give parts"):
+        arrays.load(path=str(tmp_path), preprocess=RGB, labelled=False)
+
+
 def test_the_protocol_hash_tells_draws_apart_and_repeats(tmp_path):
     np.savez(tmp_path / "images.npz", images=IMAGES)
     hashes = [

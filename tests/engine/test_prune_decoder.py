@@ -181,6 +181,8 @@ def test_wrong_settings_are_named():
         prune(tiny("llama"), options=DecoderOptions(components=("attention",)), sparsity=0.9)
     with pytest.raises(ConfigError, match="must name some of mlp, attention and experts"):
         DecoderOptions(components=("heads",))
+    with pytest.raises(ConfigError, match="decoder.unit must be one of auto, kv_group, query_head, got 'head'"):
+        DecoderOptions(unit="head")
     edits, _ = prune(tiny("llama"))
     with pytest.raises(DataError, match="does not fit these settings"):
         prune(tiny("llama"), sparsity=0.1, done=edits)

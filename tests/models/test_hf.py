@@ -106,6 +106,10 @@ def test_wrong_settings_are_named(tmp_path):
         hf.load(path="x", dtype="int8")
     with pytest.raises(DataError, match="no folder at"):
         hf.load(path=str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="model: dry_run=true reads a configuration; give model.path=FOLDER_OR_HUB_NAME"):
+        hf.outline(path=None)
+    with pytest.raises(DataError, match=f"model.path: {tmp_path} has no config.json; copy the network's there"):
+        hf.outline(path=str(tmp_path))
     with pytest.raises(DataError, match="no file at"):
         hf.load(gguf=str(tmp_path / "nothing.gguf"))
 
