@@ -123,6 +123,10 @@ WRONG = {
         ["prune", "model=hf", "model.path=x", "dry_run=true", "target=latency"], "dry_run=true counts, and target=latency has to",
     ),
     "a foretold run of images": (["prune", "dry_run=true"], "dry_run=true reads the shapes of language models; for networks that"),
+    "an unknown unit of heads": (["prune", "model=hf", "model.path=x", "data=text", "data.path=x", "decoder.unit=head"], "decoder.unit must be"),
+    "an unknown component": (
+        ["prune", "model=hf", "model.path=x", "data=text", "data.path=x", "components=[head]"], "components must be mlp, attention, experts or several, such as [mlp,attention]",
+    ),
     "no such run to resume": (["prune", "resume=nowhere"], "resume=nowhere: no such folder"),
 }  # fmt: skip
 

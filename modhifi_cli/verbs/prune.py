@@ -155,6 +155,9 @@ def _begin(
     if place is not None:
         pieces.same_settings(place.path, settings)
     device = pieces.device_of(settings)
+    recipes.steps(settings)  # wrong settings of the method are refused before a large network is loaded
+    if pieces.is_decoder(settings):
+        recipes.decoder_options(settings)
     with steps("load"):
         found = pieces.sources(settings, console) if shared is None else shared.sources(settings)
         loaded, calibration, evaluation = found
