@@ -267,7 +267,7 @@ def first_size(model: nn.Module, sizes: Sequence[tuple[int, int]], channels: int
     Raises:
         UnsupportedModelError: If it takes none of them.
     """
-    error: Exception | None = None
+    error: Exception = ValueError("no size was given")
     for height, width in sizes:
         drawn = torch.randn(images, channels, height, width, generator=torch.Generator().manual_seed(0))
         try:

@@ -12,10 +12,14 @@ import textwrap
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from modhifi_cli.errors import is_whole
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 _CUT = "_cut_parts"  # where a module remembers which of its own parts were cut
 
@@ -127,7 +131,7 @@ def part_of(model: nn.Module, name: str) -> nn.Module | Part:
     return Size(module, leaf)
 
 
-def is_part(thing: object) -> bool:
+def is_part(thing: object) -> "TypeIs[Part]":
     """Whether what `part_of` found is no module."""
     return isinstance(thing, BareTensor | Size)
 

@@ -40,7 +40,7 @@ def matching(library: str, patterns: Sequence[str]) -> dict[str, str]:
         ConfigError: If a pattern matches none; the message names what is nearest.
     """
     known = kinds(library)
-    found = {}
+    found: dict[str, str] = {}
     for pattern in patterns:
         mine = [name for name in known if fnmatchcase(name, pattern)]
         if not mine:

@@ -145,7 +145,7 @@ def described(
     model: nn.Module, preprocess: Mapping[str, Any] | None, classes: Sequence[str] | None, name: str
 ) -> LoadedModel:
     """A network of timm at hand, which says itself what it is."""
-    config = model.pretrained_cfg
+    config: Any = model.pretrained_cfg  # timm's, which PyTorch takes for a tensor or a module
     return LoadedModel(
         model=model,
         name=name,
