@@ -137,6 +137,7 @@ def _begin(
     if place is not None:
         pieces.same_settings(place.path, asked)
     device = pieces.device_of(settings)
+    config.build(settings["method"])  # wrong settings of the method are refused before the network is loaded
     with steps("load"):
         pieces.require_data(settings)
         loaded = config.build(settings["model"])
