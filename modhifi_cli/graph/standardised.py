@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 def computes_weight(module: nn.Module) -> bool:
     """Whether a module is a convolution whose class standardises the weight before it is used."""
-    # By name: timm is heavy, and whoever holds such a module has it loaded already.
+    # By name: the libraries are heavy, and whoever holds such a module has it loaded already.
     kind = type(module)
-    return isinstance(module, nn.Conv2d) and kind.__module__ == "timm.layers.std_conv" and not _is_settled(module)
+    known = kind.__module__ == "timm.layers.std_conv" or kind.__name__ == "WeightStandardizedConv2d"  # of transformers
+    return isinstance(module, nn.Conv2d) and known and not _is_settled(module)
 
 
 def settle_(module: nn.Conv2d) -> None:
@@ -30,7 +31,8 @@ def settle_(module: nn.Conv2d) -> None:
         module.weight.copy_(_computed_weight(module))
     if "gain" in module._parameters:
         del module.gain
-    module.__class__ = _settled(type(module), getattr(module, "same_pad", False))
+    how = _SettledPadding if getattr(module, "same_pad", False) else _SettledOwnPadding if hasattr(module, "pad") else _Settled
+    module.__class__ = _settled(type(module), how)
 
 
 def _computed_weight(module: nn.Conv2d) -> Tensor:
@@ -54,6 +56,14 @@ class _Settled:
     """Mark of a convolution that takes its weight as it is, though its class computed one."""
 
 
+class _SettledOwnPadding(_Settled):
+    """One that has a module of its own for padding, or none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, channels, height, width]`` → ``[batch, channels, height, width]``."""
+        return nn.Conv2d.forward(self, x if self.pad is None else self.pad(x))
+
+
 class _SettledPadding(_Settled):
     """One that pads its input itself, as TensorFlow does."""
 
@@ -72,7 +82,6 @@ def _is_settled(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _settled(kind: type[nn.Conv2d], pads: bool) -> type[nn.Conv2d]:
-    if pads:
-        return type(kind.__name__, (_SettledPadding, kind), {"__module__": kind.__module__})
-    return type(kind.__name__, (_Settled, kind), {"__module__": kind.__module__, "forward": nn.Conv2d.forward})
+def _settled(kind: type[nn.Conv2d], how: type[_Settled]) -> type[nn.Conv2d]:
+    own = {} if "forward" in vars(how) else {"forward": nn.Conv2d.forward}
+    return type(kind.__name__, (how, kind), {"__module__": kind.__module__, **own})

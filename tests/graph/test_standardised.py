@@ -47,3 +47,16 @@ def test_a_settled_convolution_answers_as_before_and_its_groups_are_lawful(kind)
     again.load_state_dict(narrow.state_dict())
     with torch.no_grad():
         assert torch.equal(again(images), narrow(images))
+
+
+def test_one_of_transformers_is_settled_with_the_padding_of_its_own():
+    bit = pytest.importorskip("transformers.models.bit.modeling_bit")
+    torch.manual_seed(0)
+    model = nn.Sequential(bit.WeightStandardizedConv2d(3, 8, kernel_size=3, stride=2), nn.ReLU(),
+                          bit.WeightStandardizedConv2d(8, 6, kernel_size=3, padding=1)).eval()  # fmt: skip
+    images = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        before = model(images)
+        assert adopt_(model) == ("0", "2")
+        torch.testing.assert_close(model(images), before, rtol=1e-5, atol=1e-5)
+    assert not any(computes_weight(module) for module in model)
