@@ -26,6 +26,10 @@ class UnsupportedModelError(ModHiFiError):
     """The network holds something that cannot be edited correctly, so it is refused."""
 
 
+class NotRunnableError(UnsupportedModelError):
+    """The library's own network does not run as it is, so that nothing can be said of it."""
+
+
 class NumericsError(ModHiFiError):
     """A number is not finite, or a system of equations cannot be solved as asked."""
 

@@ -49,6 +49,9 @@ from the default configuration of their family (the sizes by their names: 4 laye
 attention and neurons of MLPs, of experts too, reach 80 % of the parameters of their layers' linear layers and experts. Their
 law is checked in float64 for each kind of layer, and again for the whole network with all parts cut at once; *removed* is of
 the decoder layers. Classifiers keep the sizes of their defaults, where one number says how many layers there are two of them.
+A class that the library does not make from its default configuration here, or that does not answer token ids (for a
+classifier: pictures) alone with it, is named apart, whatever its name: there is no network to prune. This is asked of those
+alone that could not be examined.
 """
 
 
@@ -64,7 +67,7 @@ def not_examined(library: str, place: Path, known: set[str]) -> list[str]:
 def standing(library: str, larger: bool) -> list[str]:
     """The part of the present page on a library; of the larger networks of timm, or of all others."""
     found = [f"## {part}" for part in PAGE.read_text(encoding="utf-8").split("\n## ")[1:] if part.startswith(f"{library}")
-             or part.startswith("What is left alone in ") and part.partition("\n")[0].endswith(f" {library}, and why")]  # fmt: skip
+             or part.startswith(("What is left alone in ", "Named apart in ")) and f" in {library}" in part.partition("\n")[0]]  # fmt: skip
     middle = next((place for place, part in enumerate(found) if part.startswith(f"## {library}, larger")), len(found))
     return [part.rstrip("\n") + "\n" for part in (found[middle:] if larger else found[:middle])]
 

@@ -7,19 +7,20 @@ Nothing is fetched.
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from modhifi_cli.errors import UnsupportedModelError
+from modhifi_cli.errors import NotRunnableError, UnsupportedModelError
 from modhifi_cli.models import hf, hf_vision
 from modhifi_cli.models.weights import seeded_initialisation
 from modhifi_cli.records import LoadedModel, Preprocess, TextInput
 
 DECODER, CLASSIFIER = "causal decoder", "image classifier"
 _LARGEST = 40_000_000  # parameters of a decoder that was made small
+_RUN = 300_000_000  # parameters of a default network that is tried as it is
 # What a size is called → how large it is here.
 _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
@@ -58,6 +59,8 @@ _OTHERWISE: tuple[Mapping[str, Any], ...] = (
     {"num_key_value_heads": 4, "swa_num_key_value_heads": 4},
     {"all": True, "num_key_value_heads": 4, "swa_num_key_value_heads": 4},
     {"head_dim": None},
+    {"head_dim": 8, "num_key_value_heads": 4},  # as wide as what is turned
+    {"head_dim": 24, "num_key_value_heads": 4},  # as what is turned and the rest together
     {"lists": True},
     {"lists": True, "all": True, "num_key_value_heads": 4, "swa_num_key_value_heads": 4},
     {"num_key_value_heads": 4, "head_dim": None},
@@ -86,7 +89,9 @@ def load(*, name: str, weights: str = "random", seed: int = 0) -> LoadedModel:
         seed: Of the weights.
 
     Raises:
-        UnsupportedModelError: If its sizes cannot be made small by their names, with the library's own words.
+        NotRunnableError: If the class is not made from its default configuration, or does not answer token ids (pictures)
+            alone with it, with the library's own words.
+        UnsupportedModelError: If its sizes cannot be made small by their names, likewise.
     """
     kind, family = _families()[name]
     with warnings.catch_warnings(), hf._quiet(), seeded_initialisation(seed):
@@ -125,11 +130,19 @@ def _decoder(name: str, family: str) -> LoadedModel:
             with torch.inference_mode():
                 model(input_ids=torch.arange(16)[None], use_cache=False)
         except Exception as error:  # every family validates in its own way
-            told = told or (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")[:160]
+            told = told or _last_words(error)
             continue
         loaded = hf.described(model, None, name)
         assert isinstance(loaded.preprocess, TextInput)
         return loaded
+
+    def default() -> nn.Module:
+        config = _default(made, family)
+        if hasattr(config, "is_decoder"):
+            config.is_decoder = True
+        return made(config)
+
+    _refuse_broken(name, default, {"input_ids": torch.zeros(1, 16, dtype=torch.int64)}, use_cache=False)
     raise UnsupportedModelError(f"it cannot be made small by the names of its sizes ({told}).")
 
 
@@ -148,7 +161,7 @@ def _classifier(name: str, family: str) -> LoadedModel:
             with torch.inference_mode():
                 model(torch.zeros(1, 3, side, side))
         except Exception as error:  # likewise
-            told = (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")[:160]
+            told = _last_words(error)
             continue
         return LoadedModel(
             model=model,
@@ -157,7 +170,37 @@ def _classifier(name: str, family: str) -> LoadedModel:
             architecture={"builder": "modhifi_cli.models.hf_vision.build", "kwargs": {"config": given, "kind": name}},
             weights="random",
         )
+    side = _side(_default(made, family))
+    _refuse_broken(name, lambda: made(_default(made, family)), {"pixel_values": torch.zeros(1, 3, side, side)})
     raise UnsupportedModelError(f"it does not take an image batch alone ({told}).")
+
+
+def _refuse_broken(name: str, make: Callable[[], nn.Module], inputs: Mapping[str, Tensor], **options: bool) -> None:
+    """Look whether the library's own default runs: without any memory, and for real where that is small enough.
+
+    Raises:
+        NotRunnableError: If it does not.
+    """
+    with torch.inference_mode():
+        try:
+            with torch.device("meta"):
+                model = make().eval()
+        except Exception as error:  # every family fails in its own way
+            raise NotRunnableError(f"{name} is not made from its default configuration here ({_last_words(error)}).") from error
+        real = sum(parameter.numel() for parameter in model.parameters()) <= _RUN
+        try:
+            model = make().eval() if real else model
+            model(**{key: value if real else value.to("meta") for key, value in inputs.items()}, **options)
+        except Exception as error:  # likewise
+            words = _last_words(error)
+            # Some products are not written for tensors without values: that is no defect of the network.
+            if real or isinstance(error, ValueError) or "shape" in words:
+                taken = " and ".join(inputs)
+                raise NotRunnableError(f"{name} with its default configuration does not answer {taken} alone ({words}).") from error
+
+
+def _last_words(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")[:160]
 
 
 def _default(made: type[nn.Module], family: str) -> Any:

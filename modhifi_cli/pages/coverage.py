@@ -24,15 +24,19 @@ def page(content: Mapping[str, Any], environment: Mapping[str, Any]) -> Page:
         f"of processor time{took}. Random weights and images; {100 * content['settings']['share']:.0f} % of the "
         "components of every group removed."
     )
+    apart = [row for row in rows if row.get("apart")]
+    rows = [row for row in rows if not row.get("apart")]
     counted = sum(1 for row in rows if row["counts"])
+    sections = [
+        Section("Networks", (table([_line(row, content) for row in rows]),)),
+        Section(f"What is left alone in {content['library']}, and why", (_reasons(rows),)),
+    ]
+    if apart:
+        told = "The library's own class does not run with its default configuration here, so nothing can be said of it."
+        listed = table([{"network": row["name"], "kind": row["kind"], "in the library's words": row["why"]} for row in apart])
+        sections.append(Section(f"Named apart in {content['library']}: {len(apart)}", (Text(told), listed)))
     return Page(
-        title=f"{content['library']}: {counted} of {len(rows)} networks",
-        lead=lead,
-        facts=(),
-        sections=(
-            Section("Networks", (table([_line(row, content) for row in rows]),)),
-            Section(f"What is left alone in {content['library']}, and why", (_reasons(rows),)),
-        ),
+        title=f"{content['library']}: {counted} of {len(rows)} networks", lead=lead, facts=(), sections=tuple(sections)
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modhifi_cli.console import Console
-from modhifi_cli.errors import ConfigError, ModHiFiError
+from modhifi_cli.errors import ConfigError, ModHiFiError, NotRunnableError
 from modhifi_cli.files import artifacts, kept
 from modhifi_cli.pages import coverage as coverage_pages
 from modhifi_cli.records import Progress
@@ -79,7 +79,8 @@ def coverage(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Con
     artifacts.write_json(place / "results.json", content)
     pieces.write_page(place, "coverage", coverage_pages.page(content, environment))
     counted = sum(row["counts"] for row in rows)
-    console.table(f"{library}: {counted} of {len(rows)} networks count", [_shown(row) for row in rows])
+    asked_for = len(rows) - sum(row.get("apart", False) for row in rows)
+    console.table(f"{library}: {counted} of {asked_for} networks count", [_shown(row) for row in rows])
     console.note(f"the table with every reason is {place / 'coverage.html'}")
     console.result({"folder": str(place), "networks": len(rows), "count": counted})
     return place
@@ -224,6 +225,7 @@ def examine_into_file(job: Mapping[str, Any]) -> None:
             found = examine(job["name"], job["kind"], job["asked"])
         except ModHiFiError as error:
             found = _failed(job["name"], job["kind"], job["asked"], " ".join(str(error).split()))
+            found["apart"] = isinstance(error, NotRunnableError)
         except MemoryError:
             found = _failed(job["name"], job["kind"], job["asked"], f"it needs more than {job['memory']:g} GB")
         # Libraries raise whatever they like; one network's trouble must not end the table.

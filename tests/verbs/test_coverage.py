@@ -76,6 +76,18 @@ def test_a_failing_network_gives_its_reason_and_no_traceback(here):
     assert not found["counts"] and "torchvision has no image network 'none'" in found["why"]
 
 
+def test_what_the_library_itself_cannot_run_is_named_apart_and_not_counted():
+    from modhifi_cli.pages import coverage as pages
+    from modhifi_cli.pages.page import markdown
+
+    row = {"name": "good", "kind": "causal decoder", "counts": False, "why": "law", "refused": []}
+    rows = [row, row | {"name": "broken", "why": "it is not made", "apart": True}]
+    content = {"library": "transformers", "date": "today", "settings": {"share": 0.3}, "networks": rows}
+    page = markdown(pages.page(content, {"packages": {}, "system": "here", "command": "modhifi coverage"}))
+    assert "transformers: 0 of 1 networks" in page and "Named apart in transformers: 1" in page
+    assert "| broken | causal decoder | it is not made |" in page
+
+
 @pytest.mark.parametrize(
     ("found", "words"),
     [
