@@ -23,7 +23,7 @@ from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, Slot, 
 from modhifi_cli.graph.experts import Experts, common_width, of_experts
 from modhifi_cli.graph.law import SEED, KeepsDouble, Verdict, randomise_
 from modhifi_cli.graph.mixers import is_mixer, ways
-from modhifi_cli.graph.parts import integers, is_part, part_of
+from modhifi_cli.graph.parts import BareTensor, integers, is_part, part_of
 from modhifi_cli.graph.surgery import set_attribute_, slice_module_
 
 KINDS = ("attention", "mlp", "experts")  # in the order in which a decoder layer runs them
@@ -174,8 +174,8 @@ def decoder_layers(model: nn.Module) -> tuple[str, ...]:
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    # The second of pairs, the third where the first counts how often layers run.
-    counts = [getattr(text, key, None) for key in ("num_hidden_layers", "decoder_layers", "num_layers_per_stack")]
+    # The second and third of pairs, the last where the first counts how often layers run.
+    counts = [getattr(text, key, None) for key in ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers", "num_layers_per_stack")]
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is a sequence-to-sequence model; only causal decoders can be pruned as language "
@@ -184,10 +184,9 @@ def decoder_layers(model: nn.Module) -> tuple[str, ...]:
     others = tuple(f"{name}." for name, module in model.named_modules()  # parts that read pictures or sound
                    if name and getattr(module, "main_input_name", "input_ids") != "input_ids")  # fmt: skip
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
-             and len(module) in counts and any(parameter.dim() > 1 for parameter in module[0].parameters())
-             and not name.startswith(others)]  # fmt: skip
+             and len(module) in counts and any(parameter.dim() > 1 for parameter in module[0].parameters())]  # fmt: skip
     # Layers are of one class, or each of the class of its kind.
-    for name, module in sorted(lists, key=lambda each: len({type(layer) for layer in each[1]}) > 1):
+    for name, module in sorted(lists, key=lambda each: (each[0].startswith(others), len({type(m) for m in each[1]}) > 1)):
         return tuple(f"{name}.{number}" for number in range(len(module)))
     raise UnsupportedModelError(
         f"{type(model).__name__}: no list of {counts[0]} decoder layers was found; only causal decoders whose layers stand "
@@ -233,8 +232,12 @@ def _either_way(
         with short_circuited(model, layers, answer):
             return forward()
     except (ValueError, TypeError, AttributeError):  # it unpacks what its layers give, or takes the first of it
-        with short_circuited(model, layers, lambda *given: (answer(*given), None)):
-            return forward()
+        try:
+            with short_circuited(model, layers, lambda *given: (answer(*given), None)):
+                return forward()
+        except ValueError:  # a state beside them
+            with short_circuited(model, layers, lambda *given: (answer(*given), None, None)):
+                return forward()
 
 
 @torch.no_grad()
@@ -255,6 +258,8 @@ def enter(model: nn.Module, layers: Sequence[str], tokens: Tensor) -> tuple[Tens
     def answer(number: int, hidden: Tensor, call: Call) -> Tensor:
         if number == 0:
             entered.append(hidden)
+        elif hidden.dim() < entered[0].dim():
+            raise ValueError("the network takes the first of what its layers give")
         calls.append(call)
         if number == len(layers) - 1:
             raise _Enough
@@ -280,9 +285,13 @@ def enter(model: nn.Module, layers: Sequence[str], tokens: Tensor) -> tuple[Tens
 def leave(model: nn.Module, layers: Sequence[str], hidden: Tensor) -> Tensor:
     """Logits from the hidden states behind the last decoder layer, ``[batch, length, vocabulary]``."""
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    return _either_way(
-        model, layers, lambda number, *_: hidden, lambda: model(input_ids=tokens, use_cache=False).logits
-    )
+
+    def answer(number: int, given: Tensor, _: Call) -> Tensor:
+        if number and given.dim() < hidden.dim():
+            raise ValueError("the network takes the first of what its layers give")
+        return hidden
+
+    return _either_way(model, layers, answer, lambda: model(input_ids=tokens, use_cache=False).logits)
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -579,7 +588,7 @@ def _ran(layer: nn.Module, name: str, call: Call, model: nn.Module) -> frozenset
 
     handles = [each.register_forward_pre_hook(note(path)) for path, each in layer.named_modules() if path]
     try:
-        hidden = torch.ones(call.shape if len(call.shape) > 3 else (1, 8, width), device=parameter.device, dtype=parameter.dtype)
+        hidden = torch.ones(call.shape or (1, 8, width), device=parameter.device, dtype=parameter.dtype)
         run_layer(layer, hidden, call.to(parameter.device, parameter.dtype))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError, KeyError):
         return None  # the law will say
@@ -696,11 +705,35 @@ def _attention_candidates(
         slots += more if len(writers) == 3 else []
         group = _group(reader, count, slots, Slot(reader, consumed), followers, balanced=1 if whole else kv_heads)
         parts.append(Part(group, "attention", number, said, parent, heads, kv_heads))
+    return _with_more(model, parts, writers, reader)
+
+
+def _with_more(model: nn.Module, parts: Sequence[Part], writers: Sequence[str], reader: str) -> list[Part]:
+    """The same heads, and further ways to tell what goes with them, to be tried after those."""
+    first, found = parts[0], list(parts)
+    module, heads = model.get_submodule(first.parent), first.heads
+    width, read = input_size(model.get_submodule(reader)), output_size(model.get_submodule(reader))
+    own = torch.arange(heads).view(first.components, -1)
+    # All else in it that reads the stream may write something for each head: sinks of a token, biases for distances.
+    known = {*writers, reader, *(slot.module for part in parts for slot in part.group.producers)}
+    inside = [(f"{first.parent}.{path}", child) for path, child in module.named_modules() if path]
+    more = [Slot(name, torch.arange(output_size(child)).view(first.components, -1)) for name, child in inside
+            if name not in known and is_linear(child) and input_size(child) == read and output_size(child) % heads == 0]  # fmt: skip
+    if more:
+        said = [(name, leaf) for name, child in inside for leaf in _HEAD_COUNTS if integers(child).get(leaf) == heads]
+        said += [(name, leaf) for name, child in inside for leaf, _ in child.named_parameters(recurse=False)
+                 if leaf not in ("weight", "bias") and BareTensor(child, leaf).size == heads]  # fmt: skip
+        followers = [Slot(f"{name}.{leaf}", own) for name, leaf in said]
+        found += [_extended(part, more, followers) for part in found]
     # Where the width of all heads has a name of its own that the forward reads, it follows them.
-    named = [Slot(f"{parent}.{leaf}", consumed) for leaf in _WIDTHS if integers(module).get(leaf) == width]
-    if named:
-        parts += [replace(p, group=replace(p.group, followers=(*p.group.followers, *named))) for p in parts]
-    return parts
+    named = [Slot(f"{first.parent}.{leaf}", first.consumer.index) for leaf in _WIDTHS if integers(module).get(leaf) == width]
+    return found + [_extended(part, (), named) for part in found] if named else found
+
+
+def _extended(part: Part, producers: Sequence[Slot], followers: Sequence[Slot]) -> Part:
+    group = part.group
+    group = replace(group, producers=(*group.producers, *producers), followers=(*group.followers, *followers))
+    return replace(part, group=group)
 
 
 def _heads_and_sizes(
@@ -829,7 +862,7 @@ def check_part(layer: nn.Module, prefix: str, part: Part, call: Call, *, seed: i
     removed = _drawn(part, generator)
     kept = torch.ones(part.components, dtype=torch.bool)
     kept[removed] = False
-    shape = call.shape if len(call.shape) > 3 else (1, 8, output_size(home.get_submodule(part.consumer.module)))
+    shape = call.shape or (1, 8, output_size(home.get_submodule(part.consumer.module)))
     hidden = torch.randn(shape, generator=generator, dtype=torch.float64)
     call = call.to(cpu, torch.float64)
     mixed = of_experts(home, part.consumer.module)

@@ -26,6 +26,7 @@ from modhifi_cli.graph.surgery import slice_module_
 TOLERANCE = 1e-8  # of the logits' scale; the check runs in float64
 TOLERANCE_FLOAT32 = 1e-4
 SEED = 0
+_LARGEST_SINGLE = torch.finfo(torch.float32).max
 _BLOCK = 1_000_003  # a prime
 
 
@@ -242,6 +243,9 @@ class KeepsDouble(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        value = args[func is torch.full] if func in (torch.tensor, torch.full) and len(args) > (func is torch.full) else 0.0
+        if isinstance(value, float) and _LARGEST_SINGLE < abs(value) < float("inf"):
+            kwargs = {"dtype": torch.float64, **kwargs}  # the least number there is, which hides a token
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modhifi_cli.graph.components import Slot, input_size, is_linear, output_size
 from modhifi_cli.graph.parts import BareTensor, integers
 
-_READERS = ("o_proj", "out_proj", "linear_out")
+_READERS = ("o_proj", "out_proj", "linear_out", "output")
 _HEADS = ("num_heads", "num_attention_heads")
 # Integers of the module and of what it holds that are the number of what is cut, where they are as large.
 _SIZES = ("num_heads", "num_k_heads", "num_v_heads", "num_attention_heads", "key_dim", "value_dim", "qkv_dim", "conv_dim",
@@ -45,9 +45,9 @@ class Way:
 
 
 def is_mixer(module: nn.Module) -> bool:
-    """Whether a module mixes tokens by a convolution of each channel by itself, and one layer alone reads what comes of it."""
+    """Whether a module mixes each channel by itself, by a convolution or a decay, and one layer alone reads what comes of it."""
     reader = _reader(module)
-    if reader is None or _convolution(module) is None:
+    if reader is None or (_convolution(module) is None and not hasattr(module, "time_decay")):
         return False
     value, width = input_size(module.get_submodule(reader)), output_size(module.get_submodule(reader))
     # Where channels are no wider than the stream, sizes do not tell who reads which; the law does.
@@ -62,10 +62,10 @@ def ways(module: nn.Module, name: str) -> list[Way] | str:
         module: The mixer.
         name: Its name in the network.
     """
-    reader, found = _reader(module), _convolution(module)
-    assert reader is not None and found is not None
-    conv, channels = found
+    reader = _reader(module)
+    assert reader is not None
     value = input_size(module.get_submodule(reader))
+    conv, channels = _convolution(module) or (None, value)
     keys, heads = _counts(module, value)
     if value % heads or heads % keys or channels < value:
         return f"its {channels} channels and the {value} that {reader} reads are not those of {heads} heads"
@@ -134,7 +134,7 @@ class _Spans:
         return torch.cat(found, 1)
 
 
-def _way(module: nn.Module, name: str, reader: str, conv: str, span: _Spans, unit: str) -> Way:
+def _way(module: nn.Module, name: str, reader: str, conv: str | None, span: _Spans, unit: str) -> Way:
     producers, followers = [], []
     for path, inside in module.named_modules():
         full = f"{name}.{path}" if path else name
@@ -155,7 +155,9 @@ def _held(module: nn.Module, name: str, span: _Spans) -> Iterator[Slot]:
     """What a module itself holds for each head: tensors, but for the weight of a norm of each head, and numbers."""
     for leaf, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         bare = BareTensor(module, leaf)
-        if leaf != "weight" and bare.size > 1 and (index := span.of(bare.size)) is not None:
+        # Where each channel is one by itself, what has further dimensions scales what the layers read.
+        read = span.heads == span.value and bare.tensor.dim() > 1
+        if leaf != "weight" and bare.size > 1 and not read and (index := span.of(bare.size)) is not None:
             yield Slot(f"{name}.{leaf}", index)
     for leaf, held in integers(module).items():
         if leaf in _SIZES and held > 1 and (index := span.of(held)) is not None:

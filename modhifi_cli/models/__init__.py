@@ -88,8 +88,7 @@ def _refuse_reaching(value: Any, key: str = "kwargs", depth: int = 0, *, largest
         raise DataError("architecture description: nested too deep; the file was not written by modhifi.")
     if isinstance(value, Mapping):
         for name, one in value.items():
-            number = isinstance(one, int | float) and not isinstance(one, bool)  # the width of a quantiser opens nothing
-            if one not in (None, False) and not number and _REACHING.search(str(name)):
+            if one not in (None, False) and not _are_numbers(one) and _REACHING.search(str(name)):
                 raise DataError(
                     f"architecture description: {key}.{name} would fetch, open or run something, which a folder may not "
                     "ask for; remove it if you know it, and save the model again."
@@ -108,6 +107,12 @@ def _refuse_reaching(value: Any, key: str = "kwargs", depth: int = 0, *, largest
         raise DataError(
             f"architecture description: {key}={value} is larger than its weights can be; the file is damaged, restore it."
         )
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether this is a number, or several: the width of a quantiser or sizes of windows open nothing."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(one, int | float) and not isinstance(one, bool) for one in several)
 
 
 def _short(value: Any) -> str:

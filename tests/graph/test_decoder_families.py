@@ -132,13 +132,15 @@ SHORT = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64, "max_posit
         linear_value_head_dim=8), "linear_attn.out_proj", 2, "linear attention"),
     (lambda: transformers.RecurrentGemmaConfig(
         **SHORT, lru_width=32, block_types=["recurrent"]), "temporal_block.linear_out", 4, "linear attention"),
+    (lambda: transformers.RwkvConfig(hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, vocab_size=64,
+                                     intermediate_size=48), "attention.output", 32, "mixed over time"),
     (lambda: transformers.FalconH1Config(
         **SHORT, head_dim=8, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1,
         mamba_rms_norm=False), "mamba.out_proj", 8, "state space"),
 ])  # fmt: skip
 def test_heads_of_what_mixes_tokens_without_scores_obey_the_law(config, name, components, unit):
     found = {part.name: part for part in find_parts(made(config()), components=["attention"]).parts}
-    part = found[f"model.layers.0.{name}"]
+    part = next(part for name_of, part in found.items() if name_of.endswith(f".0.{name}"))
     assert part.components == components and unit in part.unit
 
 
@@ -229,3 +231,32 @@ def test_a_saved_network_asks_for_no_kernels_that_would_be_fetched(tmp_path):
     assert loaded.architecture["kwargs"]["config"]["use_mamba_kernels"] is False
     (file,) = tmp_path.glob("*config.json") if not (tmp_path / "config.json").exists() else [tmp_path / "config.json"]
     assert json.loads(file.read_text())["use_mamba_kernels"] is False and model.config.use_mamba_kernels is True
+
+
+def test_a_class_whose_own_default_does_not_run_is_told_apart_from_one_that_cannot_be_pruned():
+    from modhifi_cli.errors import NotRunnableError
+    from modhifi_cli.models import transformers as families
+
+    with pytest.raises(NotRunnableError, match="is not made from its default configuration here"):
+        families.load(name="DbrxForCausalLM")
+    with pytest.raises(NotRunnableError, match="does not answer input_ids alone"):
+        families.load(name="MusicgenForCausalLM")
+    with pytest.raises(NotRunnableError, match="does not answer pixel_values alone"):
+        families.load(name="ImageGPTForImageClassification")
+    with pytest.raises(Exception, match="cannot be made small by the names of its sizes") as told:
+        families.load(name="BltForCausalLM")
+    assert not isinstance(told.value, NotRunnableError)
+
+
+@pytest.mark.parametrize("name, written", [
+    ("Inkling2ForCausalLM", {"sink_proj", "relative_position_bias.linear", "relative_position_bias.num_heads"}),
+    ("XGLMForCausalLM", set()),  # the least number there is, in the type of the law
+    ("WhisperForCausalLM", set()),  # the whole network hears, its decoder reads
+])  # fmt: skip
+def test_heads_of_families_that_write_more_for_each_or_hide_tokens_in_their_own_way_obey_the_law(name, written):
+    from modhifi_cli.models import transformers as families
+
+    found = find_parts(families.load(name=name).model, components=["attention"])
+    group = found.parts[0].group
+    assert written <= {slot.module.rpartition("self_attn.")[2] for slot in (*group.producers, *group.followers)}
+    assert len(found.parts) == len(found.layers)
