@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+from modhifi_cli.errors import UnsupportedModelError
 from modhifi_cli.graph.dependency import find_groups
 from modhifi_cli.graph.labels import label
 from modhifi_cli.graph.law import check
@@ -69,6 +70,8 @@ SPOILT = {
     "a tensor as wide": (lambda x: x + torch.arange(8.0)[:, None, None], "a tensor that always stays"),
     "layer norm": (lambda x: nn.functional.layer_norm(x, x.shape[1:]), "across these channels"),
     "channels padded": (lambda x: nn.functional.pad(x, (0, 0, 0, 0, 4, 4))[:, 4:12], "pads or crops"),
+    "unequal chunks": (lambda x: torch.cat(x.chunk(3, 1), 1), "splits these channels into unequal parts"),
+    "a weight of nobody": (lambda x: nn.functional.linear(x, torch.eye(6, dtype=x.dtype)), "a weight that is no linear layer's own"),
     "Fourier": (lambda x: torch.fft.fft(x, dim=1).real, "not known here"),
 }
 
@@ -89,6 +92,12 @@ def test_what_mixes_channels_spoils_its_group_alone(name):
     assert set(groups) == {"second"}
     assert re.search(words, refused["first"])
     assert check(model, tuple(groups.values()), images).holds
+
+
+def test_a_network_that_knows_its_batch_cannot_be_followed():
+    model, images = layer(lambda x: x.clone().copy_(torch.ones(2, 8, 6, 6)))
+    with pytest.raises(UnsupportedModelError, match="could not be traced for coupled channels: .*; its forward must be plain"):
+        groups_of(model, images)
 
 
 def test_both_halves_of_a_chunk_go_together():
