@@ -87,7 +87,7 @@ def load(
     options |= {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
-    with _quiet(), _explained(source):
+    with quiet(), _explained(source):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(source, **options)
@@ -134,7 +134,7 @@ def _check(path: str | None, gguf: str | None, dtype: str, weights: str) -> None
 
 
 def _mapped(place: Path, config: Any, dtype: Any) -> nn.Module | None:
-    with _quiet():
+    with quiet():
         model = mapped(place, config, dtype)
         if model is not None:
             open_experts_(model)
@@ -177,7 +177,7 @@ def outline(
     if revision is not None:
         options["revision"] = revision
     source = str(place) if place.is_dir() else path
-    with _quiet(), _explained(source), torch.device("meta"):
+    with quiet(), _explained(source), torch.device("meta"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(source, **options)
@@ -200,7 +200,7 @@ def build(*, config: Mapping[str, Any], dtype: str = "float32", kind: str | None
     Raises:
         DataError: If the configuration names no known family or does not hold together, or there is no such class.
     """
-    with _quiet():
+    with quiet():
         import transformers
         from transformers.initialization import no_init_weights
 
@@ -228,7 +228,7 @@ def build(*, config: Mapping[str, Any], dtype: str = "float32", kind: str | None
 
 def continuation(model: nn.Module, tokens: Tensor, count: int) -> Tensor:
     """Greedy continuation with a cache, ``[batch, length]`` → ``[batch, count]`` int64; ends of text do not stop it."""
-    with _quiet(), torch.inference_mode():
+    with quiet(), torch.inference_mode():
         found = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
@@ -250,7 +250,7 @@ def native_config(model: nn.Module) -> Any | None:
     validation refuses or ties to the width).
     """
     shapes = [shape_of(model, number) for number in range(len(decoder_layers(model)))]
-    with _quiet(), closed(model) as fits:
+    with quiet(), closed(model) as fits:
         config = _with_shapes(model.config, shapes) if fits else None
         return config if config is not None and _same_shapes(config, model) else None
 
@@ -288,7 +288,7 @@ def will_open(model: nn.Module, *, even: bool) -> Opening:
     known = model.config.model_type in uneven.FAMILIES
     shapes = [narrow if even or number == 0 else shape for number in range(len(decoder_layers(model)))]
     if even:
-        with _quiet():
+        with quiet():
             config = _with_shape(model.config, narrow)
             if config is not None and _builds(config, narrow):
                 return Opening("transformers")
@@ -325,7 +325,7 @@ def accepts_heads(model: nn.Module, heads: int, kv_heads: int) -> bool:
     """Whether the family's own configuration can hold so many heads in every layer, at the dense head dimension."""
     before = shape_of(model, 0)
     wanted = before | {"heads": heads, "kv_heads": kv_heads}
-    with _quiet():
+    with quiet():
         config = _with_shape(model.config, wanted)
         if config is None:
             return False
@@ -351,7 +351,7 @@ def save(model: nn.Module, directory: Path, text: TextInput) -> tuple[bool, dict
     code = uneven.code(model) if native is None else None
     opens = Opening("transformers") if native is not None else _other_opening(model, shapes, code is not None)
     described = {"widths": describe_widths(model), "attributes": attention_attributes(model), "opens": vars(opens)}
-    with _quiet(), closed(model) if native is not None else contextlib.nullcontext():
+    with quiet(), closed(model) if native is not None else contextlib.nullcontext():
         try:
             model.config = _without_kernels(dense if native is None else native)
             # The tensors' present names for ourselves; for others those that the family's checkpoints have on the hub.
@@ -382,7 +382,7 @@ def restore(directory: Path, architecture: Mapping[str, Any], described: Mapping
     from modhifi_cli.models import build_architecture
 
     if described.get("native"):
-        with _quiet(), _explained(str(directory)):
+        with quiet(), _explained(str(directory)):
             from transformers import AutoModelForCausalLM
 
             dtype = DTYPES[architecture["kwargs"]["dtype"]]
@@ -487,7 +487,7 @@ def _refuse_unsuitable(config: Any, *, gguf: bool) -> None:
 
 
 def _tokenizer(source: str, options: Mapping[str, Any]) -> Any:
-    with _quiet(), _explained(source, what="tokenizer"):
+    with quiet(), _explained(source, what="tokenizer"):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(source, **options)
@@ -526,7 +526,7 @@ def _explained(source: str, what: str = "model") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers reports its progress and advice on standard error; what goes wrong comes as an error anyway."""
     from transformers.utils import logging
 

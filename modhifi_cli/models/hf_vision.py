@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, first_line
 from modhifi_cli.graph.inputs import check_images
 from modhifi_cli.models.called import side_by_side
+from modhifi_cli.models.hf import quiet
 from modhifi_cli.models.preprocessing import adjusted, named_classes
 from modhifi_cli.models.weights import fit_weights_, load_weights_, seeded_initialisation, weights_files
 from modhifi_cli.records import LoadedModel, Preprocess
@@ -58,7 +59,8 @@ def build(*, config: Mapping[str, Any], kind: str) -> nn.Module:
         raise DataError(f"model.path: transformers has no network '{kind}'; set `architectures` in config.json to its class.")
     values = {key: value for key, value in config.items() if key != "model_type"}
     try:
-        return Pictures(made(transformers.AutoConfig.for_model(config["model_type"], **values))).eval()
+        with quiet():
+            return Pictures(made(transformers.AutoConfig.for_model(config["model_type"], **values))).eval()
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ImportError) as error:
         text = first_line(error).rstrip(".")
         raise DataError(f"model.path: config.json does not make a {kind} ({text}); copy the folder again.") from error
@@ -127,7 +129,8 @@ def _load_published_(network: Any, folder: Path) -> str:
     """The folder's weights, under whatever names the library of the time gave them; the account of them."""
     files = weights_files(folder)
     try:
-        found, told = type(network).from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        with quiet():
+            found, told = type(network).from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         text = first_line(error).rstrip(".")
         raise DataError(f"model.path: the weights of {folder} cannot be read ({text}); copy the folder again.") from error

@@ -94,7 +94,7 @@ def load(*, name: str, weights: str = "random", seed: int = 0) -> LoadedModel:
         UnsupportedModelError: If its sizes cannot be made small by their names, likewise.
     """
     kind, family = _families()[name]
-    with warnings.catch_warnings(), hf._quiet(), seeded_initialisation(seed):
+    with warnings.catch_warnings(), hf.quiet(), seeded_initialisation(seed):
         warnings.simplefilter("ignore")
         return _decoder(name, family) if kind == DECODER else _classifier(name, family)
 

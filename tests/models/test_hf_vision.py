@@ -56,6 +56,12 @@ def test_a_folder_prunes_on_the_command_line_and_is_read_back(vit, tmp_path, mon
     assert sum(p.numel() for p in narrow.parameters()) < 0.85 * sum(p.numel() for p in vit[1].parameters())
 
 
+def test_the_library_says_nothing_of_its_own_while_a_folder_is_read(vit, capfd):
+    hf_vision.load(path=str(vit[0]))
+    said = capfd.readouterr()
+    assert said.out == said.err == ""
+
+
 def test_a_size_that_is_no_pixels_can_be_set_as_the_message_says(vit, tmp_path):
     import shutil
 
