@@ -153,7 +153,7 @@ def test_a_measurement_that_fills_the_card_goes_on_with_half_the_batch(here, cap
 
 @pytest.mark.card
 def test_a_run_on_a_card_of_half_the_size_keeps_the_same_and_stays_below_it():
-    data = torch.cat([images for images, _ in labelled_images("batchnorm", 400)])
+    data = torch.cat([images for images, _ in labelled_images("batchnorm", 1200)])
     model = network("batchnorm")
     with pretend.card() as roomy:
         _, first = modhifi_cli.prune(model.cuda(), data, sparsity=0.3, preset="paper", batch_size=20)
