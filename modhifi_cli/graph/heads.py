@@ -23,7 +23,8 @@ from modhifi_cli.errors import is_whole
 from modhifi_cli.graph.standardised import computes_weight, settle_
 
 COUNTS = ("num_heads", "heads", "num_attention_heads")  # attributes that hold the number of heads
-MERGED = ("all_head_size",)  # the number of features of all heads, where a view lays them side by side
+# The number of features of all heads, where a view lays them side by side; the others say so in transformers alone.
+MERGED = ("all_head_size", "embed_dim", "hidden_size_output")
 # Attributes that hold the number of heads times a number of features, where they are read.
 _WIDTHS = (
     "attn_dim", "all_head_dim", "kv_dim", "val_attn_dim", "key_attn_dim", "inner_dim", "o_proj_inpdim", "dim_out",

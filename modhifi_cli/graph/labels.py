@@ -812,10 +812,11 @@ class _Flow(TorchDispatchMode):
                 self._rows.append(self._arranged(after, split, sizes))
             elif len(split) == 1 and self._modules and head_count(self._modules[-1][1]) == after.shape[split[0]]:
                 self._rows.append(self._arranged(after, split, sizes))  # the view spells out the number of heads
-            if len(split) == 1 and after.dim() < before.dim() and self._modules:
+            if len(split) == 1 and after.dim() < before.dim() and after.shape[split[0]] not in before.shape and self._modules:
                 where, module = self._modules[-1]
                 held = integers(module)
-                for leaf in (leaf for leaf in MERGED if held.get(leaf) == after.shape[split[0]]):
+                for leaf in (leaf for leaf in MERGED if held.get(leaf) == after.shape[split[0]] and (
+                        leaf == MERGED[0] or type(module).__module__.startswith("transformers."))):  # fmt: skip
                     self._size(where, leaf, self._channels(after, split[0]))
 
     def _arranged(self, after: Tensor, split: Sequence[int], sizes: Sequence[int]) -> "_Rows":
@@ -844,7 +845,9 @@ class _Flow(TorchDispatchMode):
             taken = dict(zip((n[0] for n in leaves or () if len(n) == 1), labels.split(sizes), strict=False))
             if leaves is not None:
                 for names, mine in zip(leaves, labels.split(sizes), strict=True):
-                    if len(names) == 1:
+                    if isinstance(names[0], int):
+                        self._labels.spoil(mine, f"{self._here()} {why}")
+                    elif len(names) == 1:
                         self._size(where, names[0], mine)
                     elif names[1] in taken:
                         self._size(where, names[0], torch.cat([taken[names[1]], mine]))

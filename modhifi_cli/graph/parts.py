@@ -152,21 +152,22 @@ def _remember_(owner: nn.Module, leaf: str) -> None:
         owner.__dict__[_CUT] = (*known, leaf)
 
 
-def size_names(module: nn.Module, sizes: tuple[int, ...]) -> tuple[tuple[str, ...], ...] | None:
+def size_names(module: nn.Module, sizes: tuple[int, ...]) -> tuple[tuple[str | int, ...], ...] | None:
     """Attributes of a module that say the given sizes of a split, in this order, or None where none say them.
 
     An attribute that holds all of them comes first; otherwise the forward's own text is asked for a split into as many
     parts whose sizes are attributes, or a difference of two.
 
     Returns:
-        For each size the leaf of a `Size`; for a difference two, what is taken from and what is taken away.
+        For each size the leaf of a `Size`; for a difference two, what is taken from and what is taken away; a number where
+        the forward says that itself.
     """
     for name, value in vars(module).items():
         if isinstance(value, list | tuple) and tuple(value) == sizes and not name.startswith("_"):
             return tuple((f"{name}.{place}",) for place in range(len(sizes)))
     for terms in _written_splits(type(module)):
         if len(terms) == len(sizes):
-            known = [[getattr(module, name, None) for name in names] for names in terms]
+            known = [[name if isinstance(name, int) else getattr(module, name, None) for name in names] for names in terms]
             if all(isinstance(value, int) for values in known for value in values):
                 if tuple(values[0] - sum(values[1:]) for values in known) == sizes:
                     return terms
@@ -174,7 +175,7 @@ def size_names(module: nn.Module, sizes: tuple[int, ...]) -> tuple[tuple[str, ..
 
 
 @functools.cache
-def _written_splits(kind: type[nn.Module]) -> tuple[tuple[tuple[str, ...], ...], ...]:
+def _written_splits(kind: type[nn.Module]) -> tuple[tuple[tuple[str | int, ...], ...], ...]:
     """The splits into listed attributes of ``self`` that the methods of a class write down."""
     found = []
     for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
@@ -190,13 +191,15 @@ def _written_splits(kind: type[nn.Module]) -> tuple[tuple[tuple[str, ...], ...],
                     for argument in (*call.args, *(keyword.value for keyword in call.keywords)):
                         if isinstance(argument, ast.List | ast.Tuple):
                             terms = tuple(_attributes_of(element) for element in argument.elts)
-                            if all(terms):
+                            if all(terms) and any(isinstance(names[0], str) for names in terms):
                                 found.append(terms)
     return tuple(found)
 
 
-def _attributes_of(node: ast.AST) -> tuple[str, ...]:
-    """The name of ``self.name``, two of ``self.one - self.other``, none of anything else."""
+def _attributes_of(node: ast.AST) -> tuple[str | int, ...]:
+    """The name of ``self.name``, two of ``self.one - self.other``, a number itself, none of anything else."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return (node.value,)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
         left, right = _attributes_of(node.left), _attributes_of(node.right)
         return (*left, *right) if len(left) == len(right) == 1 else ()

@@ -9,7 +9,7 @@ from torch import nn
 from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.dependency import find_groups
 from modhifi_cli.graph.law import check, slice_groups_
-from modhifi_cli.graph.parts import part_of
+from modhifi_cli.graph.parts import part_of, size_names
 from modhifi_cli.graph.surgery import describe_widths, restore_widths_
 from modhifi_cli.graph.trace import trace
 from tests.graph import networks
@@ -150,3 +150,20 @@ def test_the_law_is_checked_in_float64_where_a_forward_asks_for_float32():
     groups, _ = groups_of(model, images)
     verdict = check(model, tuple(groups.values()), images)
     assert verdict.holds and verdict.difference < 1e-12
+
+
+class Counted(nn.Module):
+    """Splits off one channel by its number, and the others by a size that it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_dim = 4
+
+    def forward(self, x):
+        one, keys, values = torch.split(x, split_size_or_sections=[1, self.embed_dim, self.embed_dim], dim=1)
+        return keys * one.softmax(1) + values
+
+
+def test_a_split_may_say_a_number_itself():
+    assert size_names(Counted(), (1, 4, 4)) == ((1,), ("embed_dim",), ("embed_dim",))
+    assert size_names(Counted(), (2, 4, 4)) is None and size_names(Counted(), (4, 4)) is None
