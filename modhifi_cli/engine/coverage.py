@@ -214,11 +214,12 @@ def _own(module: nn.Module) -> int:
 
 
 def _zero_(model: nn.Module, part: Part, gone: Tensor) -> None:
-    reader, entries = model.get_submodule(part.consumer.module), part.consumer.index[gone].flatten()
-    if isinstance(reader, nn.Linear):
-        reader.weight[:, entries] = 0
-    else:
-        weight_of(reader)[entries] = 0
+    for slot in part.group.consumers:
+        reader, entries = model.get_submodule(slot.module), slot.index[gone].flatten()
+        if isinstance(reader, nn.Linear):
+            reader.weight[:, entries] = 0
+        else:
+            weight_of(reader)[entries] = 0
 
 
 def _drawn_evenly(part: Part, share: float, generator: torch.Generator) -> Tensor:

@@ -64,6 +64,7 @@ _ATTENTION_ROLES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("project_q", "project_k", "project_v"), "attention_out"),
     (("Wq", "Wk", "Wv"), "dense"),
     (("qkv_proj",), "o_proj"),
+    (("qkv_proj",), "out_proj"),
     (("query_key_value",), "dense"),
     (("c_attn",), "c_proj"),
     (("Wqkv",), "out_proj"),
@@ -74,6 +75,7 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 _CHOSEN = ("top_k", "num_experts_per_tok", "moe_topk", "topk", "num_selected_experts")
 _ROUTER_GROUPS = ("num_group", "n_group", "num_expert_group")
 _GATES = ("gate_proj", "g_proj", "q_gate_proj")
+_DEVICES = 4  # a fused projection may hold queries, values and keys of the heads of one device after the other
 _HEAD_COUNTS = ("num_heads", "n_head", "num_attention_heads", "n_heads")
 _WIDTHS = ("embed_dim", "hidden_size")
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "dim_head")
@@ -84,7 +86,8 @@ class Part:
     """What can be pruned of one decoder layer together: hidden neurons of an MLP, heads of its attention, or experts.
 
     Attributes:
-        group: The components in the coordinates of the dense network; one consumer, no followers.
+        group: The components in the coordinates of the dense network. The first consumer is the one that is repaired;
+            further ones, of state spaces alone, only lose what they read of them.
         kind: ``"mlp"`` (of an expert, too), ``"attention"`` or ``"experts"``.
         layer: Number of the decoder layer.
         unit: What one component is, in words.
@@ -122,7 +125,7 @@ class Part:
 
     @property
     def consumer(self) -> Slot:
-        """Where the components are read."""
+        """Where the components are read: what of them reaches the stream."""
         return self.group.consumers[0]
 
     def head_counts(self, keep: int) -> tuple[int, int]:
@@ -440,7 +443,7 @@ def component_parameters(model: nn.Module, part: Part) -> int:
                 single = [each.expert(number) for number in each.numbers] if isinstance(each, Experts) else [each]
                 whole += sum(tensor.numel() for module in single for tensor in module.parameters())
         return whole // part.components
-    total = 0
+    total = sum(slot.entries * output_size(model.get_submodule(slot.module)) for slot in part.group.consumers[1:])
     for slot in part.group.producers:
         module = model.get_submodule(slot.module)
         total += slot.entries * (input_size(module) + (module.bias is not None))
@@ -569,6 +572,10 @@ def _stranger(root: nn.Module, layer: str, kind: str) -> Refusal:
     if first is not None and not is_linear(root.get_submodule(first)):
         kind_of = type(root.get_submodule(first)).__name__
         return Refusal(stranger, f"it is a {kind_of}, which computes something else than its weight times its input")
+    bare = next((name for name, module in root.named_modules() if "attn" in name or "attention" in name
+                 if any(tensor.dim() > 1 for tensor in module.parameters(recurse=False))), None)  # fmt: skip
+    if kind == "attention" and first is None and bare is not None:
+        return Refusal(f"{layer}.{bare}", "this attention holds its projections as bare tensors, which are left alone")
     if kind == "attention" and first is None:
         return Refusal(layer, "it has no attention: what mixes its tokens (a state space, a recurrence) is left alone")
     return Refusal(stranger, f"no modules with the roles of {'an' if kind[0] == 'a' else 'a'} {kind} were found")
@@ -690,9 +697,11 @@ def _attention_candidates(
         if share == 1:
             interleaved = torch.arange(3 * width).view(heads, 3, dim)
             layouts.append([interleaved[:, 0], interleaved[:, 1], interleaved[:, 2]])
+            if heads % _DEVICES == 0 and heads > _DEVICES:
+                layouts.append(list(torch.arange(3 * width).view(_DEVICES, 3, -1, dim).transpose(0, 1).flatten(1, 2)))
         names = [writers[0]] * 3
     parts = []
-    for queries, keys, values in layouts:
+    for number_of, (queries, keys, values) in enumerate(layouts):
         if whole:
             producers = [queries.reshape(kv_heads, -1), keys, values]
             consumed, count = query.reshape(kv_heads, -1), kv_heads
@@ -703,7 +712,8 @@ def _attention_candidates(
             said = f"query head, the same number of each of {kv_heads} KV heads"
         more, followers = _beside_heads(module, parent, width, heads, count)
         slots += more if len(writers) == 3 else []
-        group = _group(reader, count, slots, Slot(reader, consumed), followers, balanced=1 if whole else kv_heads)
+        runs = _DEVICES if number_of == 2 else 1  # the third layout splits the heads into as many runs of equal length
+        group = _group(reader, count, slots, Slot(reader, consumed), followers, balanced=runs if whole else kv_heads)
         parts.append(Part(group, "attention", number, said, parent, heads, kv_heads))
     return _with_more(model, parts, writers, reader)
 
@@ -779,8 +789,8 @@ def _mixer_candidates(model: nn.Module, parent: str, number: int) -> list[Part] 
     if isinstance(found, str):
         return Refusal(parent, found)
     return [
-        Part(_group(way.reader, way.count, way.producers, Slot(way.reader, way.read), way.followers), "attention", number,
-             way.unit, parent, way.heads, way.count)  # fmt: skip
+        Part(ComponentGroup(way.reader, way.count, way.producers, way.followers, (Slot(way.reader, way.read), *way.others)),
+             "attention", number, way.unit, parent, way.heads, way.count)  # fmt: skip
         for way in found
     ]
 
@@ -873,12 +883,12 @@ def check_part(layer: nn.Module, prefix: str, part: Part, call: Call, *, seed: i
         with torch.no_grad(), KeepsDouble():
             before = run_layer(dense, hidden, call)
             narrow = _rooted(prefix, copy.deepcopy(dense))
-            reader = home.get_submodule(part.consumer.module)
-            gone = part.consumer.index[removed].flatten()
-            if isinstance(reader, nn.Linear):
-                reader.weight[:, gone] = 0
-            else:
-                reader.weight[gone] = 0
+            for slot in part.group.consumers:
+                reader, gone = home.get_submodule(slot.module), slot.index[removed].flatten()
+                if isinstance(reader, nn.Linear):
+                    reader.weight[:, gone] = 0
+                else:
+                    reader.weight[gone] = 0
             zeroed = run_layer(dense, hidden, call)
             slice_part_(narrow, Layout(narrow, [part.group]), part, kept.nonzero().flatten())
             sliced = run_layer(narrow.get_submodule(prefix), hidden, call)
@@ -973,6 +983,9 @@ def _lawful(layer: nn.Module, prefix: str, candidates: Sequence[Part], call: Cal
     """Number of the first candidate that obeys the law, or why none does."""
     for number, part in enumerate(candidates):
         verdict = check_part(layer, prefix, part, call)
+        # Where several layouts are possible, one draw of heads may lie so that a wrong one fits, too.
+        if verdict.holds and len(candidates) > 1:
+            verdict = check_part(layer, prefix, part, call, seed=SEED + 1)
         if verdict.holds:
             return number
     biased = next((key for key, value in call.kwargs.items() if "alibi" in key or "position_bias" in key

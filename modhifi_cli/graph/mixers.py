@@ -1,7 +1,7 @@
 """What mixes tokens without attention's scores: linear attention, state spaces, recurrences and short convolutions.
 
 Such a module has a convolution over time for each channel by itself, and a layer that reads its channels, which belong to
-heads. Everything it holds is as large as its keys, its values or its heads, so sizes say what goes with a head; where a
+heads (others may read them, too). Everything it holds is as large as its keys, its values or its heads, so sizes say what goes with a head; where a
 fused projection may lie in two ways, each is a candidate, and the slicing law decides.
 """
 
@@ -31,6 +31,7 @@ class Way:
         producers: Layers that write what belongs to them.
         followers: Convolution, bare tensors and numbers.
         read: Their positions in what the reader reads, ``[count, entries]``.
+        others: Further layers that read them, such as what writes a state space's steps from its own channels.
         heads: Heads of values.
         unit: What one is, in words.
     """
@@ -40,19 +41,14 @@ class Way:
     producers: tuple[Slot, ...]
     followers: tuple[Slot, ...]
     read: Tensor
+    others: tuple[Slot, ...]
     heads: int
     unit: str
 
 
 def is_mixer(module: nn.Module) -> bool:
-    """Whether a module mixes each channel by itself, by a convolution or a decay, and one layer alone reads what comes of it."""
-    reader = _reader(module)
-    if reader is None or (_convolution(module) is None and not hasattr(module, "time_decay")):
-        return False
-    value, width = input_size(module.get_submodule(reader)), output_size(module.get_submodule(reader))
-    # Where channels are no wider than the stream, sizes do not tell who reads which; the law does.
-    others = [inside for path, inside in module.named_modules() if is_linear(inside) and path != reader]
-    return value == width or all(input_size(inside) != value for inside in others)
+    """Whether a module mixes each channel by itself, by a convolution or a decay, and reads what comes of it."""
+    return _reader(module) is not None and (_convolution(module) is not None or hasattr(module, "time_decay"))
 
 
 def ways(module: nn.Module, name: str) -> list[Way] | str:
@@ -70,8 +66,8 @@ def ways(module: nn.Module, name: str) -> list[Way] | str:
     if value % heads or heads % keys or channels < value:
         return f"its {channels} channels and the {value} that {reader} reads are not those of {heads} heads"
     for path, inside in module.named_modules():
-        weight = getattr(inside, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 1 and len(weight) == value > value // heads:
+        weight = inside._parameters.get("weight")
+        if weight is not None and weight.dim() == 1 and len(weight) == value > value // heads:
             return f"{path} normalises all its heads together, so that none of them can go"
     rest = channels - value
     spans = []
@@ -135,20 +131,24 @@ class _Spans:
 
 
 def _way(module: nn.Module, name: str, reader: str, conv: str | None, span: _Spans, unit: str) -> Way:
-    producers, followers = [], []
+    producers, followers, others = [], [], []
+    read = torch.arange(span.value).view(span.keys, -1)
+    width = output_size(module.get_submodule(reader))
     for path, inside in module.named_modules():
         full = f"{name}.{path}" if path else name
         if is_linear(inside):
-            index = None if path == reader else span.of(output_size(inside))
-            if index is not None:
+            if path == reader:
+                continue
+            if input_size(inside) == span.value != width:  # where channels are as many as the stream's, the law says
+                others.append(Slot(full, read))
+            elif (index := span.of(output_size(inside))) is not None:
                 producers.append(Slot(full, index))
             continue
         if path == conv:
             followers.append(Slot(full, span.of_convolution()))
             continue
         followers += _held(inside, full, span)
-    read = torch.arange(span.value).view(span.keys, -1)
-    return Way(f"{name}.{reader}", span.keys, tuple(producers), tuple(followers), read, span.heads, unit)
+    return Way(f"{name}.{reader}", span.keys, tuple(producers), tuple(followers), read, tuple(others), span.heads, unit)
 
 
 def _held(module: nn.Module, name: str, span: _Spans) -> Iterator[Slot]:
@@ -156,7 +156,7 @@ def _held(module: nn.Module, name: str, span: _Spans) -> Iterator[Slot]:
     for leaf, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         bare = BareTensor(module, leaf)
         # Where each channel is one by itself, what has further dimensions scales what the layers read.
-        read = span.heads == span.value and bare.tensor.dim() > 1
+        read = span.heads == span.value and bare.tensor.dim() > 1 and bare.tensor.shape[0] == 1
         if leaf != "weight" and bare.size > 1 and not read and (index := span.of(bare.size)) is not None:
             yield Slot(f"{name}.{leaf}", index)
     for leaf, held in integers(module).items():

@@ -652,7 +652,7 @@ def _said(config: Any, shape: Mapping[str, int]) -> dict[str, int] | None:
             if key is None:
                 return None
             told[key] = shape[ours]
-    if "heads" in shape and shape["heads"] != config.num_attention_heads:
+    if "heads" in shape and shape["heads"] != getattr(config, "num_attention_heads", None):
         key = next((key for key in ("num_attention_heads", "n_head", "num_heads") if key in plain), None)
         if key is None:
             return None

@@ -27,7 +27,7 @@ _SIZES: Mapping[str, int] = {
                      "num_decoder_layers"), 4),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "word_embed_proj_dim", "embedding_size",
                      "input_embedding_size", "encoder_hidden_size", "cross_attention_hidden_size", "lru_width"), 64),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "index_n_heads",
+    **dict.fromkeys(("num_attention_heads", "n_heads", "num_heads", "decoder_attention_heads", "index_n_heads",
                      "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads",
                      "linear_num_value_heads", "swa_num_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "linear_num_key_heads", "swa_num_key_value_heads"), 2),
@@ -37,7 +37,7 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim",
                      "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size", "dim_ff", "dff",
                      "shared_intermediate_size", "moe_shared_expert_intermediate_size", "intermediate_size_mlp",
-                     "num_hidden_neurons", "moe_latent_size"), 96),
+                     "num_hidden_neurons", "moe_latent_size", "d_inner"), 96),
     **dict.fromkeys(("vocab_size", "n_words", "vocab_size_per_layer_input", "type_vocab_size", "unpadded_vocab_size"), 128),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 128),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"), 4),
@@ -45,7 +45,7 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "num_limited_groups", "first_k_dense_replace",
                      "num_dense_layers", "mamba_n_groups", "n_groups", "n_shared_experts", "moe_layer_start_index",
                      "num_shared_experts", "num_nextn_predict_layers"), 1),
-    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_head_dim": 24, "rotary_dim": 8, "index_topk": 64,
+    "n_head": 8, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_head_dim": 24, "rotary_dim": 8, "index_topk": 64,
     "mamba_n_heads": 8, "mamba_num_heads": 8, "mamba_d_ssm": 128, "mamba_d_state": 8, "ssm_state_size": 8, "state_size": 8,
     "sliding_window": 64, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "attention_hidden_size": 64,
     "time_step_rank": 8, "mamba_dt_rank": 8, "num_memory_blocks": 1, "chunk_size": 32, "mamba_chunk_size": 32,
@@ -67,6 +67,7 @@ _OTHERWISE: tuple[Mapping[str, Any], ...] = (
     {"mamba_n_heads": None, "mamba_num_heads": None, "mamba_d_ssm": None},
     {"num_hidden_layers": 8, "num_layers": 8},
     {"head_dim": None, "num_key_value_heads": None, "hidden_size": 128, "num_attention_heads": 8},
+    {"n_head": 4},
 )
 _OPEN = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "intermediate_size", "n_routed_experts", "n_shared_experts")  # what "all" says
 _PICTURES = {"num_hidden_layers": 2, "n_layer": 2, "image_size": 64}  # the others are sizes of whole stages

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+import transformers
 
 from modhifi_cli.engine.plan import Plan, Summary
 from modhifi_cli.engine.prune import prune_
@@ -196,3 +197,26 @@ def test_uneven_widths_follow_what_each_part_costs_the_predictions():
     assert len({group.keep for group in plan.groups if "mlp" in group.name}) > 1
     assert all(value >= 0 for value in plan.predicted_impact.values())
     assert native_config(model) is None and native_config(dense) is not None
+
+
+@pytest.mark.parametrize("config", [
+    lambda: transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4),
+    lambda: transformers.Qwen3_5TextConfig(
+        hidden_size=32, num_hidden_layers=2, vocab_size=64, intermediate_size=48, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=4, pad_token_id=0,
+        linear_num_value_heads=8, linear_key_head_dim=8, linear_value_head_dim=8),
+])  # fmt: skip
+def test_what_mixes_tokens_without_scores_is_pruned_and_replayed(config):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config()).eval().requires_grad_(False)
+    dense = copy.deepcopy(model)
+    edits, others = prune(model, options=DecoderOptions(components=("attention",)), target="components", sparsity=0.25)
+    assert len(edits) == 2 and all(edit.removed.numel() for edit in edits) and isinstance(others[-1], Summary)
+    again = copy.deepcopy(dense)
+    for edit in edits:
+        apply_edit_(again, edit)
+    assert weights_hash(again) == weights_hash(model)
+    ids = torch.stack(list(tokens().windows))
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=ids, use_cache=False).logits).all()
+        assert torch.equal(again(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits)

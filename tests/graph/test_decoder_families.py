@@ -58,9 +58,12 @@ def test_heads_and_neurons_of_a_family_obey_the_law(kind, config):
 
 
 def test_attention_without_heads_of_its_own_is_told_by_what_it_is():
-    state = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4)
-    with pytest.raises(Exception, match="it has no attention: what mixes its tokens .a state space, a recurrence. is left"):
-        find_parts(made(state))
+    from modhifi_cli.models import transformers as families
+
+    found = find_parts(families.load(name="xLSTMForCausalLM").model)  # a recurrence whose norm spans its heads
+    assert {part.kind for part in found.parts} == {"mlp"}
+    assert "it has no attention: what mixes its tokens (a state space, a recurrence) is left alone" in {
+        refusal.reason for refusal in found.refused}  # fmt: skip
 
 
 def test_what_computes_a_product_with_its_weight_is_linear_and_what_does_more_is_not():
@@ -148,6 +151,13 @@ def test_channels_of_a_short_convolution_are_components_each():
     config = transformers.Lfm2Config(**SHORT, layer_types=["conv"], block_auto_adjust_ff_dim=False)
     (part,) = find_parts(made(config), components=["attention"]).parts
     assert part.components == 32 and part.unit == "channel that is mixed over time"
+
+
+def test_channels_that_a_state_space_reads_itself_are_taken_out_of_all_that_reads_them():
+    (part,) = find_parts(made(transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4)),
+                         components=["attention"]).parts  # fmt: skip
+    assert [slot.module.rpartition(".")[2] for slot in part.group.consumers] == ["out_proj", "x_proj"]
+    assert part.components == 64
 
 
 def test_heads_of_a_state_space_that_one_norm_spans_are_left_alone_with_that_reason():
@@ -260,3 +270,18 @@ def test_heads_of_families_that_write_more_for_each_or_hide_tokens_in_their_own_
     group = found.parts[0].group
     assert written <= {slot.module.rpartition("self_attn.")[2] for slot in (*group.producers, *group.followers)}
     assert len(found.parts) == len(found.layers)
+
+
+def test_a_projection_of_several_devices_keeps_as_many_heads_of_each():
+    config = transformers.CodeGenConfig(n_embd=64, n_layer=1, n_head=8, rotary_dim=4, vocab_size=64, n_positions=32)
+    (part,) = find_parts(made(config), components=["attention"]).parts
+    assert part.balanced == 4 and part.components == 8
+    # Heads 2 and 3 are of the second device, whose queries, values and keys follow those of the first.
+    assert part.group.producers[0].index[2].tolist() == [*range(48, 56), *range(64, 72), *range(80, 88)]
+
+
+def test_attention_that_holds_bare_tensors_is_told_so():
+    from modhifi_cli.models import transformers as families
+
+    found = find_parts(families.load(name="XLNetLMHeadModel").model)
+    assert "this attention holds its projections as bare tensors, which are left alone" in {r.reason for r in found.refused}
