@@ -992,8 +992,21 @@ def _lawful(layer: nn.Module, prefix: str, candidates: Sequence[Part], call: Cal
                    if isinstance(value, Tensor)), None)  # fmt: skip
     if candidates[0].kind == "attention" and biased is not None:
         return f"its network hands the layer a bias for each of its heads ({biased}), so that none of them can go"
+    if norm := _norm_between(layer, prefix, candidates[0]):
+        what = "heads" if candidates[0].kind == "attention" else "neurons"
+        return f"{norm} normalises all its {what} together, so that none of them can go"
     reason = verdict.failure or f"sliced and zeroed hidden states differ by {verdict.difference:.1e} of their scale"
     return f"it fails the slicing law: {reason}"
+
+
+def _norm_between(layer: nn.Module, prefix: str, part: Part) -> str | None:
+    """Name of a norm beside the layers of a part that is as wide as all that they hand over, or says no width."""
+    width = part.consumer.index.numel()
+    for name, child in layer.get_submodule(part.parent.removeprefix(prefix).removeprefix(".")).named_children():
+        weight = getattr(child, "weight", None)
+        if "norm" in name and not name.startswith(("q", "k")) and (weight is None or tuple(weight.shape) == (width,)):
+            return name
+    return None
 
 
 def _drawn(part: Part, generator: torch.Generator) -> Tensor:

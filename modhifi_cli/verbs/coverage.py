@@ -224,7 +224,8 @@ def examine_into_file(job: Mapping[str, Any]) -> None:
         try:
             found = examine(job["name"], job["kind"], job["asked"])
         except ModHiFiError as error:
-            found = _failed(job["name"], job["kind"], job["asked"], " ".join(str(error).split()))
+            words = re.sub(re.escape(tempfile.gettempdir()) + r"/\w+/", "", " ".join(str(error).split()))
+            found = _failed(job["name"], job["kind"], job["asked"], words)
             found["apart"] = isinstance(error, NotRunnableError)
         except MemoryError:
             found = _failed(job["name"], job["kind"], job["asked"], f"it needs more than {job['memory']:g} GB")

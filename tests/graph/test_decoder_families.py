@@ -285,3 +285,9 @@ def test_attention_that_holds_bare_tensors_is_told_so():
 
     found = find_parts(families.load(name="XLNetLMHeadModel").model)
     assert "this attention holds its projections as bare tensors, which are left alone" in {r.reason for r in found.refused}
+
+
+def test_a_norm_between_neurons_and_their_reader_is_the_reason_that_is_told():
+    config = transformers.BitNetConfig(**SHORT)
+    with pytest.raises(Exception, match="mlp.down_proj: ffn_sub_norm normalises all its neurons together, so that none"):
+        find_parts(made(config))
