@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from modhifi_cli.console import Console
+from modhifi_cli.console import Console, duration
 from modhifi_cli.data.text import LENGTH, SEQUENCES
 from modhifi_cli.engine.forecast import SPEEDS, Run, forecast
 from modhifi_cli.engine.memory import free_memory
 from modhifi_cli.errors import ConfigError
+from modhifi_cli.pages import terms
 from modhifi_cli.settings import config, recipes
 from modhifi_cli.verbs import pieces
 
@@ -64,7 +65,7 @@ def show(settings: Mapping[str, Any], console: Console) -> None:
     )
     costs = DecoderCosts(model, decoder, length=length)
     removed = {name: costs.removed_share(keep, name) for name in costs.names}
-    console.note("would remove " + ", ".join(f"{share:.1%} of {name}" for name, share in removed.items()))
+    console.note(f"would remove {terms.removed(removed)}")
     run = _run(settings, steps, sequences=sequences, length=length, passes=len(shares), offload=options.offload)
     found = forecast(model, decoder, run)
     _tell(found, console, settings["runtime"]["device"])
@@ -109,7 +110,7 @@ def _tell(found: Any, console: Console, device: str) -> None:
     console.note(f"copied to the card and back: {found.traffic / 1e9:.1f} GB")
     console.note("; ".join(f"{count / 1e12:.1f} × 10¹² {kind}" for kind, count in found.operations.items()))
     speeds = ", ".join(f"{speed / 1e12:g} × 10¹² {kind}" for kind, speed in SPEEDS.items())
-    console.note(f"about {found.seconds / 60:.1f} minutes where a second takes {speeds}; measurements left out")
+    console.note(f"about {duration(found.seconds)} where a second takes {speeds}; measurements left out")
     if device == "cpu" or torch.cuda.is_available():
         lacking = found.does_not_fit(free_memory(device))
         if lacking is not None:

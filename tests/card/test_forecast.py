@@ -1,6 +1,7 @@
 """A dry run says what a run takes: against peaks that the pretended card measured, and for networks of 7 and 70 B."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -87,6 +88,15 @@ def test_uneven_widths_and_a_dense_network_beside_cost_traffic_and_memory(tmp_pa
     uneven = dry(capsys, tmp_path, "preset=best_uneven", "measure_dense=true")
     assert uneven["traffic_bytes"] > 5 * even["traffic_bytes"]
     assert uneven["host_bytes"] == 2 * even["host_bytes"]
+
+
+def test_a_dry_run_speaks_as_a_run_does(tmp_path, capsys):
+    dry(capsys, folder(tmp_path, "7B"))
+    words = ["model=hf", f"model.path={tmp_path}", "model.dtype=bfloat16", "sparsity=0.2", "dry_run=true", "console=plain"]
+    assert main(["prune", *words, "measure_dense=false"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"would remove 20[.\d]* % of decoder parameters \([\d.]+ % of the network\), ", said)
+    assert re.search(r"about \d+ (s|min) where a second takes 60 × 10¹² multiply-accumulates", said)
 
 
 def test_an_outline_has_no_weights(tmp_path):
