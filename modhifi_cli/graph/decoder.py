@@ -567,7 +567,8 @@ def _experts(root: nn.Module) -> tuple[str, str] | None:
 
 def _stranger(root: nn.Module, layer: str, kind: str) -> Refusal:
     strangers = [name for name, module in root.named_modules() if isinstance(module, nn.Linear) or is_linear(module)]
-    first = next((name for name in strangers if ("attn" in name or "attention" in name) == (kind != "mlp")), None)
+    here = "attn" in layer or "attention" in layer
+    first = next((name for name in strangers if (here or "attn" in name or "attention" in name) == (kind != "mlp")), None)
     stranger = f"{layer}.{first}" if first else layer
     if first is not None and not is_linear(root.get_submodule(first)):
         kind_of = type(root.get_submodule(first)).__name__

@@ -291,3 +291,9 @@ def test_a_norm_between_neurons_and_their_reader_is_the_reason_that_is_told():
     config = transformers.BitNetConfig(**SHORT)
     with pytest.raises(Exception, match="mlp.down_proj: ffn_sub_norm normalises all its neurons together, so that none"):
         find_parts(made(config))
+
+
+def test_attention_that_stands_in_a_list_of_its_own_is_not_said_to_be_missing():
+    config = transformers.XLMConfig(emb_dim=32, n_layers=1, n_heads=4, n_words=64)
+    with pytest.raises(Exception, match="attentions.0.q_lin: no modules with the roles of an attention were found"):
+        find_parts(transformers.XLMWithLMHeadModel(config).eval())
