@@ -322,6 +322,15 @@ class _TalkingHeads:
     The three kinds of heads (queries with keys; the softmax's; values) may differ in number: the maps' sizes say them.
     """
 
+    qkv: nn.Linear
+    proj: nn.Linear
+    proj_l: nn.Linear
+    proj_w: nn.Linear
+    attn_drop: nn.Module
+    proj_drop: nn.Module
+    dim_of_head: int
+    scale: float
+
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, tokens, width]`` → the same."""
         pairs, values = self.proj_l.in_features, self.proj_w.out_features
@@ -345,6 +354,14 @@ class _ShiftedWindows:
 
     Its own forward hands the projections' weights to a function that divides the width of the input by the heads.
     """
+
+    window_size: list[int]
+    shift_size: list[int]
+    qkv: nn.Linear
+    proj: nn.Linear
+    dropout: float
+    training: bool
+    dim_of_head: int
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, height, width, channels]`` → the same."""
