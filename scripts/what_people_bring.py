@@ -28,6 +28,7 @@ from modhifi_cli.graph.answers import flattened
 from modhifi_cli.graph.decoder import find_parts
 from modhifi_cli.graph.experts import open_experts_
 from modhifi_cli.graph.folded import copied, fold_
+from modhifi_cli.graph.heads import free_heads_
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.models.called import Called, Form, named_inputs, read_of
 
@@ -486,6 +487,7 @@ def looked_at(config: Callable[[], Any]) -> tuple[bool, str]:
     torch.manual_seed(0)
     model = library.AutoModelForCausalLM.from_config(config()).eval()
     open_experts_(model)
+    free_heads_(model)
     try:
         found = find_parts(model)
     except ModHiFiError as error:

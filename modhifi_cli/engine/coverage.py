@@ -17,6 +17,7 @@ from modhifi_cli.graph.answers import flattened
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, is_transposed, weight_of
 from modhifi_cli.graph.decoder import Part, find_parts, slice_part_
 from modhifi_cli.graph.experts import Experts, open_experts_
+from modhifi_cli.graph.heads import free_heads_
 from modhifi_cli.graph.law import KeepsDouble, randomise_, zero_consumers_
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.records import Edit, ModuleEdit, Progress
@@ -138,6 +139,7 @@ def cut_decoder_(model: nn.Module, *, share: float = 0.3, seed: int = 0) -> Cut:
         UnsupportedModelError: If it is no decoder, or nothing of it can be pruned.
     """
     open_experts_(model)
+    free_heads_(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     found = find_parts(model, components=("attention", "mlp"))
     inside = [model.get_submodule(name) for name in found.layers]

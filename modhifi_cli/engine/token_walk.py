@@ -27,6 +27,7 @@ from modhifi_cli.evaluation.visiting import free_memory
 from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, bias_of, weight_of
 from modhifi_cli.graph.decoder import KINDS, UNITS, Call, Part, find_parts, leave, run_layer, slice_part_
 from modhifi_cli.graph.experts import of_experts, open_experts_
+from modhifi_cli.graph.heads import free_heads_
 from modhifi_cli.models.hf import accepts_heads
 from modhifi_cli.numerics.scoring import Place
 from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress, Statistics
@@ -109,6 +110,7 @@ class TokenWalk:
         self.options = options or DecoderOptions()
         check_weights(model)
         open_experts_(model)
+        free_heads_(model)
         self.model, self.samples = model, len(calibration)
         self.decoder = find_parts(model, components=self.options.components, unit=self.options.unit, exclude=exclude)
         self.refused = self.decoder.refused

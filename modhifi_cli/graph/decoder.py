@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from modhifi_cli.errors import ConfigError, UnsupportedModelError, first_line, nearest
 from modhifi_cli.graph.components import ComponentGroup, Layout, Refusal, Slot, input_size, is_linear, output_size
 from modhifi_cli.graph.experts import Experts, common_width, of_experts
+from modhifi_cli.graph.heads import TAKEN
 from modhifi_cli.graph.law import SEED, KeepsDouble, Verdict, randomise_
 from modhifi_cli.graph.mixers import is_mixer, ways
 from modhifi_cli.graph.parts import BareTensor, integers, is_part, part_of
@@ -781,6 +782,7 @@ def _beside_heads(module: nn.Module, parent: str, width: int, heads: int, count:
     gates = [(leaf, output_size(gate)) for leaf in _GATES if is_linear(gate := getattr(module, leaf, None))]
     slots = [Slot(f"{parent}.{leaf}", torch.arange(size).view(count, -1)) for leaf, size in gates if size in (width, heads)]
     held = [leaf for leaf, tensor in module.named_parameters(recurse=False) if tuple(tensor.shape) == (heads,)]
+    held += [TAKEN] if TAKEN in module._buffers else []
     return slots, [Slot(f"{parent}.{leaf}", torch.arange(heads).view(count, -1)) for leaf in held]
 
 
@@ -1034,6 +1036,10 @@ def _plain(call: Call) -> tuple[str, ...]:
 
 
 def _source(kind: type) -> str:
+    for own in kind.__mro__:  # what stands in front of the family's own forward was put there here
+        if "forward" in vars(own) and not own.forward.__module__.startswith("modhifi_cli"):
+            kind = own
+            break
     try:
         return inspect.getsource(kind.forward)
     except (OSError, TypeError):

@@ -31,6 +31,7 @@ _WIDTHS = (
     "out_dim", "dh",
 )  # fmt: skip
 _ALSO_COUNTS = ("num_kv_heads",)
+_COUNTS_OF_TEXT = ("n_heads", "n_head", "num_attn_heads")  # such attributes in language models
 _SHAPE = "bias_shape"  # of a position bias that is made in a module of its own, heads first or last
 _TABLE = "relative_position_bias_table"
 # Tensors with entries for each head, by the dimension in which they lie. Others are told by their shape.
@@ -51,8 +52,9 @@ _THRICE = ("in_proj_weight", "in_proj_bias")  # queries, keys and values one beh
 # too: queries (heads and their features in the last dimension) and what is added to scores (heads third from behind).
 _QUERIES = ("q_global",)
 _SCORES = ("shared_rel_pos", "shared_rel_pos_bias")
+_BIASES = ("alibi", "position_bias")  # such scores, where layers of language models are handed them
 _DENSE = "heads_when_dense"  # number of heads of an attention before it lost any
-_TAKEN = "taken_heads"  # buffer of an attention that has lost heads: which of those from outside are its own
+TAKEN = "taken_heads"  # buffer of an attention: which of the heads from outside are its own
 
 
 def head_count(module: nn.Module) -> int | None:
@@ -148,9 +150,9 @@ def slice_heads_(module: nn.Module, kept: Tensor) -> None:
         if isinstance(width, int) and width % heads == 0:
             setattr(module, name, width // heads * kept.numel())
     if isinstance(module, _OwnHeads):
-        taken = module._buffers.get(_TAKEN)
+        taken = module._buffers.get(TAKEN)
         where = next(module.parameters()).device
-        module.register_buffer(_TAKEN, kept.to(where) if taken is None else taken[kept.to(taken.device)])
+        module.register_buffer(TAKEN, kept.to(where) if taken is None else taken[kept.to(taken.device)])
     shape = getattr(module, _SHAPE, None)
     if isinstance(shape, tuple):
         table = getattr(module, _TABLE, None)
@@ -218,6 +220,26 @@ def adopt_one_(module: nn.Module) -> None:
         if not hasattr(module, _DENSE):
             setattr(module, _DENSE, heads)
         module.__class__ = _choosing(_inferring(kind))
+
+
+def free_heads_(model: nn.Module) -> None:
+    """Make attention of a language model able to lose heads, in place, where its class is not; its answers stay the same.
+
+    Heads that are handed a bias for each of them get a buffer that says which are left; it is saved once it was cut.
+    """
+    for module in model.modules():
+        heads = next((n for name in (*COUNTS, *_COUNTS_OF_TEXT) if is_whole(n := getattr(module, name, None)) and n > 0), 0)
+        if not heads or hasattr(module, _DENSE) or not any(isinstance(child, nn.Linear) for child in module.children()):
+            continue
+        kind = _inferring(type(module))
+        handed = _handed(kind, _BIASES)
+        if kind is type(module) and not handed:
+            continue
+        setattr(module, _DENSE, heads)
+        module.__class__ = _choosing(kind, _BIASES)
+        if handed:
+            where = next(module.parameters()).device
+            module.register_buffer(TAKEN, torch.arange(heads, device=where), persistent=False)
 
 
 def _hides_projections(module: nn.Module) -> bool:
@@ -448,8 +470,8 @@ class _OwnHeads:
     _handed: tuple[tuple[int, str], ...]
 
     def forward(self, *inputs: Tensor, **named: object) -> Tensor:
-        taken = getattr(self, _TAKEN, None)
-        if taken is None:
+        taken = getattr(self, TAKEN, None)
+        if taken is None or len(taken) == getattr(self, _DENSE):
             return super().forward(*inputs, **named)
         own = list(inputs)
         for place, name in self._handed:
@@ -462,24 +484,25 @@ class _OwnHeads:
     def _chosen(self, handed: Tensor | None, name: str, taken: Tensor) -> Tensor | None:
         if handed is None:
             return None
-        if name in _SCORES:
-            return handed.index_select(-3, taken)
-        return handed.unflatten(-1, (getattr(self, _DENSE), -1)).index_select(-2, taken).flatten(-2)
+        dense = getattr(self, _DENSE)
+        if name in _QUERIES:
+            return handed.unflatten(-1, (dense, -1)).index_select(-2, taken).flatten(-2)
+        return handed.unflatten(-3, (-1, dense)).index_select(-3, taken).flatten(-4, -3)  # a batch may lie in front
 
 
 @functools.cache
-def _choosing(kind: type[nn.Module]) -> type[nn.Module]:
+def _choosing(kind: type[nn.Module], names: tuple[str, ...] = (*_QUERIES, *_SCORES)) -> type[nn.Module]:
     """A subclass that picks its heads of what it is handed; `kind` itself where its forward takes no such thing."""
-    handed = _handed(kind)
+    handed = _handed(kind, names)
     if not handed or issubclass(kind, _OwnHeads):
         return kind
     return type(kind.__name__, (_OwnHeads, kind), {"__module__": kind.__module__, "_handed": handed})
 
 
-def _handed(kind: type[nn.Module]) -> tuple[tuple[int, str], ...]:
+def _handed(kind: type[nn.Module], names: tuple[str, ...] = (*_QUERIES, *_SCORES)) -> tuple[tuple[int, str], ...]:
     """Place and name of the arguments of a class's forward that hold something for each head."""
-    names = tuple(inspect.signature(kind.forward).parameters)[1:]
-    return tuple((place, name) for place, name in enumerate(names) if name in (*_QUERIES, *_SCORES))
+    taken = tuple(inspect.signature(kind.forward).parameters)[1:]
+    return tuple((place, name) for place, name in enumerate(taken) if name in names)
 
 
 # ------------------------------------------------------------------------------------ sizes that follow the heads
@@ -511,8 +534,10 @@ def _inferring(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _inferred(method: types.FunctionType) -> types.FunctionType | None:
-    if method.__closure__ or method.__module__.startswith("modhifi_cli"):
-        return None  # `super()` and decorators: not a plain function of its source
+    if method.__module__.startswith("modhifi_cli"):
+        return None
+    if method.__closure__:
+        return _inferred_inside(method)
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError):
@@ -551,6 +576,20 @@ def _inferred(method: types.FunctionType) -> types.FunctionType | None:
     made = scope[method.__name__]
     made.__defaults__, made.__kwdefaults__ = method.__defaults__, method.__kwdefaults__
     return made
+
+
+def _inferred_inside(method: types.FunctionType) -> types.FunctionType | None:
+    """A decorated method around what it decorates, rewritten; None for other functions that close over something."""
+    plain = getattr(method, "__wrapped__", None)
+    cells = method.__closure__ or ()
+    if not isinstance(plain, types.FunctionType) or not any(cell.cell_contents is plain for cell in cells):
+        return None  # `super()`: not a plain function of its source
+    if (rewritten := _inferred(plain)) is None:
+        return None
+    inside = tuple(types.CellType(rewritten) if cell.cell_contents is plain else cell for cell in cells)
+    again = types.FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, inside)
+    again.__kwdefaults__ = method.__kwdefaults__
+    return functools.update_wrapper(again, rewritten)
 
 
 def _widths(tree: ast.AST) -> Iterator[str]:

@@ -60,6 +60,8 @@ class BareTensor:
             setattr(self.owner, self.leaf, nn.Parameter(new, requires_grad=old.requires_grad))
         else:
             self.owner._buffers[self.leaf] = new
+            # What is left of it is no longer what its module makes anew, so it must be saved.
+            self.owner._non_persistent_buffers_set.discard(self.leaf)
         _remember_(self.owner, self.leaf)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError, need_packages, reason
 from modhifi_cli.graph.decoder import attention_attributes, decoder_layers, shape_of
 from modhifi_cli.graph.experts import closed, open_experts_
+from modhifi_cli.graph.heads import free_heads_
 from modhifi_cli.graph.surgery import describe_widths, restore_widths_, set_attribute_
 from modhifi_cli.models import uneven
 from modhifi_cli.models.mapped import mapped
@@ -105,6 +106,7 @@ def load(
                 model, again = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options), None
             account = f"{gguf or path} ({_digest(place) if place.exists() else _revision(source, revision)})"
     open_experts_(model)
+    free_heads_(model)
     if gguf is not None:
         _forget_quantisation_(model)
     words = _tokenizer(tokenizer or source, {} if tokenizer else options)
@@ -138,6 +140,7 @@ def _mapped(place: Path, config: Any, dtype: Any) -> nn.Module | None:
         model = mapped(place, config, dtype)
         if model is not None:
             open_experts_(model)
+            free_heads_(model)
         return None if model is None else model.eval().requires_grad_(False)
 
 
@@ -185,6 +188,7 @@ def outline(
         wanted = config.dtype if dtype in (None, "auto") else DTYPES[dtype]
         model = AutoModelForCausalLM.from_config(config, dtype=wanted).eval().requires_grad_(False)
         open_experts_(model)
+        free_heads_(model)
         return model
 
 
@@ -223,6 +227,7 @@ def build(*, config: Mapping[str, Any], dtype: str = "float32", kind: str | None
                 f"the saved configuration cannot be built ({reason(error)}); restore the run folder."
             ) from error
     open_experts_(model)
+    free_heads_(model)
     return model.eval().requires_grad_(False)
 
 
@@ -390,6 +395,7 @@ def restore(directory: Path, architecture: Mapping[str, Any], described: Mapping
             options = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
             found = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
             open_experts_(found)
+            free_heads_(found)
             return found.eval().requires_grad_(False)
     model = build_architecture(architecture)
     try:

@@ -297,3 +297,72 @@ def test_attention_that_stands_in_a_list_of_its_own_is_not_said_to_be_missing():
     config = transformers.XLMConfig(emb_dim=32, n_layers=1, n_heads=4, n_words=64)
     with pytest.raises(Exception, match="attentions.0.q_lin: no modules with the roles of an attention were found"):
         find_parts(transformers.XLMWithLMHeadModel(config).eval())
+
+
+FREED = {
+    "bloom": lambda: transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64),
+    "mpt": lambda: transformers.MptConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=64, max_seq_len=32),
+    "cpmant": lambda: transformers.CpmAntConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, dim_head=8, dim_ff=48,
+                                                vocab_size=64, prompt_length=4),
+    "trocr": lambda: transformers.TrOCRConfig(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+                                              vocab_size=64, max_position_embeddings=32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FREED)
+def test_heads_that_are_handed_a_bias_or_are_as_wide_as_the_stream_can_go_once_they_are_freed(kind):
+    from modhifi_cli.graph.heads import free_heads_
+
+    model, tokens = made(FREED[kind]()), torch.arange(12)[None]
+    with torch.no_grad():
+        before, names = model(input_ids=tokens, use_cache=False).logits, set(model.state_dict())
+        free_heads_(model)
+        free_heads_(model)
+        assert torch.equal(model(input_ids=tokens, use_cache=False).logits, before)
+    assert set(model.state_dict()) == names  # a dense network is saved as transformers knows it
+    found = find_parts(model, components=["attention"])
+    assert [part.components for part in found.parts] == [4, 4] and not found.refused
+
+
+@pytest.mark.parametrize("kind", FREED)
+def test_freed_heads_that_are_left_keep_their_own_bias_in_a_saved_network_and_with_a_cache(kind, tmp_path):
+    from modhifi_cli.engine import coverage
+    from modhifi_cli.models import hf
+
+    model, tokens = made(FREED[kind]()), torch.arange(12)[None].expand(2, -1)
+    loaded = hf.described(model, None, kind)
+    cut = coverage.cut_decoder_(model)
+    assert cut.carried == 1 and cut.removed > 0.2 and cut.difference < 1e-10
+    native, described = hf.save(model, tmp_path, loaded.preprocess)
+    again = hf.restore(tmp_path, loaded.architecture, described | {"native": native})
+    with torch.no_grad():
+        answers = [network(input_ids=tokens, use_cache=False).logits for network in (again, model)]
+        assert not native and torch.equal(*answers)
+        written = hf.continuation(again, tokens, 4)
+        for step in range(4):
+            so_far = torch.cat([tokens, written[:, :step]], 1)
+            assert torch.equal(again(input_ids=so_far, use_cache=False).logits[:, -1].argmax(-1), written[:, step])
+
+
+def test_a_decorated_method_is_rewritten_inside_its_decorator():
+    import functools
+
+    from modhifi_cli.graph.heads import _inferring
+
+    def told(method):
+        @functools.wraps(method)
+        def around(*args):
+            return method(*args) + 1
+
+        return around
+
+    class Merging(nn.Module):
+        @told
+        def forward(self, stream, heads):
+            batch, length, width = stream.shape
+            return heads.reshape(batch, length, width)
+
+    narrow = torch.zeros(1, 3, 2, 4)
+    with pytest.raises(RuntimeError):
+        Merging()(torch.zeros(1, 3, 16), narrow)
+    assert _inferring(Merging)()(torch.zeros(1, 3, 16), narrow).equal(torch.ones(1, 3, 8))
