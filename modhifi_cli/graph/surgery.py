@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modhifi_cli.errors import DataError, UnsupportedModelError
 from modhifi_cli.graph.components import inputs_first, is_transposed
 from modhifi_cli.graph.experts import Experts
-from modhifi_cli.graph.heads import adopt_, head_count, slice_heads_
+from modhifi_cli.graph.heads import adopt_, free_heads_, head_count, slice_heads_
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.parts import Part, cut_parts, is_part, part_of
 from modhifi_cli.records import Edit, ModuleEdit
@@ -196,6 +196,8 @@ def apply_edit_(model: nn.Module, edit: Edit) -> None:
         DataError: If a module or a shape does not fit.
     """
     adopt_(model)
+    if any(module_edit.attributes for module_edit in edit.modules):  # heads of a decoder
+        free_heads_(model)
     for module_edit in edit.modules:
         apply_module_edit_(model, module_edit)
 

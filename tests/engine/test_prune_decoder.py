@@ -205,8 +205,11 @@ def test_uneven_widths_follow_what_each_part_costs_the_predictions():
         hidden_size=32, num_hidden_layers=2, vocab_size=64, intermediate_size=48, num_attention_heads=4, head_dim=8,
         num_key_value_heads=2, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=4, pad_token_id=0,
         linear_num_value_heads=8, linear_key_head_dim=8, linear_value_head_dim=8),
+    # Heads that are handed a bias, and such as are merged to the stream's width.
+    lambda: transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64),
+    lambda: transformers.TrOCRConfig(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, vocab_size=64),
 ])  # fmt: skip
-def test_what_mixes_tokens_without_scores_is_pruned_and_replayed(config):
+def test_what_mixes_tokens_in_its_own_way_is_pruned_and_replayed(config):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config()).eval().requires_grad_(False)
     dense = copy.deepcopy(model)
