@@ -162,6 +162,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(capsys, tmp_path):
 @pytest.mark.parametrize("swallowed", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_end_is_taken_like_ctrl_c(number, swallowed, monkeypatch, capsys):
+    first = signal.signal(number, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     before = signal.getsignal(number)
 
     def run(words):
@@ -178,6 +179,7 @@ def test_a_request_to_end_is_taken_like_ctrl_c(number, swallowed, monkeypatch, c
     said = capsys.readouterr().err
     assert "interrupted." in said and "cannot be read" not in said
     assert signal.getsignal(number) is before
+    signal.signal(number, first)
 
 
 class Streams:
