@@ -13,7 +13,8 @@ import inspect
 import math
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,14 @@ _SCORES = ("shared_rel_pos", "shared_rel_pos_bias")
 _BIASES = ("alibi", "position_bias")  # such scores, where layers of language models are handed them
 _DENSE = "heads_when_dense"  # number of heads of an attention before it lost any
 TAKEN = "taken_heads"  # buffer of an attention: which of the heads from outside are its own
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _cached(function: _Function) -> _Function:
+    """`functools.cache` that keeps the signature: type checkers do not take classes of modules for hashable."""
+    return cast(_Function, functools.cache(function))
 
 
 def head_count(module: nn.Module) -> int | None:
@@ -366,7 +375,7 @@ class _TalkingHeads:
         return self.proj_drop(self.proj((attention @ value).transpose(1, 2).flatten(2)))
 
 
-@functools.cache
+@_cached
 def _talking(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (_TalkingHeads, kind), {"__module__": kind.__module__})
 
@@ -449,7 +458,7 @@ class _ShiftedWindows:
         return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
 
 
-@functools.cache
+@_cached
 def _windowed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (_ShiftedWindows, kind), {"__module__": kind.__module__})
 
@@ -490,7 +499,7 @@ class _OwnHeads:
         return handed.unflatten(-3, (-1, dense)).index_select(-3, taken).flatten(-4, -3)  # a batch may lie in front
 
 
-@functools.cache
+@_cached
 def _choosing(kind: type[nn.Module], names: tuple[str, ...] = (*_QUERIES, *_SCORES)) -> type[nn.Module]:
     """A subclass that picks its heads of what it is handed; `kind` itself where its forward takes no such thing."""
     handed = _handed(kind, names)
@@ -508,7 +517,7 @@ def _handed(kind: type[nn.Module], names: tuple[str, ...] = (*_QUERIES, *_SCORES
 # ------------------------------------------------------------------------------------ sizes that follow the heads
 
 
-@functools.cache
+@_cached
 def _inferring(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass whose methods infer the heads' width where the library's class takes it from its input's.
 
@@ -589,7 +598,8 @@ def _inferred_inside(method: types.FunctionType) -> types.FunctionType | None:
     inside = tuple(types.CellType(rewritten) if cell.cell_contents is plain else cell for cell in cells)
     again = types.FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, inside)
     again.__kwdefaults__ = method.__kwdefaults__
-    return functools.update_wrapper(again, rewritten)
+    functools.update_wrapper(again, rewritten)
+    return again
 
 
 def _widths(tree: ast.AST) -> Iterator[str]:
