@@ -88,7 +88,8 @@ def _check(told: Any, where: str, depth: int) -> None:
     if not isinstance(told, Mapping):
         return
     for key, value in told.items():
-        if _KEYS.search(key) and value not in _ORDINARY and not is_number(value):  # a convolution's size opens nothing
+        # A convolution's size opens nothing; by other names a 1 may be a yes.
+        if _KEYS.search(key) and value not in _ORDINARY and not ("kernel" in key and is_number(value)):
             raise DataError(
                 f"{where}: '{key}' would make transformers import or fetch something, which a folder may not ask for; "
                 "remove it if you know it."

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.errors import ConfigError, DataError, is_number
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,7 +88,7 @@ def _refuse_reaching(value: Any, key: str = "kwargs", depth: int = 0, *, largest
         raise DataError("architecture description: nested too deep; the file was not written by modhifi.")
     if isinstance(value, Mapping):
         for name, one in value.items():
-            if one not in (None, False) and not _are_numbers(one) and _REACHING.search(str(name)):
+            if one not in (None, False) and _REACHING.search(str(name)) and not _is_size(str(name), one):
                 raise DataError(
                     f"architecture description: {key}.{name} would fetch, open or run something, which a folder may not "
                     "ask for; remove it if you know it, and save the model again."
@@ -109,10 +109,10 @@ def _refuse_reaching(value: Any, key: str = "kwargs", depth: int = 0, *, largest
         )
 
 
-def _are_numbers(value: Any) -> bool:
-    """Whether this is a number, or several: the width of a quantiser or sizes of windows open nothing."""
+def _is_size(name: str, value: Any) -> bool:
+    """Whether this is a number by the name of a size, or several: sizes of windows open nothing, and a 1 may be a yes."""
     several = value if isinstance(value, list | tuple) else [value]
-    return all(isinstance(one, int | float) and not isinstance(one, bool) for one in several)
+    return bool(_SIZES.search(name)) and all(is_number(one) for one in several)
 
 
 def _short(value: Any) -> str:
