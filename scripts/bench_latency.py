@@ -1,14 +1,19 @@
 """What removed FLOPs are worth in time where people run networks: speedups by network, share, runtime and batch.
 
-Networks have random weights, since only widths matter to the clock; every group loses the same share. Dense and pruned networks are timed in turn in a process of the runtime's own, one thread, by the processor's
-clock. Every cell is kept as a file and not measured again, so that the same command goes on where it was stopped.
+Networks have random weights, since only widths matter to the clock; every group loses the same share. Dense and pruned
+networks are timed in turn in a process of the runtime's own, one thread, by the processor's clock. Every cell is kept as
+a file and not measured again, so that the same command goes on where it was stopped.
 
     python scripts/bench_latency.py --folder outputs/bench_latency
-    python scripts/bench_latency.py --folder outputs/bench_latency --networks resnet50 --batches 1 16 --table
+    python scripts/bench_latency.py --folder outputs/bench_latency --networks resnet50 --round-to auto 1
+    python scripts/bench_latency.py --folder outputs/bench_latency --table
+    python scripts/bench_latency.py --profile mobilenet_v2 eager 1      # where the time goes, by operator
 """
 
 import argparse
 import json
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
@@ -19,6 +24,7 @@ from modhifi_cli.engine.plan import discover
 from modhifi_cli.engine.rounding import channel_steps
 from modhifi_cli.evaluation.latency import measure
 from modhifi_cli.evaluation.latency_probe import narrowed
+from modhifi_cli.evaluation.runtimes import runtime as named_runtime
 from modhifi_cli.evaluation.runtimes.eager import BLOCK
 from modhifi_cli.graph.counting import CostModel
 from modhifi_cli.numerics.allocation import Uniform
@@ -26,7 +32,9 @@ from modhifi_cli.numerics.allocation import Uniform
 NETWORKS = (
     "resnet18", "resnet50", "mobilenet_v2", "tf_efficientnet_lite0", "densenet121", "convnext_tiny", "vit_b_16",
 )  # fmt: skip
+HEAVY = ("resnet50", "densenet121", "vit_b_16")  # batches of 16 instead of 64
 SHARES = (0.3, 0.5)
+PROFILED = 10  # forwards of a profile, after as many to warm up
 
 
 def network(name: str, pixels: int) -> nn.Module:
@@ -116,26 +124,78 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def operators(model: nn.Module, runtime: str, images: Tensor, scratch: Path) -> dict[str, float]:
+    """Milliseconds of one forward by kind of operator, as the runtime's own profiler tells them.
+
+    Profilers go by the wall's clock: of every kind the quickest forward counts, which other programs held up least.
+    """
+    forwards: list[dict[str, float]] = []
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.enable_profiling = 1, True
+        options.profile_file_prefix = str(scratch / "onnxruntime")
+        session = onnxruntime.InferenceSession(named_runtime(runtime).pack(model, images), options)
+        for _ in range(2 * PROFILED):
+            session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        for event in sorted(json.loads(Path(session.end_profiling()).read_text()), key=lambda one: one["ts"]):
+            if event["name"] == "model_run":
+                forwards.append(defaultdict(float))
+            elif event["cat"] == "Node" and event["name"].endswith("kernel_time"):
+                forwards[-1][event["args"]["op_name"]] += event["dur"] / 1000
+    else:
+        run = named_runtime(runtime).program(model, images, 1)
+        for _ in range(PROFILED):
+            run()
+        for _ in range(PROFILED):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+                run()
+            forwards.append({event.key: event.self_cpu_time_total / 1000 for event in profiler.key_averages()})
+    return {name: min(one.get(name, 0.0) for one in forwards[-PROFILED:]) for name in forwards[-1]}
+
+
+def profile(asked: argparse.Namespace) -> str:
+    """Time by operator of one network, dense and pruned, as Markdown: those that take at least 2 % anywhere."""
+    name, runtime, batch = asked.profile[0], asked.profile[1], int(asked.profile[2])
+    dense = network(name, asked.pixels)
+    narrow, _ = pruned(dense, asked.pixels, "auto")
+    images = torch.randn((batch, 3, asked.pixels, asked.pixels), generator=torch.Generator().manual_seed(0))
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    models: Mapping[str, nn.Module] = {"dense": dense, **narrow}
+    found = {which: operators(model, runtime, images, asked.folder) for which, model in models.items()}
+    whole = {which: sum(times.values()) for which, times in found.items()}
+    shown = {op for which, times in found.items() for op, own in times.items() if own >= 0.02 * whole[which]}
+    lines = [f"| {name}, {runtime}, batch {batch}: ms of a forward | " + " | ".join(models) + " |", "|---" * 4 + "|"]
+    for op in sorted(shown, key=lambda op: -found["dense"].get(op, 0.0)):
+        lines.append(f"| {op} | " + " | ".join(f"{found[which].get(op, 0.0):.2f}" for which in models) + " |")
+    return "\n".join([*lines, "| all | " + " | ".join(f"{whole[which]:.2f}" for which in models) + " |"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/bench_latency"))
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino", "eager", "compile"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--round-to", nargs="+", default=["auto", "1"])
+    parser.add_argument("--batches", nargs="+", type=int, help="1 and 64, or 16 of heavy networks, if not given")
+    parser.add_argument("--round-to", nargs="+", default=["auto"])
     parser.add_argument("--pixels", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--rounds", type=int, default=51)
+    parser.add_argument("--seconds", type=float, default=12.0, help="of a cell; 7 rounds at least, whatever they take")
     parser.add_argument("--table", action="store_true", help="print the table of what is there and measure nothing")
+    parser.add_argument("--profile", nargs=3, metavar=("NETWORK", "RUNTIME", "BATCH"), help="time by operator instead")
     asked = parser.parse_args()
-    asked.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    if asked.profile:
+        print(profile(asked))
+        return
+    asked.folder.mkdir(parents=True, exist_ok=True)
     for name in () if asked.table else asked.networks:
         dense = network(name, asked.pixels)
         for round_to in (word if word == "auto" else int(word) for word in asked.round_to):
             models, achieved = {"dense": dense}, {}
             for runtime in asked.runtimes:
-                for batch in asked.batches:
+                for batch in asked.batches or (1, 16 if name in HEAVY else 64):
                     file = asked.folder / f"{name}_{asked.pixels}_{round_to}_{runtime}_{batch}.json"
                     if file.exists():
                         continue
