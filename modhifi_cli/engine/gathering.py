@@ -139,8 +139,8 @@ class HeldOutApart(Generic[Result]):
         self._any_fitted |= not bool(held.all())
         for sums, chosen in ((self._fitted, ~held), (self._held_out, held)):
             if bool(chosen.any()):
-                rows = chosen.to(batch[0].device)
-                sums.update(*(tensor[rows] for tensor in batch))
+                rows = chosen.nonzero().flatten().to(batch[0].device)  # whole samples: several times as quick as a mask
+                sums.update(*(tensor.index_select(0, rows) for tensor in batch))
 
     def results(self) -> tuple[Result, Result | None]:
         """Of the fitted samples, and of the held-out ones (None where there are none), over all processes.

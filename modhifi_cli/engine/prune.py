@@ -81,7 +81,8 @@ def prune_(walk: Walk, recipe: Recipe, budget: Budget, *, done: Sequence[Edit] =
             yield from walk.begin()
             present, _ = yield from _curves(walk, recipe)
         alive = [walk.layout.alive(part).numel() for part in walk.parts]
-        keep = dict(zip((part.name for part in walk.parts), widths.at(share, alive, present), strict=True))
+        now = widths.at(share, alive, present) if iteration or len(shares) > 1 else final
+        keep = dict(zip((part.name for part in walk.parts), now, strict=True))
         for event in _pass_(walk, recipe, (iteration, len(shares)), keep, waiting, aims):
             if isinstance(event, Edit) and "left_alone" in event.facts:
                 lost.append(event.facts["left_alone"].rstrip("."))
