@@ -36,6 +36,7 @@ from modhifi_cli.graph.components import (
     reads_features,
     weight_of,
 )
+from modhifi_cli.graph.counting import output_positions
 from modhifi_cli.graph.parts import part_of
 from modhifi_cli.graph.segments import Look, Segments
 from modhifi_cli.graph.surgery import slice_module_
@@ -47,6 +48,9 @@ from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress
 from modhifi_cli.roles import Scoring, looks_at_classes
 
 _FEWEST_HELD_OUT = 8  # images; fewer say less than images that were fitted to
+# A survey looks at one block of five images in so many that at least this many images are left, and in every layer twice
+# as many rows as features: what chooses widths and subsets needs less than what weights are fitted to.
+_SURVEYED, _ROWS_A_FEATURE = 256, 2
 
 
 class ImageWalk:
@@ -224,7 +228,13 @@ class ImageWalk:
         return (yield from self.look(slots, part.name, hold_out=hold_out, also=looks))
 
     def look(
-        self, slots: Sequence[Slot], item: str, *, hold_out: bool, also: Mapping[str, Look] | None = None
+        self,
+        slots: Sequence[Slot],
+        item: str,
+        *,
+        hold_out: bool,
+        also: Mapping[str, Look] | None = None,
+        among: Activations | None = None,
     ) -> Looking:
         """Moments of the given consumers' inputs in one walk from where the activations stand, by module.
 
@@ -233,6 +243,7 @@ class ImageWalk:
             item: What is at work, for progress.
             hold_out: Whether every fifth image is kept apart, too.
             also: Further looks that ride on the walk: module → function of its first input.
+            among: Some of the images; all of them if not given.
         """
         visits = self.segments.trace.visits
         moments: dict[str, LayerMoments] = {}
@@ -245,7 +256,7 @@ class ImageWalk:
         for name, extra in (also or {}).items():
             looks[name] = _both(looks[name], extra) if name in looks else extra
         last = max(visits[name].enter for name in looks)
-        yield from self.activations.walk(looks, stale=self.stale, item=item)
+        yield from (among or self.activations).walk(looks, stale=self.stale, item=item)
         self._forget_refreshed(before=last)
         return {name: accumulator.result() for name, accumulator in moments.items()}
 
@@ -264,7 +275,8 @@ class ImageWalk:
         team = self.team if len(images) >= self.team.size else Team()  # too few to be shared: everyone tries them all
         first, behind = team.share(len(images))
         slots = {slot.module: slot for group in self.parts for slot in self.consumers(group)}
-        gathered = yield from self.look(tuple(slots.values()), "error curves", hold_out=True)
+        among = self._surveyed_of(tuple(slots.values()))
+        gathered = yield from self.look(tuple(slots.values()), "error curves", hold_out=True, among=among)
         if self._keeps_survey:
             whole = {name: replace(one, fitted=None) for name, one in gathered.items()}
             self._surveyed = {name: (one, self.layout.alive_inputs(name)) for name, one in whole.items()}
@@ -272,6 +284,17 @@ class ImageWalk:
         trial = Impact(self.segments, images[first:behind], limit_bytes=self.activations.limit_bytes, team=team)
         for group in self.parts:
             yield Surveyed(group, gathered, trial)
+
+    def _surveyed_of(self, slots: Sequence[Slot]) -> Activations:
+        """The images of a survey, in whole blocks of five, so that those held out are the same ones as among all."""
+        names = [slot.module for slot in slots]
+        positions = output_positions(self.model, self.example[:1], names)
+        wanted = [_ROWS_A_FEATURE * self._features(name) / max(positions[name], 1) for name in names]
+        step = int(self.samples / max(_SURVEYED, *wanted))
+        if step < 2 or self.stale or self.team.size > 1:
+            return self.activations
+        numbers = torch.arange(self.samples)
+        return self.activations.only(numbers[numbers // 5 % step == 0])
 
     def _as_surveyed(self, name: str) -> Gathered:
         """Moments of the inputs that a layer still has, as the survey saw them."""

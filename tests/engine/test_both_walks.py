@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from modhifi_cli.engine import image_walk
 from modhifi_cli.engine.curves import error_curves, trial_depths
 from modhifi_cli.engine.image_walk import ImageWalk
 from modhifi_cli.engine.plan import Plan
@@ -175,6 +176,26 @@ def test_trials_look_at_samples_that_their_repairs_were_not_fitted_to(kind):
             assert moments.held_out is not None and moments.statistics.rows == moments.fitted.rows
             # Every fifth sample is held out: of 40 images or 20 sequences.
             assert moments.statistics.rows == 4 * moments.held_out.rows
+
+
+def test_a_survey_of_many_images_looks_at_whole_blocks_of_five_and_holds_out_the_same_ones(monkeypatch):
+    monkeypatch.setattr(image_walk, "_SURVEYED", 20)
+    monkeypatch.setattr(image_walk, "_ROWS_A_FEATURE", 1)
+    images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    others = images.clone()
+    others.view(4, 2, 5, 3, 16, 16)[:, 1] += 5
+    many, same = (surveyed(ImageWalk(dense("images"), Images(those), batch_size=8)) for those in (images, others))
+    monkeypatch.setattr(image_walk, "_SURVEYED", 100)
+    every, other = (surveyed(ImageWalk(dense("images"), Images(those), batch_size=8)) for those in (images, others))
+    for name, found in many.items():
+        assert 2 * found.held_out.rows == every[name].held_out.rows and 2 * found.fitted.rows == every[name].fitted.rows
+        assert torch.equal(found.fitted.mean, same[name].fitted.mean), "what lies between is not looked at"
+        assert torch.equal(found.held_out.mean, same[name].held_out.mean)
+        assert not torch.allclose(every[name].fitted.mean, other[name].fitted.mean)
+
+
+def surveyed(walk):
+    return next(event for event in walk.survey() if isinstance(event, Surveyed)).gathered
 
 
 @pytest.mark.parametrize("kind", WALKS)
