@@ -98,6 +98,9 @@ class ModuleEdit:
         tensors: Parameters and buffers that replace the sliced ones, by their name in the module.
         attributes: Structural attributes that change with the widths, such as head counts; ``config.NAME`` is one of
             the module's own copy of its configuration.
+        turn: Of the features of an attention's product: what the kept ones are in terms of those before,
+            ``[2 (queries, keys), heads, features before, features kept]`` float64: q' = q A and k' = k B; else None. The
+            layer that writes them holds it already.
     """
 
     module: str
@@ -105,6 +108,7 @@ class ModuleEdit:
     kept_inputs: Tensor | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     attributes: Mapping[str, int] = field(default_factory=dict)
+    turn: Tensor | None = None
 
 
 @dataclass(frozen=True)

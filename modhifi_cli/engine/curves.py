@@ -6,12 +6,13 @@ error. Errors of different parts then add up to one quantity. The trial weights 
 they are tried, where there are enough: what a layer remembers of samples that it was fitted to looks free and is not.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from modhifi_cli.engine.impact import TRIAL_DEPTHS, scaled_curve
+from modhifi_cli.engine.query_key import product_of
 from modhifi_cli.engine.site import consumers_of, features_kept, with_others, write_weight_
 from modhifi_cli.engine.walk import Recipe, Surveyed, Walk
 from modhifi_cli.errors import IllPosedError
@@ -51,17 +52,30 @@ def error_curves(walk: Walk, recipe: Recipe) -> Generator[Progress, None, tuple[
 
 def _tried(walk: Walk, found: Surveyed, ridge: float) -> tuple[dict[int, float], list[float]]:
     """How far cuts of one part move the answers, by components removed, and the part's own errors."""
-    part, trial = found.part, found.trial
+    part = found.part
     alive = walk.layout.alive(part).numel()
+    if part.product:
+        product = product_of(walk, part, found.gathered)
+        return _moved(walk, found, product.hollow_), product.errors()
     consumers = consumers_of(walk, part, found.gathered)
     path = elimination(consumers, keep=1, ridge=ridge)
+
+    def hollow_(depth: int) -> None:
+        _hollow_(walk, part, consumers, path.kept(alive - depth).cpu())
+
+    return _moved(walk, found, hollow_), path.errors.tolist()
+
+
+def _moved(walk: Walk, found: Surveyed, hollow_: Callable[[int], None]) -> dict[int, float]:
+    """How far a part's trial cuts move the answers, by components removed."""
+    part, trial = found.part, found.trial
     moved: dict[int, float] = {}
     trial.stand_before(part)
-    for depth in trial_depths(alive, part.balanced):
+    for depth in trial_depths(walk.layout.alive(part).numel(), part.balanced):
         with trial.edited([walk.model.get_submodule(name) for name in _written(walk, part)]):
-            _hollow_(walk, part, consumers, path.kept(alive - depth).cpu())
+            hollow_(depth)
             moved[depth] = trial.measure()
-    return moved, path.errors.tolist()
+    return moved
 
 
 def trial_depths(alive: int, step: int) -> list[int]:
@@ -73,7 +87,7 @@ def trial_depths(alive: int, step: int) -> list[int]:
 
 def _written(walk: Walk, part: ComponentGroup) -> list[str]:
     norms = (walk.norm_behind(slot.module) for slot in walk.consumers(part))
-    return [*(slot.module for slot in part.consumers), *(norm for norm in norms if norm is not None)]
+    return [*(slot.module for slot in part.readers), *(norm for norm in norms if norm is not None)]
 
 
 def _hollow_(walk: Walk, part: ComponentGroup, consumers: Sequence[Consumer], kept: Tensor) -> None:

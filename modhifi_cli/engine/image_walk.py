@@ -69,6 +69,7 @@ class ImageWalk:
         gathering: How statistics are gathered.
         seed: For drawn positions.
         team: Other processes that run the same with their share of the images; None for none.
+        query_key: Whether features of queries and keys are parts, too, where attention can lose some.
 
     Raises:
         ConfigError: If a setting is out of range, or there are more processes than images.
@@ -93,6 +94,7 @@ class ImageWalk:
         gathering: Gathering | None = None,
         seed: int = 0,
         team: Team | None = None,
+        query_key: bool = False,
     ) -> None:
         if batchnorm not in ("reestimate", "stored"):
             raise ConfigError(f"batchnorm must be 'reestimate' or 'stored', got '{batchnorm}'.")
@@ -104,7 +106,7 @@ class ImageWalk:
         check_weights(model)
         self.model = model.to(self.device).eval()
         self.example = example_of(calibration, self.device)
-        self.segments, self.parts, self.refused = discover(model, self.example, exclude=exclude)
+        self.segments, self.parts, self.refused = discover(model, self.example, exclude=exclude, products=query_key)
         self.excluding = bool(exclude)
         self.layout = Layout(model, self.parts)
         self.stops = tuple(Stop(group.name, (group,)) for group in self.parts)
@@ -119,6 +121,7 @@ class ImageWalk:
         self._solving: list[str] = []  # layers that are solved again towards the dense network, in forward order
         self._keeps_survey = False
         self._surveyed: dict[str, tuple[Gathered, Tensor]] = {}  # moments, and which inputs the layer had
+        self._turns: dict[str, Tensor] = {}  # of products: what the features are in terms of the dense network's
         self.activations = self._carried(self.model, self.segments, networks=1)
 
     def _carried(self, model: nn.Module, segments: Segments, *, networks: int) -> Activations:
@@ -183,6 +186,9 @@ class ImageWalk:
         module = self.model.get_submodule(name)
         # Where patches overlap, a constant of each of their pixels is none of the outputs'.
         return not is_upsampling(module) and (self.norm_behind(name) is not None or module.bias is not None)
+
+    def _looked_at(self, part: ComponentGroup) -> tuple[Slot, ...]:
+        return part.readers if part.product else self.consumers(part)
 
     def draw(self, part: ComponentGroup) -> int:
         """How many groups lie ahead, this one included."""
@@ -274,7 +280,7 @@ class ImageWalk:
             return
         team = self.team if len(images) >= self.team.size else Team()  # too few to be shared: everyone tries them all
         first, behind = team.share(len(images))
-        slots = {slot.module: slot for group in self.parts for slot in self.consumers(group)}
+        slots = {slot.module: slot for group in self.parts for slot in self._looked_at(group)}
         among = self._surveyed_of(tuple(slots.values()))
         gathered = yield from self.look(tuple(slots.values()), "error curves", hold_out=True, among=among)
         if self._keeps_survey:
@@ -339,6 +345,28 @@ class ImageWalk:
             slice_module_(part_of(self.model, name), outputs=outputs.get(name), inputs=inputs.get(name))
         self._edits += 1
         return Cut(outputs, inputs, {})
+
+    def turned_(self, part: ComponentGroup, turn: Tensor) -> None:
+        """Remember what a product's features are in terms of the dense network's, of dense heads."""
+        queries = part.producers[0]
+        alive = self.layout.alive_outputs(queries.module)
+        assert alive is not None
+        heads = torch.isin(queries.index, alive).any(0)
+        whole = torch.zeros(2, len(heads), *turn.shape[2:], dtype=torch.float64)
+        whole[:, heads] = turn.double().cpu()
+        before = self._turns.get(part.name)
+        self._turns[part.name] = whole if before is None else before @ whole
+
+    def _as_turned(self, name: str, maps: Tensor) -> Tensor:
+        """What a layer of the dense network gives, in the features that this network's layer of the name writes."""
+        for part in (one for one in self.parts if one.name in self._turns):
+            for slot, turns in zip(part.producers, self._turns[part.name], strict=True):
+                if slot.module != name:
+                    continue
+                kept, index = turns.shape[-1], slot.index.to(maps.device)
+                new = torch.einsum("...fh,hfk->...kh", maps[..., index], turns.to(maps))
+                maps = maps.index_copy(-1, index[:kept].flatten(), new.flatten(-2))
+        return maps
 
     def settle_(self, slot: Slot, consumer: Consumer, kept: Tensor, repair: Repair, *, alone: bool) -> list[str]:
         """Put the constant of a repaired consumer right, in its bias or in the BatchNorm behind it."""
@@ -422,12 +450,13 @@ class ImageWalk:
         if self._dense is None or stop is not self.stops[-1] or not self._edits:
             return []
         trace = self.segments.trace
-        edited = [slot.module for group in cut for slot in self.consumers(group)]
+        edited = [slot.module for group in cut for slot in self._looked_at(group)]
+        read = [slot.module for group in cut for slot in self.consumers(group)]
         self._solving = [
             name
             for name in trace.visits
             if self._is_solvable(name)
-            and (name in edited or any(trace.depends(name, source) for source in edited))
+            and (name in read or any(trace.depends(name, source) for source in edited))
         ]
         self._surveyed = {}
         self.activations.restart()
@@ -462,7 +491,7 @@ class ImageWalk:
             strict=True,
         )
         for (read, ours, done, total), (_, theirs, _, _) in both:
-            target = _channels(theirs[name], alive, axis)
+            target = _channels(self._as_turned(name, theirs[name]), alive, axis)
             if joined is not None and theirs[joined].shape == theirs[name].shape:
                 lacking = _channels(theirs[joined], alive, axis) - ours[joined]
                 target = target + lacking * (scale if axis == -1 or scale.dim() == 0 else scale[:, None, None])

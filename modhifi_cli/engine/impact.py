@@ -106,7 +106,7 @@ class Impact:
             part: Next trials overwrite what reads it.
         """
         visits = self._segments.trace.visits
-        end = min(visits[slot.module].enter for slot in part.consumers if slot.module in visits)
+        end = min(visits[slot.module].enter for slot in part.readers if slot.module in visits)
         if self._cut is not None and visits[self._cut].leave >= end:
             self._cut, self._carried = None, self._batches
         here = -1 if self._cut is None else visits[self._cut].leave

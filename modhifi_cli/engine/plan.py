@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError, NumericsError, UnsupportedModelError
-from modhifi_cli.graph.attention import find_heads
+from modhifi_cli.graph.attention import find_heads, find_products
 from modhifi_cli.graph.components import ComponentGroup, Refusal, shared_tensors
 from modhifi_cli.graph.dependency import excluded_modules, find_groups
 from modhifi_cli.graph.law import lawful
@@ -71,7 +71,12 @@ class Summary:
 
 
 def discover(
-    model: nn.Module, example: Tensor, *, exclude: Sequence[str] = (), dtype: torch.dtype = torch.float64
+    model: nn.Module,
+    example: Tensor,
+    *,
+    exclude: Sequence[str] = (),
+    dtype: torch.dtype = torch.float64,
+    products: bool = False,
 ) -> tuple[Segments, tuple[ComponentGroup, ...], tuple[Refusal, ...]]:
     """Groups of a network that obey the slicing law, what was left out and why, and the network's segments.
 
@@ -81,16 +86,18 @@ def discover(
         example: Two images or more, ``[batch, channels, height, width]``.
         exclude: Names of modules to leave alone.
         dtype: In which the law is checked: float64, or float32 for networks whose copy would not fit.
+        products: Whether features of queries and keys are groups, too (`attention.find_products`).
 
     Raises:
         ConfigError: If an excluded module does not exist.
         UnsupportedModelError: If the network cannot be run or traced.
     """
+    pairs = find_products(model, excluded=excluded_modules(model, exclude)) if products else ()
     segments = Segments(model, example)
     found = find_heads(model, segments.trace, excluded=excluded_modules(model, exclude))
     claimed = (found.writers, found.readers)
     groups, refused = find_groups(model, segments.trace, example, exclude=exclude, claimed=claimed)
-    candidates = [*found.groups, *((group,) for group in groups)]
+    candidates = [*found.groups, *((group,) for group in (*groups, *pairs))]
     shared = shared_tensors(model)
     modules = {group.name: group.modules for group, *_ in candidates}
     tied = {name: next((module for module in modules[name] if module in shared), None) for name in modules}
@@ -111,7 +118,7 @@ def discover(
             failed = {name: verdict for name, verdict in failed.items() if not _parted(name, passed)}
     refused = (*refused, *(refusal for refusal in found.refused if not _parted(refusal.name, passed)))
     visits = segments.trace.visits
-    passed = tuple(sorted(passed, key=lambda group: min(visits[slot.module].enter for slot in group.consumers)))
+    passed = tuple(sorted(passed, key=lambda group: min(visits[slot.module].enter for slot in group.readers)))
     for name, verdict in failed.items():
         reason = verdict.failure or f"sliced and zeroed logits differ by {verdict.difference:.1e} of their scale"
         among = ", ".join(modules[name][:4]) + (f" and {len(modules[name]) - 4} more" if len(modules[name]) > 4 else "")

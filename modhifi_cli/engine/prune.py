@@ -15,6 +15,7 @@ from modhifi_cli.engine.curves import Curves, error_curves
 from modhifi_cli.engine.dense import rebuild_
 from modhifi_cli.engine.edit import edit_part_, tensor_edits
 from modhifi_cli.engine.plan import Plan, Summary, at_widths, planned
+from modhifi_cli.engine.query_key import edit_product_
 from modhifi_cli.engine.rounding import check_rounding
 from modhifi_cli.engine.walk import Budget, Recipe, Stop, Walk
 from modhifi_cli.errors import ConfigError, DataError, IllPosedError
@@ -131,7 +132,10 @@ def _pass_(
                     _apply_done_(walk, stop, part, iteration, keep[part.name], waiting.pop(0))
                     continue
                 try:
-                    edit = yield from edit_part_(walk, recipe, part, iteration, keep[part.name])
+                    if part.product:
+                        edit = yield from edit_product_(walk, part, iteration, keep[part.name])
+                    else:
+                        edit = yield from edit_part_(walk, recipe, part, iteration, keep[part.name])
                 except IllPosedError as error:  # nothing is cut yet; other parts may be fine
                     edit = _left_alone(walk, part, iteration, str(error))
                 yield edit
@@ -180,6 +184,9 @@ def _apply_done_(walk: Walk, stop: Stop, part: ComponentGroup, iteration: int, k
         )
     apply_edit_(walk.model, edit)
     walk.layout.keep_(part, edit.kept)
+    for module in edit.modules:
+        if module.turn is not None:
+            walk.turned_(part, module.turn)
     walk.resume_(edit.state)
 
 

@@ -45,7 +45,8 @@ def channel_steps(
     steps = []
     for group in groups:
         # Of the layers that share a group some may have several channels a component: the widest decides.
-        channels = max((slot.entries for slot in group.producers), default=1)
+        # The features of a product count by themselves: their heads lie apart.
+        channels = 1 if group.product else max((slot.entries for slot in group.producers), default=1)
         wanted = _largest(blocks, group.components * channels)
         if group.components * channels >= 2 * block and wanted < block:
             steps.append(-(-block // channels))

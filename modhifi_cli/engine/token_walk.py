@@ -307,6 +307,10 @@ class TokenWalk:
 
     # ------------------------------------------------------------------------------------------------------ editing
 
+    def turned_(self, part: ComponentGroup, turn: Tensor) -> None:
+        """No part of a decoder is a product."""
+        raise AssertionError(f"{part.name} is no product")
+
     def cut_(self, part: ComponentGroup, kept: Tensor) -> Cut:
         """Slice the part's writers and reader, and set the head counts that follow."""
         own = self._part[part.name]

@@ -235,6 +235,9 @@ class Walk(Protocol):
     def cut_(self, part: ComponentGroup, kept: Tensor) -> Cut:
         """Cut a part to the kept ones of its living components."""
 
+    def turned_(self, part: ComponentGroup, turn: Tensor) -> None:
+        """Take note that a product's features are others than the dense network's: `ModuleEdit.turn`."""
+
     def settle_(self, slot: Slot, consumer: Consumer, kept: Tensor, repair: Repair, *, alone: bool) -> list[str]:
         """Put right what follows a consumer that has its repaired weight; names of what has new tensors."""
 

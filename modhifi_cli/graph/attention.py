@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot, input_size, output_size
-from modhifi_cli.graph.heads import READERS, head_count, head_weights, mixes_heads, takes_queries
+from modhifi_cli.graph.heads import (
+    PAIRS,
+    READERS,
+    adopt_product_,
+    head_count,
+    head_weights,
+    holds_product,
+    mixes_heads,
+    takes_queries,
+)
 from modhifi_cli.graph.trace import Trace
 
 # Who writes queries, keys and values: one name for each layer. Tried in this order.
@@ -86,6 +95,31 @@ def find_heads(model: nn.Module, trace: Trace, *, excluded: Iterable[str] = ()) 
                 groups.append(ways)
     groups.sort(key=lambda ways: trace.visits[ways[0].consumers[0].module].enter)
     return Found(tuple(groups), tuple(refused), *map(frozenset, claimed))
+
+
+def find_products(model: nn.Module, *, excluded: Iterable[str] = ()) -> tuple[ComponentGroup, ...]:
+    """Features of queries and keys of every attention that can lose some, and is made able to, in place.
+
+    Args:
+        model: Network in evaluation mode.
+        excluded: Names of modules that may not be touched.
+    """
+    banned, groups = frozenset(excluded), []
+    for name, module in model.named_modules():
+        own = f"{name}." if name else ""
+        if f"{own}qkv" in banned or not holds_product(module):
+            continue
+        adopt_product_(module)
+        heads, features = module.num_heads, module.query_dim
+        by_feature = torch.arange(heads * features).view(heads, features).T.contiguous()
+        groups.append(
+            ComponentGroup(
+                f"{own}qkv", features,
+                (Slot(f"{own}qkv", by_feature), Slot(f"{own}qkv", by_feature + heads * features)),
+                (Slot(f"{own}{PAIRS}", torch.arange(features)[:, None]),), (), product=True,
+            )
+        )  # fmt: skip
+    return tuple(groups)
 
 
 def _untouchable(group: ComponentGroup, trace: Trace, banned: Collection[str]) -> str | None:

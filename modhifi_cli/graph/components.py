@@ -58,6 +58,8 @@ class ComponentGroup:
         consumers: Slots along the input dimension of conv, linear or shortcut modules.
         balanced: The components come in so many equal runs (query heads of each KV head), each of which must keep the
             same number of components; 1 for no such constraint.
+        product: The components are features of the product of what the first producer writes (queries) with what the
+            second writes (keys), head by head; no layer reads them, and any basis of them gives the same product.
     """
 
     name: str
@@ -66,6 +68,12 @@ class ComponentGroup:
     followers: tuple[Slot, ...]
     consumers: tuple[Slot, ...]
     balanced: int = 1
+    product: bool = False
+
+    @property
+    def readers(self) -> tuple[Slot, ...]:
+        """Where what a cut needs is seen, and where its effect begins: the consumers, of a product what writes it."""
+        return self.producers if self.product else self.consumers
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -269,8 +277,13 @@ class Layout:
         return self._inputs[module]
 
     def outputs(self, slot: Slot, components: Tensor) -> Tensor:
-        """Present output positions of the given dense components, ``[components, entries]``."""
-        return torch.searchsorted(self._outputs[slot.module], slot.index[components])
+        """Present output positions of the given dense components, ``[components, entries]``.
+
+        Entries that another group has taken from every component (features of a head, heads of a feature) are left out.
+        """
+        present, dense = self._outputs[slot.module], slot.index[components]
+        alive = torch.isin(dense, present)
+        return torch.searchsorted(present, dense[alive]).view(len(components), -1)
 
     def inputs(self, slot: Slot, components: Tensor) -> Tensor:
         """Present input positions of the given dense components, ``[components, entries]``."""

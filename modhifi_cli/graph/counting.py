@@ -3,7 +3,8 @@
 FLOPs are reported the way the pruning literature does: one multiply-accumulate (MAC) is one FLOP, per input image.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +89,7 @@ class LayerWidths:
                 self._removed_out[row[slot.module], column] += slot.entries
             for slot in group.consumers:
                 self._removed_in[row[slot.module], column] += slot.entries
+        self._overlaps = _overlaps(groups, row)
         modules = [part_of(model, name) for name in self.modules]
         self._out = np.array([output_size(module) for module in modules], dtype=np.int64)
         self._in = np.array([independent_inputs(module) for module in modules], dtype=np.int64)
@@ -98,7 +100,25 @@ class LayerWidths:
         The input width is 1 where inputs go with outputs (norms, grouped convolution).
         """
         removed = self.sizes - np.asarray(keep, dtype=np.int64)
-        return self._out - self._removed_out @ removed, self._in - self._removed_in @ removed
+        outputs = self._out - self._removed_out @ removed
+        for layer, one, other, entries in self._overlaps:
+            outputs[layer] += entries * removed[one] * removed[other]
+        return outputs, self._in - self._removed_in @ removed
+
+
+def _overlaps(groups: Sequence[ComponentGroup], row: Mapping[str, int]) -> list[tuple[int, int, int, int]]:
+    """Outputs that two groups share, as heads and features of queries do: layer, both groups, outputs a pair shares."""
+    found = []
+    products = [number for number, group in enumerate(groups) if group.product]
+    for one in products:
+        for other, group in enumerate(groups):
+            if other == one:
+                continue
+            for mine, its in itertools.product(groups[one].producers, group.producers):
+                shared = int(torch.isin(mine.index, its.index).sum()) if mine.module == its.module else 0
+                if shared:
+                    found.append((row[mine.module], one, other, shared // (groups[one].components * group.components)))
+    return found
 
 
 class CostModel:

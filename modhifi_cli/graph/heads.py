@@ -13,7 +13,7 @@ import inspect
 import math
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -461,6 +461,93 @@ class _ShiftedWindows:
 @_cached
 def _windowed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (_ShiftedWindows, kind), {"__module__": kind.__module__})
+
+
+# ---------------------------------------------------------------------------- fewer features of queries and keys
+
+
+PAIRS = "query_dim"  # attribute of an attention: features of a head's queries and keys, which its values may exceed
+
+
+class _Products:
+    """Self-attention whose queries and keys have fewer features than its values, as one fused projection writes them."""
+
+    qkv: nn.Linear
+    proj: nn.Linear
+    norm: nn.Module
+    gate: nn.Module | None
+    attn_drop: nn.Dropout
+    proj_drop: nn.Module
+    num_heads: int
+    head_dim: int
+    query_dim: int
+    scale: float
+    training: bool
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """``[batch, tokens, width]`` → the same."""
+        gate = None if getattr(self, "gate", None) is None else self.gate(x).sigmoid()
+        sizes = [self.num_heads * features for features in (self.query_dim, self.query_dim, self.head_dim)]
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).split(sizes, dim=-1)
+        )
+        if self.query_dim < self.head_dim:
+            # Fused kernels of attention want one width: with two, PyTorch's takes twice as long.
+            query, key = (functional.pad(part, (0, self.head_dim - self.query_dim)) for part in (query, key))
+        dropped = self.attn_drop.p if self.training else 0.0
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attn_mask, dropout_p=dropped, is_causal=is_causal, scale=self.scale
+        )
+        mixed = mixed.transpose(1, 2).flatten(2)
+        mixed = mixed if getattr(self, "norm", None) is None else self.norm(mixed)
+        return self.proj_drop(self.proj(mixed if gate is None else mixed * gate))
+
+
+@_cached
+def _with_products(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Products, kind), {"__module__": kind.__module__})
+
+
+def holds_product(module: nn.Module) -> bool:
+    """Whether an attention's logits are the plain product of queries and keys and its class is one that we know."""
+    if isinstance(module, _Products):
+        return True
+    kind = type(module)
+    known = kind.__module__.startswith("timm.") and kind.__name__ == "Attention"
+    taken = set(inspect.signature(kind.forward).parameters) - {"self"}
+    plain = all(type(getattr(module, name, None)) is nn.Identity for name in ("q_norm", "k_norm"))
+    if not known or not plain or not taken <= {"x", "attn_mask", "is_causal"} or _held_for_heads(module):
+        return False
+    sizes = [getattr(module, name, None) for name in ("num_heads", "head_dim")]
+    fused = isinstance(getattr(module, "qkv", None), nn.Linear) and all(is_whole(size) for size in sizes)
+    return fused and module.qkv.out_features == 3 * module.num_heads * module.head_dim
+
+
+def _held_for_heads(module: nn.Module) -> bool:
+    """Whether a module holds tensors of its own, such as position biases, or a module that turns queries."""
+    known = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return bool(own) or not {name for name, _ in module.named_children()} <= known
+
+
+def adopt_product_(module: nn.Module) -> None:
+    """Give an attention that `holds_product` a class whose queries and keys may lose features, in place."""
+    if not isinstance(module, _Products):
+        setattr(module, PAIRS, module.head_dim)
+        module.__class__ = _with_products(type(module))
+
+
+def adopt_products_(model: nn.Module, names: Iterable[str]) -> None:
+    """Do so with the attention of every ``….query_dim`` among names of modules and parts."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == PAIRS:
+            try:
+                module = model.get_submodule(owner)
+            except AttributeError:
+                continue  # whoever applies what belongs to it says so
+            if holds_product(module):
+                adopt_product_(module)
 
 
 # ----------------------------------------------------------------------------------------- heads that others hold, too

@@ -2,7 +2,8 @@
 
 Zeroing the producer's output would be wrong, since BatchNorm's bias would leak through. So that the law cannot hold
 by accident, the check first draws every parameter and buffer anew at working scale (zero-initialised scales and
-identity statistics hide wrong slicing) and demands that zeroing itself moves the logits.
+identity statistics hide wrong slicing) and demands that zeroing itself moves the logits. Features of queries and keys are
+read by no layer: there what writes them is zeroed, and the logits must be the same in any basis of them.
 """
 
 import copy
@@ -88,8 +89,13 @@ def randomise_(model: nn.Module, *, seed: int = SEED) -> None:
 
 
 def zero_consumers_(model: nn.Module, group: ComponentGroup, removed: Tensor) -> None:
-    """Set the consumers' weights of the removed dense components to zero, in place."""
+    """Set the consumers' weights of the removed dense components to zero, in place; of a product what writes it."""
     with torch.no_grad():
+        for slot in group.producers if group.product else ():
+            layer = model.get_submodule(slot.module)
+            for tensor in (layer.weight, layer.bias):
+                if tensor is not None:
+                    tensor[slot.index[removed].flatten()] = 0
         for slot in group.consumers:
             module = model.get_submodule(slot.module)
             entries = slot.index[removed].flatten()
@@ -99,6 +105,21 @@ def zero_consumers_(model: nn.Module, group: ComponentGroup, removed: Tensor) ->
                 module.weight[entries] = 0
             else:
                 module.weight[:, entries] = 0
+
+
+def turn_(model: nn.Module, group: ComponentGroup, *, seed: int = SEED) -> None:
+    """Write the features of a product in another basis, drawn for every head, in place: the product stays."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, keys = group.producers
+    drawn = torch.randn((queries.entries, group.components, group.components), generator=generator, dtype=torch.float64)
+    bases = torch.linalg.qr(drawn).Q * torch.linspace(0.5, 2, group.components, dtype=torch.float64)
+    with torch.no_grad():
+        for slot, turns in ((queries, bases), (keys, torch.linalg.inv(bases).mT)):
+            layer = model.get_submodule(slot.module)
+            for tensor in (layer.weight, layer.bias):
+                for head, turn in enumerate(turns if tensor is not None else ()):
+                    rows = slot.index[:, head]
+                    tensor[rows] = turn.mT.to(tensor) @ tensor[rows]
 
 
 def slice_groups_(model: nn.Module, groups: Sequence[ComponentGroup], removed: Sequence[Tensor]) -> None:
@@ -138,7 +159,12 @@ def check(
     randomise_(copied, seed=seed)
     copied.train().eval()  # some attention keeps what it computed from its weights until it is trained again
     try:
-        before = _logits(copied, images)
+        before = turned = _logits(copied, images)
+        products = [group for group in groups if group.product]
+        for group in products:
+            turn_(copied, group, seed=seed)
+        if products:
+            turned = _logits(copied, images)
         for group, gone in zip(groups, removed, strict=True):
             zero_consumers_(copied, group, gone)
         zeroed = _logits(copied, images)
@@ -152,6 +178,7 @@ def check(
         return Verdict(float("inf"), 0.0, failure)
     scale = float(before.abs().max().clamp(min=1e-300))
     differs, moves = float((narrow - zeroed).abs().max()), float((zeroed - before).abs().max())
+    differs = max(differs, float((turned - before).abs().max()))
     return Verdict(differs / scale, moves / scale, tolerance=tolerance)
 
 

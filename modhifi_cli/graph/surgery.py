@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modhifi_cli.errors import DataError, UnsupportedModelError
 from modhifi_cli.graph.components import inputs_first, is_transposed
 from modhifi_cli.graph.experts import Experts
-from modhifi_cli.graph.heads import adopt_, free_heads_, head_count, slice_heads_
+from modhifi_cli.graph.heads import adopt_, adopt_products_, free_heads_, head_count, slice_heads_
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.parts import Part, cut_parts, is_part, part_of
 from modhifi_cli.records import Edit, ModuleEdit
@@ -198,6 +198,7 @@ def apply_edit_(model: nn.Module, edit: Edit) -> None:
     adopt_(model)
     if any(module_edit.attributes for module_edit in edit.modules):  # heads of a decoder
         free_heads_(model)
+    adopt_products_(model, (module_edit.module for module_edit in edit.modules))
     for module_edit in edit.modules:
         apply_module_edit_(model, module_edit)
 
@@ -228,6 +229,7 @@ def restore_widths_(model: nn.Module, widths: Mapping[str, Mapping[str, int]]) -
     """
     if dict(widths) != describe_widths(model):
         adopt_(model)
+        adopt_products_(model, widths)
     for name, module in model.named_modules():
         if isinstance(module, Experts):  # those that are left are named
             left = [place for place, one in enumerate(module.numbers) if f"{name}.{one}.down_proj" in widths]

@@ -1,4 +1,4 @@
-"""Fewer query/key and value/output features in an attention head, in closed form from second moments.
+"""Fewer features of queries and keys in an attention head, in closed form from second moments (method.md M12).
 
 A head's logits are L = Q Kᵀ with Q, K ``[tokens, d]``. Keeping r features means Q' = Q A, K' = K B with A, B ``[d, r]``;
 the mean squared error of the logits over pairs of rows,
@@ -9,13 +9,10 @@ is least (Eckart and Young) where S_q^½ A Bᵀ S_k^½ is the truncated SVD U_r 
 
     A = S_q^-½ U_r Σ_r^½,   B = S_k^-½ V_r Σ_r^½,   error = Σ_{i>r} σ_i² .
 
-The softmax does not see what is the same for all keys, so S_k may be centred over the keys of each image. A and B go
-into the projections, biases included; the widths of several heads are those with the largest singular values of all.
-The features of the values are kept likewise: P_r z with P_r the first r right singular vectors of W_o S_z^½, and the
-output projection solved again over all heads by joint least squares. Float64 throughout.
+The softmax does not see what all keys share, so S_k may be centred. A and B go into the projections, biases included.
+Float64 throughout.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,42 +71,6 @@ def reduce_query_key(queries: Tensor, keys: Tensor, kept: int, *, name: str = "a
     total = float(sizes.square().sum())
     lost = float(sizes[kept:].square().sum()) / total if total else 0.0
     return QueryKey(inverses[0] @ left[:, :kept] * root, inverses[1] @ right[:, :kept] * root, lost)
-
-
-def widths_over_heads(spectrum: Tensor, total: int, *, least: int = 1) -> list[int]:
-    """How many features each head keeps if all together keep `total`: those of largest energy, `least` in each.
-
-    Args:
-        spectrum: As `query_key_spectrum`, ``[heads, features]``.
-        total: At least heads × least.
-        least: Of every head.
-    """
-    heads, features = spectrum.shape
-    if not heads * least <= total <= heads * features:
-        raise NumericsError(f"{heads} heads keep between {heads * least} and {heads * features} features, got {total}.")
-    widths = [least] * heads
-    others = spectrum[:, least:].flatten()
-    for place in others.argsort(descending=True, stable=True)[: total - heads * least].tolist():
-        widths[place // (features - least)] += 1
-    return widths
-
-
-def value_projections(weight: Tensor, moment: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    """For every head the features of its values that its output leans on most: ``[kept, features]``, z' = P z.
-
-    Args:
-        weight: W_o, ``[outputs, heads × features]``.
-        moment: (Centred) second moment of the heads' mixed values, ``[heads × features, heads × features]``.
-        widths: Features that each head keeps.
-    """
-    features = weight.shape[1] // len(widths)
-    found = []
-    for head, kept in enumerate(widths):
-        own = slice(head * features, (head + 1) * features)
-        root, inverse = _roots(moment[own, own].double())
-        _, _, right = torch.linalg.svd(weight[:, own].double() @ root, full_matrices=False)
-        found.append(right[:kept] @ inverse)
-    return found
 
 
 def _decompose(queries: Tensor, keys: Tensor, name: str, both: bool = False) -> tuple:

@@ -91,8 +91,9 @@ def walk(
 
     gathering = build(settings["statistics"])
     return ImageWalk(
-        model, calibration, batchnorm=settings["batchnorm"], gathering=gathering, seed=runtime["seed"], **given
-    )
+        model, calibration, batchnorm=settings["batchnorm"], gathering=gathering, seed=runtime["seed"],
+        query_key=settings.get("query_key", False), **given,
+    )  # fmt: skip
 
 
 def audit_settings(audit: Mapping[str, Any]) -> "AuditSettings":
