@@ -221,7 +221,12 @@ class Activations:
                     start=self._cut,
                     looks={name: keep(read, name) for name in inputs},
                     outputs={name: keep(given, name) for name in wanted},
-                    answers=self._answers(number),
+                    # A block that answers at once would not show what is read inside it.
+                    answers={
+                        name: answer
+                        for name, answer in self._answers(number).items()
+                        if not any(one.startswith(f"{name}.") for one in inputs)
+                    },
                 )
             yield read, {name: given[name] for name in outputs}, done, total
 

@@ -32,6 +32,7 @@ from modhifi_cli.graph.components import (
     bias_of,
     has_weight,
     is_upsampling,
+    output_size,
     reading_weight,
     reads_features,
     weight_of,
@@ -40,6 +41,7 @@ from modhifi_cli.graph.counting import output_positions
 from modhifi_cli.graph.parts import part_of
 from modhifi_cli.graph.segments import Look, Segments
 from modhifi_cli.graph.surgery import slice_module_
+from modhifi_cli.graph.trace import Join
 from modhifi_cli.numerics.batchnorm import input_scale, output_moments
 from modhifi_cli.numerics.linalg import at_least_float32, feature_index
 from modhifi_cli.numerics.moments import reorder
@@ -479,23 +481,24 @@ class ImageWalk:
         assert self._dense is not None
         yield from self._stand_before(name)
         module, norm = self.model.get_submodule(name), self.norm_behind(name)
-        joined = self.segments.trace.joins.get(norm or name)
-        alive = self.layout.alive_outputs(name)
-        streams = () if joined is None else (joined,)
-        scale = self._stream_scale(norm, alive)
+        join, alive = self._joined(name), self.layout.alive_outputs(name)
+        given = () if join is None or join.read else (join.stream,)
+        read = (join.stream,) if join is not None and join.read else ()
+        scale = self._stream_scale(norm, join, alive)
         axis = -1 if reads_features(module) else 1
         yield from self._hold_dense(name)
         both = zip(
-            self.activations.seen(inputs=(name,), outputs=streams),
-            self._dense.seen(outputs=(name, *streams)),
+            self.activations.seen(inputs=(name, *read), outputs=given),
+            self._dense.seen(inputs=read, outputs=(name, *given)),
             strict=True,
         )
-        for (read, ours, done, total), (_, theirs, _, _) in both:
+        for (inputs, ours, done, total), (dense_inputs, theirs, _, _) in both:
             target = _channels(self._as_turned(name, theirs[name]), alive, axis)
-            if joined is not None and theirs[joined].shape == theirs[name].shape:
-                lacking = _channels(theirs[joined], alive, axis) - ours[joined]
+            was, now = (dense_inputs, inputs) if read else (theirs, ours)
+            if join is not None and was[join.stream].shape == theirs[name].shape:
+                lacking = _channels(was[join.stream], alive, axis) - now[join.stream]
                 target = target + lacking * (scale if axis == -1 or scale.dim() == 0 else scale[:, None, None])
-            yield Pair(read[name], target, done, total)
+            yield Pair(inputs[name], target, done, total)
 
     def sums(
         self, name: str, *, hold_out: bool = True, exact: bool = False, place: torch.device | None = None
@@ -564,7 +567,18 @@ class ImageWalk:
 
     def residual(self, name: str) -> str | None:
         """What is added to the output of a layer that closes a residual block."""
-        return self.segments.trace.joins.get(self.norm_behind(name) or name)
+        join = self._joined(name)
+        return None if join is None else join.stream
+
+    def _joined(self, name: str) -> Join | None:
+        """What a layer's output is added to, behind its BatchNorm or layer scale; None where it is added to nothing."""
+        join = self.segments.trace.joins.get(self.norm_behind(name) or name)
+        if join is None or join.gamma is None:
+            return join
+        module = (self._dense or self.activations).model.get_submodule(name)
+        axis = -1 if reads_features(module) else -3
+        of_channels = join.gamma.dim() >= -axis and join.gamma.shape[axis] == output_size(module)
+        return join if of_channels else None
 
     def _stand_before(self, name: str) -> Iterator[Progress]:
         """Carry both networks to the last cut in front of a layer and put the BatchNorms between them right."""
@@ -592,23 +606,31 @@ class ImageWalk:
         here, visits = self._cut_before(name), self.segments.trace.visits
         later = self._solving[self._solving.index(name) :] if name in self._solving else [name]
         beside = [layer for layer in later if self._cut_before(layer) == here]
-        wanted = {*beside, *filter(None, map(self.residual, beside))}
+        wanted = {*beside, *(join.stream for join in map(self._joined, beside) if join is not None and not join.read)}
         behind = later[len(beside) : len(beside) + 1]
         ordered = sorted(wanted, key=lambda one: visits[one].leave)
         yield from self._dense.hold([*ordered, *filter(None, map(self._cut_before, behind))], item=name)
 
-    def _stream_scale(self, norm: str | None, alive: Tensor | None) -> Tensor:
-        """What one unit of the residual stream is worth in the layer's output units: σ_c / γ_c, or 1 without BatchNorm.
+    def _stream_scale(self, norm: str | None, join: Join | None, alive: Tensor | None) -> Tensor:
+        """What one unit of the stream is worth in the layer's output units: σ_c / γ_c, 1 / γ_c or 1.
 
-        Outputs whose γ is next to nothing leave the residual part out of their target.
+        γ is that of the BatchNorm behind the layer, or of the layer scale. Outputs whose γ is next to nothing leave the
+        residual part out of their target.
         """
-        if norm is None:
+        gamma = None if join is None or join.gamma is None else join.gamma.flatten()
+        if norm is None and gamma is None:
             return torch.ones((), device=self.device)
         assert self._dense is not None
-        behind = self._dense.model.get_submodule(norm)
-        assert isinstance(behind, nn.modules.batchnorm._BatchNorm)
-        gamma = weight_of(behind).detach() if behind.affine else None
-        scale, _ = input_scale(behind.get_buffer("running_var"), behind.eps, gamma)
+        if norm is None:
+            assert gamma is not None
+            scale, _ = input_scale(torch.ones_like(gamma), 0.0, gamma)
+        else:
+            behind = self._dense.model.get_submodule(norm)
+            assert isinstance(behind, nn.modules.batchnorm._BatchNorm)
+            weight = weight_of(behind).detach() if behind.affine else None
+            if gamma is not None:
+                weight = gamma if weight is None else weight * gamma
+            scale, _ = input_scale(behind.get_buffer("running_var"), behind.eps, weight)
         return scale if alive is None else scale[alive.to(scale.device)]
 
 

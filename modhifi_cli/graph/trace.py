@@ -25,6 +25,22 @@ class Visit:
 
 
 @dataclass(frozen=True)
+class Join:
+    """What the output of a branch is added to, and nothing else is done with it: the end of a residual block.
+
+    Attributes:
+        stream: Module whose output the branch is added to; with `read`, whose first input is.
+        read: A stream that no module gives, but one reads on the way to the branch (transformers: the second norm).
+        gamma: What the branch is multiplied by before, a number for each channel (a layer scale); its channels lie where
+            they lie in the output, other dimensions have length 1. None where nothing stands in between.
+    """
+
+    stream: str
+    read: bool = False
+    gamma: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Trace:
     """Order and data flow of the modules of one network.
 
@@ -34,8 +50,7 @@ class Trace:
         reused: Names of modules that ran more than once in one forward.
         cuts: Names of the cuts in order of leaving, outermost name of each tensor.
         norm_of: Conv or linear name → name of the BatchNorm that reads exactly its output.
-        joins: Module name → name of the module whose output is added to its own, and nothing else is done with its
-            own: the branch that closes a residual block, and what it is added to.
+        joins: Module name → what its output is added to, where nothing else is done with it.
         upstream: Module name → names of the modules whose output its own output depends on; a module that is missing
             could not be placed in the data flow and must be taken to depend on everything that ran before it.
         calls: Name of a module in `visits` that ran more than once → how often, and when it was first entered.
@@ -45,7 +60,7 @@ class Trace:
     reused: frozenset[str]
     cuts: tuple[str, ...]
     norm_of: dict[str, str]
-    joins: dict[str, str]
+    joins: dict[str, Join]
     upstream: dict[str, frozenset[str]]
     calls: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -74,6 +89,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     visits: dict[str, Visit] = {}
     reused: set[str] = set()
     nodes: dict[str, object] = {}
+    reads: dict[str, object] = {}
     produced: dict[int, str] = {}
     norm_of: dict[str, str] = {}
     alive: list[Tensor] = []  # keeps outputs alive so that an id is never given to another tensor
@@ -85,6 +101,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         if name in enters:
             reused.add(name)
         enters[name] = clock
+        reads[name] = getattr(inputs[0], "grad_fn", None) if inputs else None
         entries.setdefault(name, []).append(clock)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and inputs and id(inputs[0]) in produced:
             norm_of[produced[id(inputs[0])]] = name
@@ -126,7 +143,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         cut for cut in _cuts(order, nodes, once) if not any(first < once[cut].leave < last for first, last in spans)
     )
     norm_of = {layer: norm for layer, norm in norm_of.items() if layer not in reused}
-    joins = _joins(order, nodes, once)
+    joins = _joins(order, nodes, once, reads)
     return Trace(visits, frozenset(reused), cuts, norm_of, joins, _upstream(order, nodes, once), calls)
 
 
@@ -182,22 +199,53 @@ def _cuts(order: list[object], nodes: dict[str, object], visits: dict[str, Visit
     return tuple(sorted(found.values(), key=lambda name: visits[name].leave))
 
 
-def _joins(order: list[object], nodes: dict[str, object], visits: dict[str, Visit]) -> dict[str, str]:
+def _joins(
+    order: list[object], nodes: dict[str, object], visits: dict[str, Visit], reads: dict[str, object]
+) -> dict[str, Join]:
     children: dict[object, list[object]] = {}
     for node in order:
         for parent in _parents(node):
             children.setdefault(parent, []).append(node)
     # The last module that hands a tensor on: the others may lie in front of a cut, where nothing runs any more.
     handed_on = {nodes[name]: name for name in sorted(visits, key=lambda name: visits[name].leave) if name in nodes}
-    found = {}
+    read_by: dict[object, list[str]] = {}
     for name in visits:
-        readers = children.get(nodes.get(name), [])
+        read_by.setdefault(reads.get(name), []).append(name)
+
+    def joined(node: object, name: str, gamma: Tensor | None = None) -> Join | None:
+        readers = children.get(node, [])
         if len(readers) != 1 or type(readers[0]).__name__ != "AddBackward0" or readers[0]._saved_alpha != 1:
-            continue
-        other = [parent for parent in _parents(readers[0]) if parent is not nodes[name]]
-        if len(other) == 1 and other[0] in handed_on:
-            found[name] = handed_on[other[0]]
+            return None
+        other = [parent for parent in _parents(readers[0]) if parent is not node]
+        if len(other) != 1:
+            return None
+        if other[0] in handed_on:
+            return Join(handed_on[other[0]], gamma=gamma)
+        before = (one for one in read_by.get(other[0], ()) if visits[one].enter < visits[name].enter)
+        reader = next((one for one in before if not name.startswith(f"{one}.")), None)
+        return None if reader is None else Join(reader, read=True, gamma=gamma)
+
+    found: dict[str, Join] = {}
+    for name in visits:
+        node = nodes.get(name)
+        join, gamma = joined(node, name), _scale_behind(node, children)
+        if join is None and gamma is not None:
+            join = joined(children[node][0], name, gamma)
+        if join is not None:
+            found[name] = join
     return found
+
+
+def _scale_behind(node: object, children: dict[object, list[object]]) -> Tensor | None:
+    """What a tensor is multiplied by and nothing else is done with it: a constant with a number for each channel."""
+    readers = children.get(node, [])
+    if len(readers) != 1 or type(readers[0]).__name__ != "MulBackward0" or len(_parents(readers[0])) != 1:
+        return None
+    first = readers[0].next_functions[0][0] is node
+    constant = readers[0]._saved_other if first else readers[0]._saved_self
+    if not isinstance(constant, Tensor) or sum(size > 1 for size in constant.shape) != 1:
+        return None
+    return constant.detach().clone()
 
 
 def _upstream(order: list[object], nodes: dict[str, object], visits: dict[str, Visit]) -> dict[str, frozenset[str]]:

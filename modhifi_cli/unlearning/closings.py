@@ -102,7 +102,8 @@ def find_closings(
         first = next((cut for cut in trace.cuts if visits[cut].leave >= visits[name].leave), None)
         if first is not None:
             ends.setdefault(first, []).append(name)
-    seen = _outputs(model, example, {*layers, *filter(None, layers.values()), *trace.cuts, *trace.joins.values()})
+    streams = {name: join.stream for name, join in trace.joins.items() if not join.read and join.gamma is None}
+    seen = _outputs(model, example, {*layers, *filter(None, layers.values()), *trace.cuts, *streams.values()})
     found = {}
     for first, names in ends.items():
         behind = min((visits[name].enter for name in layers if visits[name].enter > visits[first].leave), default=None)
@@ -115,7 +116,7 @@ def find_closings(
         names = sorted(names, key=lambda name: (-model.get_submodule(name).weight[0].numel(), -visits[name].enter))
         tried = ((name, place) for name in names for place in reversed(places))
         for name, place in tried:
-            closing = _closing(model, example, layers[name] or name, place, trace.joins, seen)
+            closing = _closing(model, example, layers[name] or name, place, streams, seen)
             if closing is not None:
                 found[name] = closing
                 break

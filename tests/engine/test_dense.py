@@ -8,13 +8,14 @@ from torch import nn
 
 from modhifi_cli.engine.dense import STEP
 from modhifi_cli.errors import DataError
+from modhifi_cli.graph.law import randomise_
 from modhifi_cli.graph.segments import inputs_seen, outputs_seen
 from modhifi_cli.graph.surgery import apply_edit_, weights_hash
-from modhifi_cli.graph.trace import trace
+from modhifi_cli.graph.trace import Join, trace
 from modhifi_cli.numerics.compensation import Joint
 from modhifi_cli.records import Edit
-from tests.engine.test_prune import run, setting
-from tests.graph import networks
+from tests.engine.test_prune import Images, run, setting
+from tests.graph import networks, transformers
 
 
 def seen(model, images, *, inputs=(), outputs=()):
@@ -101,6 +102,27 @@ def test_what_is_left_of_the_target_cannot_be_explained_by_the_layers_input():
     assert (left.T @ rows / len(rows)).abs().max() < 1e-3 * left.std() * rows.std()
 
 
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_a_transformers_layers_make_up_for_what_the_stream_lacks_behind_a_layer_scale_too(name):
+    # Normal equations again: γ o + s is the dense network's as nearly as a linear layer can make it.
+    model, images = transformers.build(name), Images(transformers.images(name, 48))
+    randomise_(model)
+    dense = copy.deepcopy(model)
+    run(model, images, compensation=Joint(ridge=0.0, reference="dense"), sparsity=0.3)
+    for layer, stream, behind, scale in (
+        ("blocks.1.attn.proj", "blocks.1.norm1", "blocks.1.norm2", "ls1"), ("blocks.1.mlp.fc2", "blocks.1.norm2", "", "ls2"),
+    ):  # fmt: skip
+        read, given = seen(model, images.images, inputs=[layer, stream, *filter(None, [behind])], outputs=["blocks.1"])
+        was, gave = seen(dense, images.images, inputs=[stream, *filter(None, [behind])], outputs=["blocks.1"])
+        left = was[behind] - read[behind] if behind else gave["blocks.1"] - given["blocks.1"]
+        left = left.flatten(0, -2).double()
+        gamma = getattr(dense.get_submodule(f"blocks.1.{scale}"), "gamma", torch.ones(left.shape[1])).double()
+        left, rows = left / gamma, read[layer].flatten(0, -2).double()
+        rows, left = rows - rows.mean(0), left - left.mean(0)
+        assert (was[stream] - read[stream]).abs().max() > 1e-2  # the stream did change
+        assert (left.T @ rows / len(rows)).abs().max() < 1e-3 * left.std() * rows.std()
+
+
 def test_stored_statistics_keep_the_dense_mean_behind_the_layer():
     model, images = setting("option_a", count=48)
     dense = copy.deepcopy(model)
@@ -130,11 +152,30 @@ def test_the_logits_come_nearer_to_the_dense_ones(name):
 def test_a_branch_is_joined_with_what_is_added_to_it():
     model, example = networks.small("option_a")
     joins = trace(model, example).joins
-    assert joins["layer1.0.bn2"] == "layer1.0.shortcut" and joins["layer2.0.bn2"] == "layer2.0.shortcut"
+    assert joins["layer1.0.bn2"] == Join("layer1.0.shortcut") and joins["layer2.0.bn2"] == Join("layer2.0.shortcut")
     assert "layer1.0.conv2" not in joins and "layer1.0.bn1" not in joins
     model, example = networks.small("projected")
     joins = trace(model, example).joins
-    assert joins["project"] == "down" and joins["down"] == "project" and "inner" not in joins
+    assert joins["project"] == Join("down") and joins["down"] == Join("project") and "inner" not in joins
+
+
+def test_a_stream_that_no_module_gives_is_the_input_of_the_norm_that_reads_it():
+    model, example = transformers.build("vit"), transformers.images("vit")
+    joins = trace(model, example).joins
+    assert joins["blocks.0.attn.proj"] == Join("norm_pre") and joins["blocks.1.attn.proj"] == Join("blocks.0")
+    assert joins["blocks.0.mlp.fc2"] == Join("blocks.0.norm2", read=True)
+    assert "blocks.0.mlp.fc1" not in joins and "blocks.0.attn.qkv" not in joins
+
+
+def test_a_layer_scale_between_a_layer_and_the_stream_is_seen():
+    model, example = transformers.build("dinov2"), transformers.images("dinov2")
+    joins = trace(model, example).joins
+    for name, scale, stream, read in (
+        ("blocks.1.attn.proj", "ls1", "blocks.0", False), ("blocks.1.mlp.fc2", "ls2", "blocks.1.norm2", True),
+    ):  # fmt: skip
+        join = joins[name]
+        assert (join.stream, join.read) == (stream, read)
+        assert torch.equal(join.gamma, model.get_submodule(f"blocks.1.{scale}").gamma)
 
 
 def test_edits_of_another_layer_are_not_taken_up():
