@@ -61,7 +61,9 @@ class Product:
     def _write_(self, side: int, turns: Tensor) -> None:
         layer, rows = self.places[side]
         for head, turn in enumerate(turns):
-            for tensor in filter(lambda one: one is not None, (weight_of(layer), bias_of(layer))):
+            for tensor in (weight_of(layer), bias_of(layer)):
+                if tensor is None:
+                    continue
                 mine = rows[:, head].to(tensor.device)
                 new = turn.mT.to(tensor.device) @ tensor[mine].double()
                 tensor[mine[: len(new)]] = new.to(tensor.dtype)

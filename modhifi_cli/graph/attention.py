@@ -109,8 +109,7 @@ def find_products(model: nn.Module, *, excluded: Iterable[str] = ()) -> tuple[Co
         own = f"{name}." if name else ""
         if f"{own}qkv" in banned or not holds_product(module):
             continue
-        adopt_product_(module)
-        heads, features = module.num_heads, module.query_dim
+        heads, features = adopt_product_(module)
         by_feature = torch.arange(heads * features).view(heads, features).T.contiguous()
         groups.append(
             ComponentGroup(

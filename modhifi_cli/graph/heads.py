@@ -475,7 +475,7 @@ class _Products:
     qkv: nn.Linear
     proj: nn.Linear
     norm: nn.Module
-    gate: nn.Module | None
+    gate: nn.Module
     attn_drop: nn.Dropout
     proj_drop: nn.Module
     num_heads: int
@@ -519,8 +519,10 @@ def holds_product(module: nn.Module) -> bool:
     if not known or not plain or not taken <= {"x", "attn_mask", "is_causal"} or _held_for_heads(module):
         return False
     sizes = [getattr(module, name, None) for name in ("num_heads", "head_dim")]
-    fused = isinstance(getattr(module, "qkv", None), nn.Linear) and all(is_whole(size) for size in sizes)
-    return fused and module.qkv.out_features == 3 * module.num_heads * module.head_dim
+    fused = getattr(module, "qkv", None)
+    if not isinstance(fused, nn.Linear) or not all(is_whole(size) for size in sizes):
+        return False
+    return fused.out_features == 3 * math.prod(size for size in sizes if size is not None)
 
 
 def _held_for_heads(module: nn.Module) -> bool:
@@ -530,11 +532,16 @@ def _held_for_heads(module: nn.Module) -> bool:
     return bool(own) or not {name for name, _ in module.named_children()} <= known
 
 
-def adopt_product_(module: nn.Module) -> None:
-    """Give an attention that `holds_product` a class whose queries and keys may lose features, in place."""
+def adopt_product_(module: nn.Module) -> tuple[int, int]:
+    """Give an attention that `holds_product` a class whose queries and keys may lose features, in place.
+
+    Returns:
+        Its heads, and the features that each one's queries and keys have.
+    """
     if not isinstance(module, _Products):
         setattr(module, PAIRS, module.head_dim)
         module.__class__ = _with_products(type(module))
+    return cast(int, module.num_heads), cast(int, getattr(module, PAIRS))
 
 
 def adopt_products_(model: nn.Module, names: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from modhifi_cli.errors import first_line
 from modhifi_cli.graph.answers import flattened
-from modhifi_cli.graph.components import ComponentGroup, Layout, complement, inputs_first
+from modhifi_cli.graph.components import ComponentGroup, Layout, bias_of, complement, inputs_first, weight_of
 from modhifi_cli.graph.heads import forget_tables_, head_count
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.parts import is_part, part_of
@@ -93,7 +93,7 @@ def zero_consumers_(model: nn.Module, group: ComponentGroup, removed: Tensor) ->
     with torch.no_grad():
         for slot in group.producers if group.product else ():
             layer = model.get_submodule(slot.module)
-            for tensor in (layer.weight, layer.bias):
+            for tensor in (weight_of(layer), bias_of(layer)):
                 if tensor is not None:
                     tensor[slot.index[removed].flatten()] = 0
         for slot in group.consumers:
@@ -116,8 +116,10 @@ def turn_(model: nn.Module, group: ComponentGroup, *, seed: int = SEED) -> None:
     with torch.no_grad():
         for slot, turns in ((queries, bases), (keys, torch.linalg.inv(bases).mT)):
             layer = model.get_submodule(slot.module)
-            for tensor in (layer.weight, layer.bias):
-                for head, turn in enumerate(turns if tensor is not None else ()):
+            for tensor in (weight_of(layer), bias_of(layer)):
+                if tensor is None:
+                    continue
+                for head, turn in enumerate(turns):
                     rows = slot.index[:, head]
                     tensor[rows] = turn.mT.to(tensor) @ tensor[rows]
 

@@ -7,6 +7,7 @@ networks; `segments.py` uses the cuts and verifies each before relying on it.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +153,7 @@ def _runs_often(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1
 
 
-def _parents(node: object) -> list[object]:
+def _parents(node: Any) -> list[Any]:
     return [parent for parent, _ in node.next_functions if parent is not None]
 
 
@@ -202,7 +203,7 @@ def _cuts(order: list[object], nodes: dict[str, object], visits: dict[str, Visit
 def _joins(
     order: list[object], nodes: dict[str, object], visits: dict[str, Visit], reads: dict[str, object]
 ) -> dict[str, Join]:
-    children: dict[object, list[object]] = {}
+    children: dict[Any, list[Any]] = {}
     for node in order:
         for parent in _parents(node):
             children.setdefault(parent, []).append(node)
@@ -236,7 +237,7 @@ def _joins(
     return found
 
 
-def _scale_behind(node: object, children: dict[object, list[object]]) -> Tensor | None:
+def _scale_behind(node: Any, children: dict[Any, list[Any]]) -> Tensor | None:
     """What a tensor is multiplied by and nothing else is done with it: a constant with a number for each channel."""
     readers = children.get(node, [])
     if len(readers) != 1 or type(readers[0]).__name__ != "MulBackward0" or len(_parents(readers[0])) != 1:
