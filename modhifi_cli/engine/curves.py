@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modhifi_cli.engine.impact import TRIAL_DEPTHS, scaled_curve
 from modhifi_cli.engine.query_key import product_of
-from modhifi_cli.engine.site import consumers_of, features_kept, with_others, write_weight_
+from modhifi_cli.engine.site import consumers_of, features_kept, own_units, with_others, write_weight_
 from modhifi_cli.engine.walk import Recipe, Surveyed, Walk
 from modhifi_cli.errors import IllPosedError
 from modhifi_cli.graph.components import ComponentGroup, bias_of, complement
@@ -100,13 +100,13 @@ def _hollow_(walk: Walk, part: ComponentGroup, consumers: Sequence[Consumer], ke
         all_kept = with_others(consumer, kept)
         solved = joint(consumer, all_kept)
         wide = torch.zeros_like(consumer.weight)
-        wide[:, features_kept(consumer, kept).to(wide.device)] = solved
+        wide[:, features_kept(consumer, kept).to(wide.device)] = own_units(walk, slot.module, solved)
         write_weight_(module, wide, walk.layout.input_order(slot, alive))
         norm, bias = walk.norm_behind(slot.module), bias_of(module)
         mean = None if norm is None else walk.model.get_submodule(norm).get_buffer("running_mean")
         behind = mean if mean is not None or bias is None else bias.data
         if consumer.centred and behind is not None:
-            constant = restored_constant(consumer, all_kept, solved)
+            constant = own_units(walk, slot.module, restored_constant(consumer, all_kept, solved))
             behind.add_(constant.to(behind), alpha=1 if norm is None else -1)
     for slot in part.consumers:
         module = walk.model.get_submodule(slot.module)

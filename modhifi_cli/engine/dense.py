@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modhifi_cli.engine.edit import tensor_edits
 from modhifi_cli.engine.gathering import DepthwiseMoments, LayerMoments, TargetMoments
+from modhifi_cli.engine.site import own_units
 from modhifi_cli.engine.walk import Pair, Recipe, Walk
 from modhifi_cli.errors import DataError
 from modhifi_cli.graph.components import bias_of, reading_weight, write_reading_weight_
@@ -129,7 +130,14 @@ def _solve_(
     apart = gathered.held_out
     held_out = None if held_aim is None or apart is None else dense_regression(apart, held_aim, before)
     centred = walk.centred(name)
-    change, ridge, gained = joint.fit(every, held_out, centred=centred)
+    worth = walk.worth(name)
+    if worth is None:
+        change, ridge, gained = joint.fit(every, held_out, centred=centred)
+    else:
+        worth = worth.to(before)
+        parts = (None if one is None else one.weighted(worth) for one in (every, held_out))
+        change, ridge, gained = joint.fit(*parts, centred=centred)
+        change = own_units(walk, name, change)
     better = gained is None or gained < 0
     if not better:  # nothing does better on samples it has not seen
         change = torch.zeros_like(change)

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.engine.gathering import Gathered
-from modhifi_cli.engine.site import consumers_of, kept_positions, producers_of, with_others, write_weight_
+from modhifi_cli.engine.site import (
+    consumers_of,
+    kept_positions,
+    own_units,
+    producers_of,
+    with_others,
+    write_weight_,
+)
 from modhifi_cli.engine.walk import Recipe, Repair, Walk, drawn
 from modhifi_cli.graph.components import ComponentGroup, complement, output_size
 from modhifi_cli.numerics.compensation import NoCompensation, restored_constant
@@ -129,13 +136,15 @@ def repaired(walk: Walk, recipe: Recipe, consumer: Consumer, kept: Tensor, *, me
     """
     all_kept = with_others(consumer, kept)
     solution = recipe.compensation.solve(consumer, all_kept)
+    weight = own_units(walk, consumer.name, solution.weight)
     if not measured:
-        return Repair(solution.weight)
+        return Repair(weight)
     # Plain slicing restores nothing.
     restores = consumer.centred and (recipe.compensation.needs_statistics or walk.restores_always)
+    constant = restored_constant(consumer, all_kept, solution.weight) if restores else None
     return Repair(
-        solution.weight,
-        restored_constant(consumer, all_kept, solution.weight) if restores else None,
+        weight,
+        None if constant is None else own_units(walk, consumer.name, constant),
         layer_fidelity(consumer, all_kept, solution.weight),
         joint_fidelity(consumer, all_kept),
         solution.ridge,

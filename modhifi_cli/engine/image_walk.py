@@ -49,6 +49,7 @@ from modhifi_cli.numerics.scoring import Place
 from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress
 from modhifi_cli.roles import Scoring, looks_at_classes
 
+_LEAST_WORTH = 1e-3  # of the largest γ of a layer scale: outputs that count less could not be told from nothing
 _FEWEST_HELD_OUT = 8  # images; fewer say less than images that were fitted to
 # A survey looks at one block of five images in so many that at least this many images are left, and in every layer twice
 # as many rows as features: what chooses widths and subsets needs less than what weights are fitted to.
@@ -569,6 +570,16 @@ class ImageWalk:
         """What is added to the output of a layer that closes a residual block."""
         join = self._joined(name)
         return None if join is None else join.stream
+
+    def worth(self, name: str) -> Tensor | None:
+        """γ of the layer scale behind a layer: what its outputs are multiplied by on their way into the stream."""
+        join = self._joined(name)
+        if join is None or join.gamma is None:
+            return None
+        gamma, alive = join.gamma.flatten(), self.layout.alive_outputs(name)
+        gamma = gamma if alive is None else gamma[alive.to(gamma.device)]
+        least = _LEAST_WORTH * gamma.abs().max().clamp(min=torch.finfo(gamma.dtype).tiny)
+        return torch.where(gamma.abs() > least, gamma, least)
 
     def _joined(self, name: str) -> Join | None:
         """What a layer's output is added to, behind its BatchNorm or layer scale; None where it is added to nothing."""

@@ -26,12 +26,17 @@ from modhifi_cli.records import Consumer, Statistics
 
 
 def consumer_of(walk: Walk, slot: Slot, alive: Tensor, gathered: Mapping[str, Gathered]) -> Consumer:
-    """One consumer as the numerics see it, the part's living components first; statistics where there are any."""
+    """One consumer as the numerics see it, the part's living components first; statistics where there are any.
+
+    Its outputs are in the units of the stream that they go into (`Walk.worth`); `own_units` leads back.
+    """
     module = walk.model.get_submodule(slot.module)
     features = feature_index(walk.layout.input_order(slot, alive), taps_of(module))
     mine = gathered.get(slot.module)
     weight = reading_weight(module).to(torch.float64)
     weight = weight if mine is None else weight.to(mine.statistics.mean.device)
+    if (worth := walk.worth(slot.module)) is not None:
+        weight = weight * worth.to(weight)[:, None]
     nothing = Statistics(0, torch.zeros(features.numel(), dtype=torch.float64))
     return Consumer(
         name=slot.module,
@@ -42,6 +47,12 @@ def consumer_of(walk: Walk, slot: Slot, alive: Tensor, gathered: Mapping[str, Ga
         centred=walk.centred(slot.module),
         held_out=None if mine is None or mine.held_out is None else reorder(mine.held_out, features),
     )
+
+
+def own_units(walk: Walk, name: str, values: Tensor) -> Tensor:
+    """Weights or constants by output, ``[outputs, …]``, from the units of the stream to those of the layer."""
+    worth = walk.worth(name)
+    return values if worth is None else values / worth.to(values).view(-1, *[1] * (values.dim() - 1))
 
 
 def consumers_of(walk: Walk, part: ComponentGroup, gathered: Mapping[str, Gathered]) -> list[Consumer]:

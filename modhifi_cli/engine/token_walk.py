@@ -411,6 +411,10 @@ class TokenWalk:
             self._set_bias_(name, mean() if bias is None else mean() + bias.detach().double(), add=False)
         return []
 
+    def worth(self, name: str) -> Tensor | None:
+        """Nothing stands between a layer and the stream."""
+        return None
+
     def residual(self, name: str) -> str | None:
         """The stream behind the layer."""
         return self.stops[self._part[name].layer].name

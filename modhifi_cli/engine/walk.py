@@ -286,6 +286,9 @@ class Walk(Protocol):
     def residual(self, name: str) -> str | None:
         """What stands for the residual stream that a layer's output goes into; None where it goes into none."""
 
+    def worth(self, name: str) -> Tensor | None:
+        """What a unit of each of a layer's outputs is worth in the stream that they go into, ``[outputs]``; None for 1."""
+
     def settle_dense_(self, name: str, mean: Callable[[], Tensor], moments: Callable[[], Any]) -> list[str]:
         """Put right what follows a layer that was solved again.
 

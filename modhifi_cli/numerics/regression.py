@@ -49,6 +49,14 @@ class Regression:
         }
         return replace(self, rows=rows, **left)
 
+    def weighted(self, worth: Tensor) -> "Regression":
+        """The same with every output counted in another unit, so that errors of several can be added up.
+
+        Args:
+            worth: New units a unit of each output, ``[outputs]``, not 0.
+        """
+        return replace(self, cross=self.cross * worth[:, None], targets=self.targets * worth)
+
     def about(self, inputs: Tensor, targets: Tensor) -> "Regression":
         """The same with the given z and t taken off every row: centred about any point, not only their own mean.
 

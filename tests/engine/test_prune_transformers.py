@@ -29,11 +29,12 @@ def error(model, dense, images):
         return float((model(images) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
 
 
-@pytest.mark.parametrize("name", ["vit", "torchvision_vit", "swinv2"])
+@pytest.mark.parametrize("name", ["vit", "dinov2", "torchvision_vit", "swinv2"])
 def test_an_output_projection_is_repaired_as_centred_least_squares_with_its_bias(name):
     model, images = setting(name)
     reader = {
         "vit": "blocks.0.attn.proj",
+        "dinov2": "blocks.0.attn.proj",
         "torchvision_vit": "encoder.layers.encoder_layer_0.self_attention.out_proj",
         "swinv2": "layers.1.blocks.0.attn.proj",
     }[name]
@@ -63,6 +64,24 @@ def test_an_output_projection_is_repaired_as_centred_least_squares_with_its_bias
     bias = layer.bias.detach().double() + weight @ mean - expected @ mean[features]
     assert torch.allclose(repaired.weight.detach().double(), expected, rtol=0, atol=1e-4)
     assert torch.allclose(repaired.bias.detach().double(), bias, rtol=0, atol=1e-4)
+
+
+def test_neurons_are_chosen_by_what_reaches_the_stream_behind_a_layer_scale():
+    model, images = setting("dinov2")
+    block = model.blocks[0]
+    neurons = block.mlp.fc2.in_features
+    with torch.no_grad():
+        block.ls2.gamma.fill_(1e-3)
+        block.ls2.gamma[0] = 1.0
+        block.mlp.fc2.weight[:, : neurons // 2] *= 10  # loud, where the layer scale lets next to nothing through
+        block.mlp.fc2.weight[0, : neurons // 2] = 0
+    spared = [name for name, _ in model.named_modules() if name.endswith((".attn", "blocks.1.mlp"))]
+    edits, _ = run(
+        model, images, exclude=spared, sparsity=0.8, target="components", selection=Greedy(), compensation=NoCompensation()
+    )
+    kept = edits[0].kept
+    assert edits[0].name == "blocks.0.mlp.fc1" and len(kept) < neurons // 4
+    assert int((kept >= neurons // 2).sum()) > 0.8 * len(kept)
 
 
 @pytest.mark.parametrize("name", transformers.FAMILIES)
