@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modhifi_cli.data.sources import settings_group, sha256_of_samples
-from modhifi_cli.errors import ConfigError, DataError, first_line, is_whole, package_missing
+from modhifi_cli.errors import ConfigError, DataError, first_line, is_number, is_whole, package_missing
 from modhifi_cli.records import Preprocess, TextInput
 
 # Field names that hold a document's text, most specific first; several of a tuple are joined by a newline.
@@ -78,6 +78,7 @@ def load(
     hub: Mapping[str, str] | None = None,
     field: str | None = None,
     separator: str | None = None,
+    part: Sequence[float] | None = None,
     layout: str = "stream",
     sequences: int | None = SEQUENCES,
     length: int = LENGTH,
@@ -100,6 +101,9 @@ def load(
         hub: Instead of a file, arguments of `datasets.load_dataset`: ``{path: …, name: …, split: …}``.
         field: Name of the field that holds the text; None finds it (text, content, instruction + input + output …).
         separator: What stands between documents in a ``.txt`` file; None: it is one document.
+        part: ``(begin, end)``, shares in [0, 1] of the source in its own order: only what lies between is looked at, so
+            that one file can calibrate and test. Whole documents where there are several, else characters. Parts that do
+            not overlap share no document.
         layout: ``"stream"`` joins documents by an empty line and cuts windows, ``"documents"`` takes one window from
             the beginning of every document, at most `length` tokens of it.
         sequences: How many windows; None takes all there are.
@@ -124,6 +128,8 @@ def load(
         raise DataError(f"{place}: the network has no tokenizer to read text with; set model.tokenizer=FOLDER.")
     _check(place, sequences, length, stride, tokens, layout, preprocess)
     documents, account = _documents(place, path, hub, field, separator)
+    if part is not None:
+        documents, account = _part(place, documents, account, part)
     return windows_of(
         documents, account, layout=layout, sequences=sequences, length=length, stride=stride, tokens=tokens, bos=bos,
         seed=seed, preprocess=preprocess, labelled=labelled,
@@ -305,6 +311,18 @@ def _documents(
             return _not_empty(place, account, found), account
         rows = _rows(place, file)
     return _not_empty(place, account, _texts(place, account, rows, field)), account
+
+
+def _part(place: str, documents: list[str], account: str, part: Sequence[float]) -> tuple[list[str], str]:
+    """What lies between two shares of a source, and what to call it."""
+    shares = list(part) if isinstance(part, Sequence) and not isinstance(part, str) else []
+    if len(shares) != 2 or not all(map(is_number, shares)) or not 0 <= shares[0] < shares[1] <= 1:
+        raise ConfigError(f"{place}.part: expected two shares of the text, [begin, end] with 0 <= begin < end <= 1, got {part!r}.")
+    whole: Sequence[Any] = documents if len(documents) > 1 else documents[0]
+    begin, end = (round(share * len(whole)) for share in shares)
+    chosen = whole[begin:end]
+    found = [chosen] if isinstance(chosen, str) else list(chosen)
+    return _not_empty(place, f"{account} from {shares[0]:g} to {shares[1]:g}", found), f"{account} [{shares[0]:g}, {shares[1]:g}]"
 
 
 def _read(place: str, file: Path) -> str:

@@ -76,6 +76,19 @@ def test_documents_come_from_every_format(form, tmp_path, words):
     assert [w.tolist() for w in source.windows] != [w.tolist() for w in load(path, words, seed=1, **settings).windows]
 
 
+def test_parts_of_one_source_share_no_document(file, tmp_path, words):
+    documents = [LETTERS[at : at + 50] for at in range(0, 60, 6)]
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    seen = [load(path, words, layout="documents", sequences=None, length=51, part=part) for part in ([0, 0.3], [0.3, 1])]
+    assert [len(source) for source in seen] == [3, 7]
+    assert len({tuple(window.tolist()) for source in seen for window in source.windows}) == 10
+    front, back = (load(file, words, labelled=True, sequences=None, part=part) for part in ([0, 0.4], [0.4, 1]))
+    together = torch.cat([*front.windows, *back.windows])
+    assert together.tolist() == torch.cat(list(load(file, words, labelled=True, sequences=None).windows)).tolist()
+    assert "[0, 0.4]" in front.protocol["path"] and len(front) == 12 and len(back) == 18
+
+
 def test_shared_passages_are_found(file, tmp_path, words):
     (tmp_path / "other.txt").write_text(LETTERS[::-1])
     calibration = load(file, words, sequences=12, length=50)
@@ -95,6 +108,9 @@ def test_batches_hold_windows_of_one_length(words):
     ({"length": 1}, "data.length: expected a whole number from 2"),
     ({"stride": 30}, "skips text"),
     ({"layout": "other"}, "must be stream or documents"),
+    ({"part": [0.5, 0.5]}, r"data.part: expected two shares of the text, \[begin, end\]"),
+    ({"part": 0.5}, "got 0.5"),
+    ({"part": [0, 0.0001]}, "from 0 to 0.0001 holds no text"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(file, words, settings, said):
     with pytest.raises((ConfigError, DataError), match=said):
