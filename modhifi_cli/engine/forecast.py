@@ -137,7 +137,7 @@ def forecast(model: nn.Module, decoder: Decoder, run: Run) -> Forecast:
         card["one batch"] = batch
     if run.uneven:
         trial = min(_TRIAL_TOKENS, run.tokens)
-        predictions = 4.0 * _SINGLE * trial * _vocabulary(model)  # dense, present, and two on the way to a sum
+        predictions = 2.0 * _SINGLE * trial * _vocabulary(model)  # dense and present
         card["trial"] = 3.0 * trial * outputs * size + predictions
     host = {"network": float(whole * (1 + run.dense_copies)), "waiting tokens": waiting if run.offload else 0.0}
     work = _operations(model, decoder, shapes, run)

@@ -34,6 +34,7 @@ from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress
 from modhifi_cli.roles import Scoring
 
 _TRIAL_TOKENS = 1536  # held-out tokens on which a trial runs: each costs half a forward on average
+_ROWS = 64  # tokens whose predictions over the vocabulary stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ class TokenWalk:
         )
         self._dense: Flow | None = None
         self._twin: nn.Module | None = None  # the whole dense network, where layers are cut more than once
-        self._towards_dense = False
+        self._towards_dense, self._passes = False, 1
+        self._predicted: Tensor | None = None  # what the dense network says on the trial's tokens, for later passes
         self._number, self._layer, self._dense_layer = 0, nn.Module(), nn.Module()
         self._added: set[str] = set()
         self._silent: list[str] = []  # experts that no calibration token was given to
@@ -144,7 +146,7 @@ class TokenWalk:
 
     def prepare(self, recipe: Recipe, passes: int) -> Iterator[Progress | Note]:
         """Say what memory will be needed and whether it is there; keep the dense network if layers are cut in several passes."""
-        self._towards_dense = recipe.compensation.reference == "dense"
+        self._towards_dense, self._passes = recipe.compensation.reference == "dense", passes
         self._twin = copy.deepcopy(self.model) if self._towards_dense and passes > 1 else None
         run = Run(
             sequences=self.samples,
@@ -272,7 +274,10 @@ class TokenWalk:
         held = numbers[held_out_images(numbers)]
         held_out = len(held) > 0
         with self.flow.resident():
-            trial = TokenTrial(self, (held if held_out else numbers)[: max(1, _TRIAL_TOKENS // self.length)])
+            chosen = (held if held_out else numbers)[: max(1, _TRIAL_TOKENS // self.length)]
+            trial = TokenTrial(self, chosen, self._predicted)
+            if self._passes > 1 and trial.dense is not None:
+                self._predicted = trial.dense.cpu()
             for stop in self.stops:
                 with self.at(stop):
                     if stop.parts:
@@ -440,21 +445,30 @@ class TokenWalk:
 
 
 class TokenTrial:
-    """Some calibration tokens in the dense network, which are tried from the layer at work to the logits.
+    """Some calibration tokens in the network as it stands, which are tried from the layer at work to the logits.
 
     Args:
         walk: Standing in front of its first layer.
         numbers: Of the sequences, in the whole calibration set; each process tries its own.
+        dense: What the dense network predicts for its own tokens, `dense` of an earlier trial of the same sequences; None:
+            the network as it stands is the dense one.
+
+    Attributes:
+        dense: Probabilities ``[tokens, vocabulary]`` float32 that are the measure of every trial.
     """
 
-    def __init__(self, walk: TokenWalk, numbers: Tensor) -> None:
+    def __init__(self, walk: TokenWalk, numbers: Tensor, dense: Tensor | None = None) -> None:
         self._walk, self._flow = walk, walk.flow
         self._hidden = self._flow.chosen(numbers)
         self._tokens = len(numbers) * walk.length
         self._at = 0
+        self.dense = None if dense is None else dense.to(self._flow.device)
         if len(self._hidden):
             self._calls = [self._flow.call(number, self._hidden) for number in range(len(walk.stops))]
-            self._dense = self._predictions(0)
+            logits = self._logits(0)
+            if self.dense is None:
+                self.dense = torch.cat([rows.float().softmax(-1) for rows in logits.split(_ROWS)])
+            self._own = self._cross_entropy(logits)
 
     def stand_before(self, part: ComponentGroup) -> None:
         """The trial stands in front of the layer at work."""
@@ -464,11 +478,14 @@ class TokenTrial:
         return restored(modules)
 
     def measure(self) -> float:
-        """Mean KL(dense ‖ present) over the trial's tokens, nats, when the layer at work is edited."""
+        """By how much the edited layer raises KL(dense ‖ present), mean over the trial's tokens, nats.
+
+        Not the divergence from the network as it stands: of two cuts whose errors take each other back, or add up, the sum
+        alone says what they cost together.
+        """
         total = torch.zeros(1, dtype=torch.float64, device=self._flow.device)
         if len(self._hidden):
-            changed = self._predictions(self._at)
-            total += (self._dense.exp() * (self._dense - changed)).sum(dtype=torch.float64).to(total.device)
+            total += (self._cross_entropy(self._logits(self._at)) - self._own).to(total.device)
         self._flow.team.add_up_(total)
         return max(float(total) / self._tokens, 0.0)
 
@@ -481,12 +498,22 @@ class TokenTrial:
         self._at += 1
 
     @torch.no_grad()
-    def _predictions(self, number: int) -> Tensor:
+    def _logits(self, number: int) -> Tensor:
         hidden, layers = self._hidden, self._walk.decoder.layers
         for later in range(number, len(layers)):
             with self._flow.at_work(later, keep=later == self._at) as layer:
                 hidden = run_layer(layer, hidden, self._calls[later])
-        return leave(self._walk.model, layers, hidden).float().log_softmax(-1)
+        return leave(self._walk.model, layers, hidden).flatten(0, -2)
+
+    def _cross_entropy(self, logits: Tensor) -> Tensor:
+        """Sum over the tokens of −Σ p log q, p the dense network's predictions, q those of logits ``[tokens, vocabulary]``.
+
+        A few rows at a time: a vocabulary is so large that every further pass over all rows takes longer than the layers.
+        """
+        assert self.dense is not None, "there are tokens, so there are predictions"
+        rows = zip(self.dense.split(_ROWS), logits.split(_ROWS), strict=True)
+        losses = [single.logsumexp(-1) - torch.linalg.vecdot(p, single) for p, z in rows for single in [z.float()]]
+        return torch.cat(losses).sum(dtype=torch.float64)
 
 
 def _watched(layer: nn.Module, reader: nn.Module, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:

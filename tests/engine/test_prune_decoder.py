@@ -10,7 +10,7 @@ import transformers
 from modhifi_cli.engine.plan import Plan, Summary
 from modhifi_cli.engine.prune import prune_
 from modhifi_cli.engine.token_walk import DecoderOptions, TokenWalk
-from modhifi_cli.engine.walk import Budget, Recipe
+from modhifi_cli.engine.walk import Budget, Recipe, Surveyed
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 from modhifi_cli.models.hf import native_config
@@ -223,3 +223,30 @@ def test_what_mixes_tokens_in_its_own_way_is_pruned_and_replayed(config):
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=ids, use_cache=False).logits).all()
         assert torch.equal(again(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits)
+
+
+def divergence(model, dense, ids):
+    """KL(dense ‖ model) a token, in float64 from whole forwards."""
+    with torch.no_grad():
+        present, wanted = (one(input_ids=ids).logits.double().log_softmax(-1) for one in (model, dense))
+    return float((wanted.exp() * (wanted - present)).sum(-1).mean())
+
+
+def test_a_trial_measures_how_far_a_cut_leads_from_the_dense_network_also_in_a_later_pass():
+    dense, model = tiny("llama"), tiny("llama")
+    walk = TokenWalk(model, tokens(), options=BOTH)
+    recipe = Recipe(Singleton(), Greedy(), Joint(), Global(), functools.partial(geometric, iterations=2))
+    list(walk.prepare(recipe, 2))
+    held = torch.cat([batch for batch, _ in tokens().batches(64)])[4::5]
+    reader = model.model.layers[-1].mlp.down_proj
+    for _ in range(2):
+        before, weight = divergence(model, dense, held), reader.weight.detach().clone()
+        for event in walk.survey():
+            if isinstance(event, Surveyed) and event.part is walk.parts[-1]:
+                with event.trial.edited([reader]), torch.no_grad():
+                    reader.weight.mul_(0.5)
+                    expected = divergence(model, dense, held) - before
+                    assert event.trial.measure() == pytest.approx(expected, rel=1e-3, abs=1e-6) and expected > 0
+        assert torch.equal(reader.weight, weight)
+        with torch.no_grad():  # the later pass finds a network that was cut
+            model.model.layers[0].mlp.down_proj.weight[:, :8] = 0
