@@ -103,7 +103,8 @@ class Compensation(Protocol):
     Attributes:
         needs_statistics: Whether it looks at the moments of what the consumer reads.
         wants_held_out: Whether some samples shall be kept apart.
-        reference: ``"current"`` or ``"dense"``: whether layers are solved again towards the dense network at the end.
+        reference: ``"current"`` or ``"dense"``: whether layers are solved again towards the dense network at the end;
+            ``"auto"``: those that can be.
     """
 
     @property
@@ -142,7 +143,7 @@ class DenseCompensation(Compensation, Protocol):
 
 def solves_towards_dense(compensation: Compensation) -> TypeGuard[DenseCompensation]:
     """Whether layers are solved again towards the dense network at the end, as the compensation says itself."""
-    return compensation.reference == "dense"
+    return compensation.reference in ("dense", "auto")
 
 
 class Allocation(Protocol):

@@ -113,7 +113,7 @@ WRONG = {
     "a kind of network with an unknown target": (["prune", "target.images=speed"], "target.images: there is no target 'speed'; known"),
     "a folder of Hydra's": (["prune", "hydra.run.dir=x"], "hydra.run.dir has no effect: modhifi names folders and logs itself"),
     "a repair towards another network": (
-        ["prune", "compensation.reference=both"], "compensation.reference must be 'current' or 'dense', got 'both'.",
+        ["prune", "compensation.reference=both"], "compensation.reference must be 'current', 'dense' or 'auto', got 'both'.",
     ),
     "a repair towards nothing and the dense network": (
         ["prune", "+compensation.towards=zero", "compensation.reference=dense"], "towards=zero is for compensation.reference=current",

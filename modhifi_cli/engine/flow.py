@@ -24,7 +24,7 @@ Look = Callable[[Tensor], None]
 _SHARE = 8  # of the free memory at most is taken for what modules of one layer give
 
 
-class _Seen(Exception):
+class Seen(Exception):
     """Everything that was to be looked at has been seen."""
 
 
@@ -180,13 +180,13 @@ class Flow:
             def keep_input(module: nn.Module, inputs: tuple, seen: dict = seen, shape: tuple = hidden.shape[:2]) -> None:
                 seen[module] = rows_read(module, inputs[0], shape)
                 if len(seen) == len(looks):
-                    raise _Seen
+                    raise Seen
 
             handles = [module.register_forward_pre_hook(keep_input) for module in looks]
             handles += [layer.get_submodule(name).register_forward_hook(_giving(given, name)) for name in kept]
             try:
                 run_layer(layer, hidden, call)
-            except _Seen:
+            except Seen:
                 pass
             finally:
                 for handle in handles:
@@ -211,6 +211,14 @@ class Flow:
                 behind = run_layer(layer, hidden, call)
             self._hidden[place] = behind.to(self._store)
             yield Progress("tokens", item, done, self.parts)
+
+    def waiting(self, hidden: Tensor) -> Tensor:
+        """Hidden states where they wait."""
+        return hidden.to(self._store)
+
+    def arrive(self, hidden: list[Tensor]) -> None:
+        """Stand behind the layer at work, whose answers to all batches are known already."""
+        self._hidden, self._kept = hidden, []
 
     def edited(self, modules: Sequence[str]) -> None:
         """Forget what is kept of modules of the layer at work that were edited, by their full names."""

@@ -120,7 +120,8 @@ def forecast(model: nn.Module, decoder: Decoder, run: Run) -> Forecast:
     shapes = [_shape(model, part) for part in decoder.parts]
     features, outputs = max(shapes)
     twins = 2 if run.reference == "dense" else 1
-    waiting = float(run.tokens * outputs * size * twins)
+    # Beside the dense network its hidden states in front of the layer at work and behind it wait together.
+    waiting = float(run.tokens * outputs * size * (3 if run.reference == "dense" else 1))
     at_once = min(TOKENS_AT_ONCE, run.batch_size * run.length, run.tokens)
     card = {"one layer": float(layer * twins), "waiting tokens": 0.0 if run.offload else waiting}
     # Three tensors as wide as the reader's input, a copy in float32, and a few of the stream.

@@ -47,7 +47,7 @@ from modhifi_cli.numerics.linalg import at_least_float32, feature_index
 from modhifi_cli.numerics.moments import reorder
 from modhifi_cli.numerics.scoring import Place
 from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress
-from modhifi_cli.roles import Scoring, looks_at_classes
+from modhifi_cli.roles import Scoring, looks_at_classes, solves_towards_dense
 
 _LEAST_WORTH = 1e-3  # of the largest γ of a layer scale: outputs that count less could not be told from nothing
 _FEWEST_HELD_OUT = 8  # images; fewer say less than images that were fitted to
@@ -141,7 +141,7 @@ class ImageWalk:
 
     def prepare(self, recipe: Recipe, passes: int) -> Iterator[Progress | Note]:
         """Put the dense network beside this one, and find the images' classes, where the recipe asks for it."""
-        if recipe.compensation.reference == "dense":
+        if solves_towards_dense(recipe.compensation):
             untouched = copy.deepcopy(self.model)
             twin = Segments(untouched, self.example)
             twin.know_usable(self.segments)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.engine.decoder_widths import Widths
-from modhifi_cli.engine.flow import Flow, rows_read
+from modhifi_cli.engine.flow import Flow, Seen, rows_read
 from modhifi_cli.engine.forecast import Run, forecast
 from modhifi_cli.engine.gathering import Gathered, LayerMoments, TargetMoments, held_out_images
 from modhifi_cli.engine.impact import restored
@@ -25,13 +25,13 @@ from modhifi_cli.engine.walk import Budget, Cut, Looking, Pair, Recipe, Repair, 
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation.visiting import free_memory
 from modhifi_cli.graph.components import ComponentGroup, Layout, Slot, bias_of, weight_of
-from modhifi_cli.graph.decoder import KINDS, UNITS, Call, Part, find_parts, leave, run_layer, slice_part_
+from modhifi_cli.graph.decoder import KINDS, UNITS, Call, find_parts, leave, run_layer, slice_part_
 from modhifi_cli.graph.experts import of_experts, open_experts_
 from modhifi_cli.graph.heads import free_heads_
 from modhifi_cli.models.hf import accepts_heads
 from modhifi_cli.numerics.scoring import Place
 from modhifi_cli.records import Consumer, EditState, ImageSource, Note, Progress, Statistics
-from modhifi_cli.roles import Scoring
+from modhifi_cli.roles import Scoring, solves_towards_dense
 
 _TRIAL_TOKENS = 1536  # held-out tokens on which a trial runs: each costs half a forward on average
 _ROWS = 64  # tokens whose predictions over the vocabulary stay in a processor's cache
@@ -137,23 +137,25 @@ class TokenWalk:
         )
         self._dense: Flow | None = None
         self._twin: nn.Module | None = None  # the whole dense network, where layers are cut more than once
-        self._towards_dense, self._passes = False, 1
+        self._towards_dense, self._where_added, self._passes = False, False, 1
         self._predicted: Tensor | None = None  # what the dense network says on the trial's tokens, for later passes
         self._number, self._layer, self._dense_layer = 0, nn.Module(), nn.Module()
-        self._added: set[str] = set()
+        self._behind: list[Tensor] = []  # what the dense network's layer at work gives, as far as it was asked
+        self._added: dict[str, bool] = {}  # whether readers' outputs are added to the stream as they are
         self._silent: list[str] = []  # experts that no calibration token was given to
         self._edits = 0
 
     def prepare(self, recipe: Recipe, passes: int) -> Iterator[Progress | Note]:
         """Say what memory will be needed and whether it is there; keep the dense network if layers are cut in several passes."""
-        self._towards_dense, self._passes = recipe.compensation.reference == "dense", passes
+        self._towards_dense, self._passes = solves_towards_dense(recipe.compensation), passes
+        self._where_added = recipe.compensation.reference == "auto"
         self._twin = copy.deepcopy(self.model) if self._towards_dense and passes > 1 else None
         run = Run(
             sequences=self.samples,
             length=self.length,
             batch_size=self.flow.batch_size,
             passes=passes,
-            reference=recipe.compensation.reference,
+            reference="dense" if self._towards_dense else recipe.compensation.reference,
             hold_out=recipe.compensation.wants_held_out or recipe.allocation.needs_curves,
             uneven=recipe.allocation.needs_curves,
             statistics=recipe.needs_statistics,
@@ -188,7 +190,7 @@ class TokenWalk:
             if self._dense is not None:
                 twin = layer if self._twin is None else self._twin.get_submodule(stop.name)
                 self._dense_layer = copy.deepcopy(twin).to(self.flow.device)
-            before = self._edits
+            before, self._behind = self._edits, []
             yield
             if self._edits > before:
                 self.flow.team.agree(stop.name, layer.state_dict(), self.flow.device)
@@ -199,7 +201,9 @@ class TokenWalk:
         if stop is self.stops[-1]:
             return
         yield from self.flow.advance(self._layer, self._number, stop.name)
-        if self._dense is not None:
+        if self._dense is not None and self._behind:
+            self._dense.arrive(self._behind)
+        elif self._dense is not None:
             yield from self._dense.advance(self._dense_layer, self._number, stop.name)
 
     def consumers(self, part: ComponentGroup) -> tuple[Slot, ...]:
@@ -364,7 +368,8 @@ class TokenWalk:
             return []
         first = min(self._part[part.name].layer for part in cut)
         readers = [part.consumers[0].module for part in stop.parts] if self._number >= first else []
-        return [name for name in readers if of_experts(self.model, name) is None]  # a token's expert is not one module
+        readers = [name for name in readers if of_experts(self.model, name) is None]  # a token's expert is not one module
+        return [name for name in readers if not self._where_added or self._is_added(name)]
 
     def pairs(self, name: str) -> Iterator[Progress | Pair]:
         """What a reader reads beside what it should give: y_dense plus what the stream in front of it lacks.
@@ -379,20 +384,27 @@ class TokenWalk:
         part = self._part[name]
         local = name.removeprefix(self.stops[self._number].name).removeprefix(".")
         reader, dense_reader = self._layer.get_submodule(local), self._dense_layer.get_submodule(local)
+        self._refuse_norm(name)
         both = zip(self.flow.batches(self._number), self._dense.batches(self._number), strict=True)
+        attention = part.kind == "attention"
         for (hidden, call, done), (dense_hidden, _, _) in both:
             with torch.no_grad():
-                inputs, output, behind = _watched(self._layer, reader, hidden, call)
-                _, dense_output, dense_behind = _watched(self._dense_layer, dense_reader, dense_hidden, call)
-                if name not in self._added:
-                    self._check_added(part, reader, hidden, call, output)
-                if part.kind == "attention":
+                inputs, output, behind = _watched(self._layer, reader, hidden, call, whole=not attention)
+                if attention:
+                    _, dense_output, _ = _watched(self._dense_layer, dense_reader, dense_hidden, call, whole=False)
                     target = dense_output.float() + (dense_hidden.float() - hidden.float())
                 else:
-                    target = output.float() + (dense_behind.float() - behind.float())
+                    assert behind is not None, "the whole layer has run"
+                    target = output.float() + (self._dense_behind(done - 1, dense_hidden, call).float() - behind.float())
             bias = bias_of(reader)
             target = target if bias is None else target - bias.detach().float()
             yield Pair(inputs.float(), target, done, self.flow.parts)
+
+    def _dense_behind(self, place: int, hidden: Tensor, call: Call) -> Tensor:
+        """A batch of the dense network's hidden states behind the layer at work; what was computed serves to go on, too."""
+        if place == len(self._behind):
+            self._behind.append(self.flow.waiting(run_layer(self._dense_layer, hidden, call)))
+        return self._behind[place].to(self.flow.device)
 
     def sums(self, name: str, *, hold_out: bool = True, exact: bool = False) -> LayerMoments:
         """An accumulator of a layer's inputs, over all processes."""
@@ -424,24 +436,34 @@ class TokenWalk:
         """The stream behind the layer."""
         return self.stops[self._part[name].layer].name
 
-    def _check_added(self, part: Part, reader: nn.Module, hidden: Tensor, call: Call, output: Tensor) -> None:
+    def _refuse_norm(self, name: str) -> None:
         """The reader's output must be added to the residual stream as it is."""
-        others = [
-            self.model.get_submodule(other.consumer.module)
-            for other in self.decoder.parts
-            if other.layer == part.layer and other.kind == "mlp" and part.kind == "attention"
-        ]
-        whole = _silenced(self._layer, others, hidden, call)
-        without = _silenced(self._layer, [*others, reader], hidden, call)
-        # Streams hundreds of times as large as an output round it away in half precision: that much is no norm's doing.
-        rounding = 2 * torch.finfo(whole.dtype).eps * whole.abs().double()
-        error = ((whole.double() - without.double() - output.double()).abs() - rounding).max()
-        if error > 1e-2 * output.abs().max():
+        if not self._is_added(name):
             raise ConfigError(
                 f"compensation.reference=dense needs layers that add their output to the residual stream as it is, and "
-                f"{part.name} does not (a normalisation follows it); set compensation.reference=current."
+                f"{self._part[name].name} does not (a normalisation follows it); set compensation.reference=current."
             )
-        self._added.add(part.name)
+
+    @torch.no_grad()
+    def _is_added(self, name: str) -> bool:
+        """Whether a reader's output is added to the residual stream as it is; asked once, of the first tokens at hand."""
+        part = self._part[name]
+        if name not in self._added:
+            reader = self.model.get_submodule(name)
+            hidden, call, _ = next(self.flow.batches(self._number))
+            _, output, _ = _watched(self._layer, reader, hidden, call, whole=False)
+            others = [
+                self.model.get_submodule(other.consumer.module)
+                for other in self.decoder.parts
+                if other.layer == part.layer and other.kind == "mlp" and part.kind == "attention"
+            ]
+            whole = _silenced(self._layer, others, hidden, call)
+            without = _silenced(self._layer, [*others, reader], hidden, call)
+            # Streams hundreds of times as large as an output round it away in half precision: that much is no norm's doing.
+            rounding = 2 * torch.finfo(whole.dtype).eps * whole.abs().double()
+            error = ((whole.double() - without.double() - output.double()).abs() - rounding).max()
+            self._added[name] = bool(error <= 1e-2 * output.abs().max())
+        return self._added[name]
 
 
 class TokenTrial:
@@ -516,16 +538,23 @@ class TokenTrial:
         return torch.cat(losses).sum(dtype=torch.float64)
 
 
-def _watched(layer: nn.Module, reader: nn.Module, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Input and output of one module, and what is behind the layer."""
+def _watched(
+    layer: nn.Module, reader: nn.Module, hidden: Tensor, call: Call, *, whole: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input and output of one module, and what is behind the layer, if the whole of it is to run."""
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         seen.extend(rows_read(module, tensor, hidden.shape[:2]) for tensor in (inputs[0], output))
+        if not whole:
+            raise Seen
 
     handle = reader.register_forward_hook(hook)
+    behind = None
     try:
         behind = run_layer(layer, hidden, call)
+    except Seen:
+        pass
     finally:
         handle.remove()
     return seen[0], seen[1], behind

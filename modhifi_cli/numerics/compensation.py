@@ -161,6 +161,7 @@ class Joint(_Compensation):
         reference: What the layers shall give. ``"current"``: what they give as the network stands, without the cut
             (M8). ``"dense"``: after all cuts every layer behind one is solved again, in forward order, towards what it
             gives in the dense network, residual stream included (M9), so that errors are repaired, not inherited.
+            ``"auto"``: so where a layer's output is added to the stream as it is, ``"current"`` elsewhere.
         towards: What the ridge pulls the weights to: ``"weights"`` as they are, or ``"zero"``: plain least squares,
             which for one feature a component is the paper's M5 at λ → 0; only with reference ``"current"``.
 
@@ -185,11 +186,11 @@ class Joint(_Compensation):
                 f"compensation.grid must hold at least one ridge, all above 0, got {list(self.grid)}: leave it out for "
                 f"the default."
             )
-        if self.reference not in ("current", "dense"):
-            raise ConfigError(f"compensation.reference must be 'current' or 'dense', got '{self.reference}'.")
+        if self.reference not in ("current", "dense", "auto"):
+            raise ConfigError(f"compensation.reference must be 'current', 'dense' or 'auto', got '{self.reference}'.")
         if self.towards not in ("weights", "zero"):
             raise ConfigError(f"compensation.towards must be 'weights' or 'zero', got '{self.towards}'.")
-        if self.towards == "zero" and self.reference == "dense":
+        if self.towards == "zero" and self.reference != "current":
             raise ConfigError("compensation.towards=zero is for compensation.reference=current; set one of them back.")
 
     @property

@@ -11,6 +11,7 @@ from modhifi_cli.engine.forecast import SPEEDS, Run, forecast
 from modhifi_cli.engine.memory import free_memory
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.pages import terms
+from modhifi_cli.roles import solves_towards_dense
 from modhifi_cli.settings import config, recipes
 from modhifi_cli.verbs import pieces
 
@@ -88,12 +89,13 @@ def _run(
 ) -> Run:
     """What of the run decides what it takes."""
     uneven, repairs = steps["allocation"].needs_curves, steps["compensation"].needs_statistics
+    reference = "dense" if solves_towards_dense(steps["compensation"]) else "current"
     return Run(
         sequences=sequences,
         length=length,
         batch_size=settings["runtime"]["batch_size"],
         passes=passes,
-        reference=steps["compensation"].reference if repairs else "none",
+        reference=reference if repairs else "none",
         hold_out=repairs and steps["compensation"].wants_held_out or uneven,
         uneven=uneven,
         statistics=any(step.needs_statistics for step in steps.values() if hasattr(step, "needs_statistics")),

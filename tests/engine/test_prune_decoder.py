@@ -125,6 +125,17 @@ def test_a_norm_behind_the_consumer_has_no_dense_reference(dtype):
         prune(tiny("gemma2").to(dtype), compensation=Joint(reference="dense"))
 
 
+def test_the_dense_reference_is_left_out_where_a_norm_stands_in_between_if_that_is_allowed():
+    wanted, found = tiny("gemma2"), tiny("gemma2")
+    prune(wanted, compensation=Joint())
+    prune(found, compensation=Joint(reference="auto"))
+    assert weights_hash(found) == weights_hash(wanted)
+    wanted, found = tiny("llama"), tiny("llama")
+    prune(wanted, compensation=Joint(reference="dense"))
+    prune(found, compensation=Joint(reference="auto"))
+    assert weights_hash(found) == weights_hash(wanted)
+
+
 def test_a_stream_that_half_precision_rounds_is_no_norm():
     """Streams of trained decoders are hundreds of times as large as what a layer adds, and swallow some of it."""
     model = tiny("llama").to(torch.bfloat16)
