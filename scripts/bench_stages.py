@@ -179,7 +179,7 @@ def measure(
     print(f"{'statistics and BatchNorm alone':<38}{without:>9.2f}{without / forward:>10.2f}")
 
 
-def measure_decoder(sequences: int, length: int, batch: int, sparsity: float, preset: str) -> None:
+def measure_decoder(sequences: int, length: int, layers: int, batch: int, sparsity: float, preset: str) -> None:
     """Print the table of a language model of SmolLM2-135M's shape, random weights. Runs in a process of its own."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -193,7 +193,7 @@ def measure_decoder(sequences: int, length: int, batch: int, sparsity: float, pr
     from modhifi_cli.settings import config
 
     shape = {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
     }  # fmt: skip
     torch.manual_seed(0)
@@ -236,7 +236,7 @@ def measure_decoder(sequences: int, length: int, batch: int, sparsity: float, pr
     forward = (forward + forward_seconds(plain, source, batch)) / 2
     clock.seconds["rest"] -= solving
     clock.seconds["solver (scores, selection, repair)"] = solving
-    print(f"\nSmolLM2-135M's shape, preset={preset}: {sequences} x {length} tokens, {sparsity:g} of the decoder layers' "
+    print(f"\nSmolLM2-135M's shape, preset={preset}: {layers} layers, {sequences} x {length} tokens, {sparsity:g} of their "
           f"parameters, {torch.get_num_threads()} threads")
     print(f"one plain forward through the layers: {forward:.2f} s; memory before the run {before:.2f} GB")
     counted_forwards = ran["tokens"] / (sequences * length * shape["num_hidden_layers"])
@@ -262,10 +262,12 @@ def main() -> None:
     parser.add_argument("--preset", default="paper", help="whose steps are run: paper, best, fast, …")
     parser.add_argument("--pixels", type=int, default=224, help="side of an image, of networks for ImageNet")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence, of a language model")
+    parser.add_argument("--layers", type=int, default=30, help="of a language model")
     parser.add_argument("--here", action="store_true", help="measure in this process")
     settings = parser.parse_args()
     if settings.model == "smollm2_135m":
-        measure_decoder(settings.images, settings.length, min(settings.batch, 8), settings.sparsity, settings.preset)
+        sizes = (settings.images, settings.length, settings.layers, min(settings.batch, 8))
+        measure_decoder(*sizes, settings.sparsity, settings.preset)
         return
     if settings.here:
         sizes = (settings.images, settings.batch, settings.positions)

@@ -23,6 +23,9 @@ from modhifi_cli.records import Consumer
 _ITERATIVE_FROM = 768
 # The joint ridge where no rows were held out to choose it on: in our trials 1e-2 was best or near it (method.md, 4).
 _RIDGE_UNMEASURED = 1e-2
+# Of more outputs than these, ridges are compared by so many seeded mixtures: of a thousand outputs a solve costs more
+# than the factor of its matrix, and which of ten ridges is best is no question of a digit.
+_MOST_OUTPUTS = 128
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ class Joint(_Compensation):
         _refuse_few_rows(consumer.name, consumer.statistics.rows, weight.shape[1], self.ridge)
         parts = () if self.ridge != "auto" or consumer.held_out is None else (consumer.held_out,)
         every, *held_out = regressions(consumer, kept, *parts)
-        change, ridge, _ = self.fit(every, *held_out, centred=consumer.centred, weight=weight)
+        change, ridge, _ = self.fit(every, *held_out, centred=consumer.centred, weight=weight, judge=False)
         return Solution(self.rebuilt(weight, every, change), ridge)
 
     def rebuilt(self, weight: Tensor, every: Regression, change: Tensor) -> Tensor:
@@ -234,6 +237,7 @@ class Joint(_Compensation):
         *,
         centred: bool,
         weight: Tensor | None = None,
+        judge: bool = True,
     ) -> tuple[Tensor, float, float | None]:
         """The change of a weight that a regression asks for.
 
@@ -242,11 +246,12 @@ class Joint(_Compensation):
             held_out: Over some of them: with ``"auto"`` they choose the ridge.
             centred: Whether a constant is free.
             weight: The kept weight, ``[outputs, kept features]``; needed with ``towards="zero"``.
+            judge: Whether what the fit gains is needed, and not only the change.
 
         Returns:
             The change in the regression's coordinates, ``[outputs, n]`` float64; the ridge; and how much the fit
             without the held-out rows changes the squared error on them, output units², below 0 for better; None where
-            nothing was held out.
+            nothing was held out, or nobody asked and it was not found on the way.
         """
         gained: float | None = None
         pull = -weight if self.towards == "zero" and weight is not None else None
@@ -255,21 +260,34 @@ class Joint(_Compensation):
         elif held_out is None:
             ridge = _RIDGE_UNMEASURED
         else:
-            ridge, gained = self._chosen(every, held_out, centred=centred, pull=pull)
+            ridge, gained = self._chosen(every, held_out, centred=centred, pull=pull, judge=judge)
         if centred:
             every = every.about(every.inputs, every.targets)
         return every.solve(ridge, pull), ridge, gained
 
     def _chosen(
-        self, every: Regression, held_out: Regression, *, centred: bool, pull: Tensor | None
-    ) -> tuple[float, float]:
+        self, every: Regression, held_out: Regression, *, centred: bool, pull: Tensor | None, judge: bool
+    ) -> tuple[float, float | None]:
         if not 0 < held_out.rows < every.rows:
             raise ValueError(f"held-out rows must be some of the {every.rows} rows, got {held_out.rows}.")
         fit = every.without(held_out)
         if centred:
             # The held-out rows are looked at about the fit rows' mean: a constant that does not carry over is an error.
             held_out, fit = held_out.about(fit.inputs, fit.targets), fit.about(fit.inputs, fit.targets)
-        return downhill(self.grid, lambda ridge: held_out.loss(fit.solve(ridge, pull)))
+        mixed = _mixed_outputs(len(fit.cross), fit.cross)
+        if mixed is None:
+            return downhill(self.grid, lambda ridge: held_out.loss(fit.solve(ridge, pull)))
+        some, held, pulled = fit.mixed(mixed), held_out.mixed(mixed), None if pull is None else mixed @ pull
+        ridge, _ = downhill(self.grid, lambda ridge: held.loss(some.solve(ridge, pulled)))
+        return ridge, held_out.loss(fit.solve(ridge, pull)) if judge else None
+
+
+def _mixed_outputs(outputs: int, like: Tensor) -> Tensor | None:
+    """Seeded mixtures of many outputs, ``[mixtures, outputs]``, that keep sums of squares in expectation; else None."""
+    if outputs <= _MOST_OUTPUTS:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(_MOST_OUTPUTS, outputs, generator=generator, dtype=torch.float64) / _MOST_OUTPUTS**0.5).to(like)
 
 
 def downhill(grid: Sequence[float], loss: Callable[[float], float]) -> tuple[float, float]:

@@ -116,7 +116,7 @@ def joint_fidelity(consumer: Consumer, kept: Tensor) -> float:
     every = regressions(consumer, kept)[0]
     if consumer.centred:
         every = every.about(every.inputs, every.targets)
-    weight = kept_weight(consumer, kept) + every.widened(every.solve(0.0))
+    weight = kept_weight(consumer, kept) + every.widened(every.nearest())
     return min(max(layer_fidelity(consumer, kept, weight), 0.0), 1.0)
 
 

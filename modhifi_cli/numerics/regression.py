@@ -16,6 +16,7 @@ from modhifi_cli.records import Consumer, Statistics
 
 # Bytes of float64 rows that are held at once beside the stored float32 ones.
 _CHUNK_BYTES = 256 * 2**20
+_SLACK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Regression:
         """
         return replace(self, cross=self.cross * worth[:, None], targets=self.targets * worth)
 
+    def mixed(self, mixing: Tensor) -> "Regression":
+        """The same for mixtures of the outputs, ``[mixtures, outputs]``."""
+        return replace(self, cross=mixing @ self.cross, targets=mixing @ self.targets)
+
     def about(self, inputs: Tensor, targets: Tensor) -> "Regression":
         """The same with the given z and t taken off every row: centred about any point, not only their own mean.
 
@@ -85,6 +90,10 @@ class Regression:
             return solve_shared(matrix, self.cross)
         pull = pull if self.basis is None else pull @ self.basis
         return solve_shared(matrix, self.cross + strength * pull)
+
+    def nearest(self) -> Tensor:
+        """Δ of the least error, ``[outputs, n]``; where the system is singular, of one that is as small to 1e-9 of |Δ z|²."""
+        return solve_shared(self.gram, self.cross, slack=_SLACK)
 
     def loss(self, change: Tensor) -> float:
         """E|t − Δ z|² − E|t|², output units²: below 0 where Δ, ``[outputs, n]``, is better than no change."""

@@ -11,6 +11,7 @@ from modhifi_cli.numerics import contributions, linalg
 from modhifi_cli.numerics.compensation import Joint, NoCompensation, PerKernel, downhill, restored_constant
 from modhifi_cli.numerics.fidelity import layer_fidelity
 from modhifi_cli.numerics.linalg import feature_index
+from modhifi_cli.numerics.regression import Regression
 from tests import reference
 from tests.numerics import helpers
 
@@ -330,3 +331,27 @@ def test_of_equal_losses_the_larger_ridge_is_taken_and_a_loss_that_is_no_number_
     assert downhill((1e-3, 1e-2, 1e-1), lambda ridge: 2.0) == (1e-1, 2.0)
     assert downhill((1e-3, 1e-2, 1e-1), lambda ridge: 2.0 if ridge < 1e-1 else float("nan")) == (1e-2, 2.0)
     assert downhill((1.0,), lambda ridge: 3.0) == (1.0, 3.0)
+
+
+def test_ridges_of_many_outputs_are_compared_by_mixtures_and_judged_by_all(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+
+    def regression(rows):
+        x = torch.randn(rows, 24, generator=generator, dtype=torch.float64)
+        t = x @ slope.T + 3 * torch.randn(rows, 200, generator=generator, dtype=torch.float64)
+        return Regression(rows, x.T @ x / rows, t.T @ x / rows, x.mean(0), t.mean(0), 24)
+
+    slope = torch.randn(200, 24, generator=generator, dtype=torch.float64)
+    fitted, held_out = regression(60), regression(20)
+    weighed = {
+        name: (60 * getattr(fitted, name) + 20 * getattr(held_out, name)) / 80
+        for name in ("gram", "cross", "inputs", "targets")
+    }
+    every = Regression(80, **weighed, features=24)
+    mixed = Joint().fit(every, held_out, centred=False)
+    unjudged = Joint().fit(every, held_out, centred=False, judge=False)
+    monkeypatch.setattr(module, "_MOST_OUTPUTS", 200)
+    whole = Joint().fit(every, held_out, centred=False)
+    assert mixed[1] == unjudged[1] and unjudged[2] is None and torch.equal(mixed[0], unjudged[0])
+    assert mixed[2] == pytest.approx(held_out.loss(fitted.solve(mixed[1]))), "what is gained is told of all outputs"
+    assert whole[2] <= mixed[2] < 0.98 * whole[2], "the ridge is the best one or as good"
