@@ -8,6 +8,7 @@ network's own. A cut is used only after resuming from it has given the logits of
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -225,7 +226,7 @@ class Segments:
             for name in self._skipped[cut]:
                 self._patch(patched, name, _broadcast(self._answers[name], carried))
             # a clone: an in-place operation behind the cut must not write into what is carried
-            self._patch(patched, cut, carried.clone())
+            self._patch(patched, cut, carried, copied=True)
             yield
         finally:
             for module in patched:
@@ -238,15 +239,16 @@ class Segments:
         try:
             for name, answer in answers.items():
                 if self.trace.visits[name].leave > behind:  # others are in front of the cut, where nothing runs
-                    self._patch(patched, name, answer.clone())
+                    self._patch(patched, name, answer, copied=True)
             yield
         finally:
             for module in patched:
                 del module.forward
 
-    def _patch(self, patched: list[nn.Module], name: str, answer: object) -> None:
+    def _patch(self, patched: list[nn.Module], name: str, answer: Any, *, copied: bool = False) -> None:
+        # Copied when it is asked for: a run that stops early never gets to most answers.
         module = self.model.get_submodule(name)
-        module.forward = lambda *_, **__: answer
+        module.forward = (lambda *_, **__: answer.clone()) if copied else (lambda *_, **__: answer)
         patched.append(module)
 
     @torch.no_grad()
@@ -269,11 +271,13 @@ class Segments:
 
     @torch.no_grad()
     def _try(self, cut: str) -> bool:
-        whole = self.model(self._example)
+        given: list[Any] = []
+        with outputs_seen(self.model, {cut: lambda output: given.append(_detached(output))}):
+            whole = self.model(self._example)
         if isinstance(whole, Tensor) and not bool(torch.isfinite(whole).all()):
             return False  # nothing can be compared; whoever looks at the activations names the layer that broke them
         try:
-            carried = self.run(self._example, until=cut)
+            carried = next(iter(given), None)
             if not isinstance(whole, Tensor) or carried is None or carried.shape[0] != whole.shape[0]:
                 return False
             logits = self.whole(carried, start=cut)

@@ -75,15 +75,13 @@ class CrossMoments:
         if self._off is not None:
             targets, inputs = _beside_ones(targets, self._off[0]), _beside_ones(inputs, self._off[1])
         cross = targets.T @ inputs if conv is None else _conv_cross(conv, inputs, targets)
-        rows = (targets[:, : len(self._off[0])] if self._off is not None else targets).movedim(1, -1).flatten(0, -2)
-        mean = rows.sum(0, dtype=torch.float64)
+        rows, mean, energy = _sums(targets[:, : len(self._off[0])] if self._off is not None else targets)
         if not bool(torch.isfinite(mean).all()):
             raise NumericsError(
                 f"{self._name}: the dense network's outputs on the calibration data are not finite; check weights and "
                 "images."
             )
-        energy = rows.square().sum(0, dtype=torch.float64)
-        self._rows += len(rows)
+        self._rows += rows
         if self._sums is None:
             self._sums = cross.double(), mean, energy
         else:
@@ -102,6 +100,19 @@ class CrossMoments:
         if self._off is not None:
             cross, mean, energy = _moved_back(cross, mean, energy, self._rows, self._off)
         return CrossStatistics(self._rows, cross / self._rows, mean / self._rows, energy / self._rows)
+
+
+def _sums(targets: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Rows of ``[rows, channels]`` or ``[batch, channels, …]``, and by channel the sums of t and t², float64.
+
+    Each map is summed in float32 where it lies, as products are: to bring pixels into rows first, or to float64, takes ten
+    times as long as the convolution that made them.
+    """
+    if targets.dim() == 2:
+        return len(targets), targets.sum(0, dtype=torch.float64), targets.square().sum(0, dtype=torch.float64)
+    maps = targets.flatten(2)
+    energy = torch.linalg.vector_norm(maps, dim=2).double().square().sum(0)
+    return len(maps) * maps.shape[2], maps.sum(2).double().sum(0), energy
 
 
 def _far(each: Tensor) -> Tensor:
