@@ -9,6 +9,7 @@ imagenet500/, imagenet_calibration256/).
 """
 
 import argparse
+import itertools
 import json
 import os
 from pathlib import Path
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56", "efficientnet_lite0"])
     parser.add_argument("--shares", nargs="+", type=float, default=None)
+    parser.add_argument("--draws", nargs="+", type=int, default=[0], help="seeds of the calibration images' draw")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--tested", type=int, default=1000)
     parser.add_argument("--preset", default="best")
@@ -63,13 +65,13 @@ def main() -> None:
         words = [*words_of(network, asked.images, asked.tested), f"preset={asked.preset}"]
         if asked.what == "accuracy":
             for share in asked.shares or [0.2]:
-                for round_to in ("1", "auto"):
-                    name = f"accuracy_{network}_{share}_{round_to}_{asked.preset}_{asked.images}"
+                for round_to, draw in itertools.product(("1", "auto"), asked.draws):
+                    name = f"accuracy_{network}_{share}_{round_to}_{asked.preset}_{asked.images}_{draw}"
                     own = ["target=flops", f"sparsity={share}", f"round_to={round_to}", "evaluation=[top1]"]
-                    found = result(asked.folder / name, [*words, *own])
+                    found = result(asked.folder / name, [*words, *own, f"data.seed={draw}"])
                     top1 = {m["model"]: m["value"] for m in found["measurements"] if m["name"] == "top1"}
-                    removed = 100 * found["achieved"]["flops"]
-                    lines.append(f"| {network} | {round_to} | {removed:.1f} % | {top1['dense']:.2f} | {top1['pruned']:.2f} |")
+                    shown = f"{100 * found['achieved']['flops']:.1f} % | {top1['dense']:.2f} | {top1['pruned']:.2f} |"
+                    lines.append(f"| {network} | {round_to} | {draw} | {shown}")
         else:
             for share in asked.shares or [0.2, 0.4, 0.6]:
                 name = f"time_{network}_{share}_{asked.serve}"
@@ -84,7 +86,7 @@ def main() -> None:
                     f"({100 * time['p10']:.1f}–{100 * time['p90']:.1f}) | {100 * found['achieved']['flops']:.1f} % |"
                 )
     head = {
-        "accuracy": ("network", "round_to", "FLOPs removed", "dense top-1, %", "pruned top-1, %"),
+        "accuracy": ("network", "round_to", "draw", "FLOPs removed", "dense top-1, %", "pruned top-1, %"),
         "time": ("network", "asked", "predicted", "measured (80 % of rounds)", "FLOPs removed"),
     }[asked.what]
     print("\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines]))
