@@ -40,7 +40,8 @@ def words_of(network: str, images: int, tested: int) -> list[str]:
 def result(folder: Path, words: list[str]) -> dict:
     """Results of a run, made if it is not there yet."""
     if not list(folder.glob("prune/*/*/results.json")):
-        code = modhifi(["prune", *words, "console=plain", "runtime.threads=1", f"output_dir={folder}"])
+        begun = [f"resume={path}" for path in sorted(folder.glob("prune/*/*.incomplete"))[-1:]]
+        code = modhifi(["prune", *words, "console=plain", "runtime.threads=1", f"output_dir={folder}", *begun])
         if code != 0:
             raise SystemExit(code)
     (found,) = folder.glob("prune/*/*/results.json")
