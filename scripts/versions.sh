@@ -20,4 +20,4 @@ part=(
     tests/files
 )
 [ "$#" -gt 0 ] && part=("$@")
-EXTRAS=language,onnx,launchers,rivals,test exec bash scripts/test.sh -q "${part[@]}"
+EXTRAS=language,onnx,openvino,launchers,search,rivals,test exec bash scripts/test.sh -q "${part[@]}"

@@ -86,9 +86,13 @@ def test_a_module_without_a_known_role_is_refused_by_its_name():
 
 
 def test_a_norm_over_all_heads_is_named_as_the_reason():
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model("olmo2", **(FAMILIES["llama"]))
+    try:
+        config = AutoConfig.for_model("olmo2", **(FAMILIES["llama"]))
+    except StrictDataclassError as error:  # transformers 5.4.0 takes tie_word_embeddings for a number, its own default too
+        pytest.skip(f"this transformers cannot make its own Olmo 2: {error}")
     found = decoder.find_parts(AutoModelForCausalLM.from_config(config).eval())
     assert {part.kind for part in found.parts} == {"mlp"}
     assert found.refused[0].reason == "q_norm normalises all its heads together, so that none of them can go"
