@@ -208,11 +208,12 @@ def test_a_run_is_measured_again_without_the_text_it_was_calibrated_on(place, wo
     assert "perplexity" in capsys.readouterr().out
 
 
-def test_uneven_widths_are_the_same_recipe_with_another_allocation():
+def test_uneven_widths_are_the_same_recipe_with_another_allocation_and_the_dense_networks_stream():
     words = ["model=smollm2_135m", "data=text", "data.path=given"]
     even, uneven = (config.compose("prune", [*words, f"preset={name}"]) for name in ("best", "best_uneven"))
-    assert {key for key in even if even[key] != uneven[key]} == {"allocation"}
+    assert {key for key in even if even[key] != uneven[key]} == {"allocation", "compensation"}
     assert uneven["allocation"]["_target_"].endswith("Global")
+    assert {**even["compensation"], "reference": "auto"} == uneven["compensation"]
 
 
 def test_the_table_of_language_models_counts_parameters_and_measures_perplexity():
