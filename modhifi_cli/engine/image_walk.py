@@ -24,7 +24,7 @@ from modhifi_cli.engine.site import features_kept
 from modhifi_cli.engine.team import Team
 from modhifi_cli.engine.walk import Budget, Cut, Looking, Pair, Recipe, Repair, Stop, Surveyed
 from modhifi_cli.engine.widths import GroupWidths
-from modhifi_cli.errors import ConfigError, UnsupportedModelError
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
 from modhifi_cli.graph.components import (
     ComponentGroup,
     Layout,
@@ -350,14 +350,23 @@ class ImageWalk:
         return Cut(outputs, inputs, {})
 
     def turned_(self, part: ComponentGroup, turn: Tensor) -> None:
-        """Remember what a product's features are in terms of the dense network's, of dense heads."""
-        queries = part.producers[0]
+        """Remember what a product's features are in terms of the dense network's, of dense heads.
+
+        Raises:
+            DataError: If the turn is not one of this part's.
+        """
+        before, queries = self._turns.get(part.name), part.producers[0]
         alive = self.layout.alive_outputs(queries.module)
         assert alive is not None
         heads = torch.isin(queries.index, alive).any(0)
+        features = part.components if before is None else before.shape[-1]
+        fits = (2, int(heads.sum()), features, self.layout.alive(part).numel())
+        if tuple(turn.shape) != fits:
+            raise DataError(
+                f"the saved edit of '{part.name}' turns features {tuple(turn.shape)} where {fits} is expected; it is another run's."
+            )
         whole = torch.zeros(2, len(heads), *turn.shape[2:], dtype=torch.float64)
         whole[:, heads] = turn.double().cpu()
-        before = self._turns.get(part.name)
         self._turns[part.name] = whole if before is None else before @ whole
 
     def _as_turned(self, name: str, maps: Tensor) -> Tensor:

@@ -317,8 +317,8 @@ class TokenWalk:
     # ------------------------------------------------------------------------------------------------------ editing
 
     def turned_(self, part: ComponentGroup, turn: Tensor) -> None:
-        """No part of a decoder is a product."""
-        raise AssertionError(f"{part.name} is no product")
+        """No part of a decoder is a product, so an edit that says so is another network's (`DataError`)."""
+        raise DataError(f"the saved edit of '{part.name}' turns features of a product, which it is not; it is another run's.")
 
     def cut_(self, part: ComponentGroup, kept: Tensor) -> Cut:
         """Slice the part's writers and reader, and set the head counts that follow."""

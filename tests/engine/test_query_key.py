@@ -1,11 +1,13 @@
 """Features of queries and keys as components: found where a class can lose them, cut in closed form, saved and replayed."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from modhifi_cli.engine.plan import discover
+from modhifi_cli.errors import DataError
 from modhifi_cli.graph.counting import CostModel, count
 from modhifi_cli.graph.heads import PAIRS
 from modhifi_cli.graph.law import check, slice_groups_
@@ -134,3 +136,15 @@ def test_layers_that_write_turned_features_are_solved_again_in_the_turned_basis(
     assert any(edit.name == "blocks.1.attn.qkv" and edit.state.step == "dense" for edit in edits)
     assert getattr(pruned.blocks[1].attn, PAIRS) < 8
     assert errors["dense"] < errors["current"]
+
+
+def test_an_edit_whose_turn_is_anothers_is_refused_in_a_sentence():
+    model, images = setting("vit", count=64)
+    dense = copy.deepcopy(model)
+    edits, _ = run(model, images, **RECIPE)
+    place = next(number for number, edit in enumerate(edits) if edit.modules[-1].turn is not None)
+    last = edits[place].modules[-1]
+    for turn in (last.turn[:, :1], last.turn[0], last.turn[..., :1]):
+        modules = (*edits[place].modules[:-1], replace(last, turn=turn))
+        with pytest.raises(DataError, match=r"turns features \(.*\) where \(2, 3, 8, .*\) is expected; it is another run's"):
+            run(copy.deepcopy(dense), images, **RECIPE, done=[*edits[:place], replace(edits[place], modules=modules)])
