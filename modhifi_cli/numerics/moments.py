@@ -26,8 +26,6 @@ from modhifi_cli.records import Statistics
 _CHUNK_BYTES = 96 * 2**20
 # Up to this many channels a CPU correlates maps as a convolution's weight gradient rather than by matrix products.
 _THIN_CHANNELS = 128
-# Bytes of a layer's border lines that wait for a common product: batch by batch those are many and tiny.
-_WAITING_BYTES = 4 * 2**20
 # Features with a mean above so many spreads are summed around it; others as they are, which costs nothing.
 _FAR = 4.0
 
@@ -294,7 +292,6 @@ class _SharedTapMoments:
         self._above_below: dict[tuple[int, int, int], Tensor] = {}  # (a, a', across) → [channels, channels]
         self._left_right: dict[tuple[int, int, int], Tensor] = {}  # (b, b', down) → [channels, channels]
         self._corners: dict[tuple[int, int, int, int], Tensor] = {}  # (a, b, a', b') → [channels, channels]
-        self._waiting: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # size → border rows, columns of batches
 
     def update(self, maps: Tensor) -> None:
         batch, channels, height, width = maps.shape
@@ -314,18 +311,13 @@ class _SharedTapMoments:
         self._rows += batch * height * width
         for part in _split(maps, values_per_image=channels * height * (width + self._kernel - 1)):
             self._add_correlations_(self._correlations, part)
-        borders = self._border(maps, 2), self._border(maps, 3)
-        waiting = self._waiting.setdefault((height, width), [])
-        waiting.append(borders)
-        room = 0 if maps.device.type == "cuda" else _WAITING_BYTES  # a card multiplies tiny things as well, and has no room
-        if len(waiting) * 4 * sum(border.numel() for border in borders) > room:
-            self._add_borders((height, width))
+        self._add_outside_lines(maps, self._above_below)
+        self._add_outside_lines(maps.transpose(2, 3), self._left_right)
+        self._add_corners(maps)
 
     def result(self) -> Statistics:
         if self._sum is None or self._correlations is None:
             raise no_rows(self._name)
-        for size in list(self._waiting):
-            self._add_borders(size)
         kernel, channels = self._kernel, self._channels
         taps = [(a, b) for a in range(kernel) for b in range(kernel)]
         moment = self._sum.new_empty(channels, len(taps), channels, len(taps))
@@ -410,21 +402,6 @@ class _SharedTapMoments:
                 shift = down * batch * (width + spare) + across
                 shifted = lines[:, : length - shift] @ lines[:, shift:].T
                 correlations[down, across + spare].add_(shifted)
-
-    def _border(self, maps: Tensor, dim: int) -> Tensor:
-        """The lines along a dimension that taps outside the image reach: `radius` at both ends, as a map of their own."""
-        size, reach = maps.shape[dim], self._radius
-        if size <= 2 * reach:
-            return maps.clone()  # the next layer may overwrite its input in place
-        return torch.cat([maps.narrow(dim, 0, reach), maps.narrow(dim, size - reach, reach)], dim)
-
-    def _add_borders(self, size: tuple[int, int]) -> None:
-        waiting = self._waiting.pop(size)
-        if waiting:
-            rows, columns = (torch.cat(batches) for batches in zip(*waiting, strict=True))
-            self._add_outside_lines(rows, self._above_below)
-            self._add_outside_lines(columns.transpose(2, 3), self._left_right)
-            self._add_corners(self._border(rows, 3))
 
     def _add_outside_lines(self, maps: Tensor, table: dict) -> None:
         # For output positions q on the lines above and below the image, whole lines including their ends.
