@@ -69,8 +69,8 @@ class Inside:
         def slots(found: Sequence[Slot]) -> tuple[Slot, ...]:
             return tuple(Slot(self.outer(slot.module), slot.index) for slot in found)
 
-        ends = (slots(group.producers), slots(group.followers), slots(group.consumers))
-        return ComponentGroup(self.outer(group.name), group.components, *ends)
+        ends = {kind: slots(getattr(group, kind)) for kind in ("producers", "followers", "consumers")}
+        return replace(group, name=self.outer(group.name), **ends)
 
     def edit(self, edit: Edit) -> Edit:
         """An edit by the caller's names."""

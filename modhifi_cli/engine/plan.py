@@ -92,9 +92,10 @@ def discover(
         ConfigError: If an excluded module does not exist.
         UnsupportedModelError: If the network cannot be run or traced.
     """
-    pairs = find_products(model, excluded=excluded_modules(model, exclude)) if products else ()
+    excluded = excluded_modules(model, exclude)
+    pairs = find_products(model, excluded=excluded) if products else ()
     segments = Segments(model, example)
-    found = find_heads(model, segments.trace, excluded=excluded_modules(model, exclude))
+    found = find_heads(model, segments.trace, excluded=excluded)
     claimed = (found.writers, found.readers)
     groups, refused = find_groups(model, segments.trace, example, exclude=exclude, claimed=claimed)
     candidates = [*found.groups, *((group,) for group in (*groups, *pairs))]

@@ -70,7 +70,13 @@ class Product:
 
 
 def product_of(walk: Walk, part: ComponentGroup, gathered: Mapping[str, Gathered]) -> Product:
-    """Queries and keys as they stand, with their moments from those of what their layers read."""
+    """Queries and keys as they stand, with their moments from those of what their layers read (method.md M12).
+
+    Args:
+        walk: Its network as it stands.
+        part: The features of one attention.
+        gathered: Moments of the inputs of the layers that write them, by module.
+    """
     alive = walk.layout.alive(part)
     places, moments = [], []
     for side, slot in enumerate(part.producers):
