@@ -69,8 +69,13 @@ class Inside:
         def slots(found: Sequence[Slot]) -> tuple[Slot, ...]:
             return tuple(Slot(self.outer(slot.module), slot.index) for slot in found)
 
-        ends = {kind: slots(getattr(group, kind)) for kind in ("producers", "followers", "consumers")}
-        return replace(group, name=self.outer(group.name), **ends)
+        return replace(
+            group,
+            name=self.outer(group.name),
+            producers=slots(group.producers),
+            followers=slots(group.followers),
+            consumers=slots(group.consumers),
+        )
 
     def edit(self, edit: Edit) -> Edit:
         """An edit by the caller's names."""
