@@ -111,6 +111,15 @@ def test_scores_are_the_norms_of_filters_and_order_every_component(tiny_convnet)
     assert fidelity["3"].shape == (8,) and float(fidelity["3"].min()) >= 0 and float(fidelity["3"].max()) <= 1
 
 
+def test_groups_of_a_transformer_are_those_that_the_best_recipe_cuts():
+    import timm
+
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
+    found, _ = modhifi_cli.groups(vit, torch.randn(2, 3, 32, 32))
+    assert [(group.components, group.product) for group in found] == [(64, True), (3, False), (768, False)] * 2
+    assert type(vit.blocks[0].attn) is timm.layers.Attention, "the network is left as it was"
+
+
 def test_evaluation_counts_what_it_is_given(pruned):
     model, result = pruned
     batches = images(150, labelled=True)

@@ -220,6 +220,8 @@ def groups(
 
     Returns:
         The groups in forward order, with positions in the coordinates of the network as it is, and what is left alone.
+        Features of queries and keys (`product` is true) are among them; `prune` cuts those in ``preset="best"`` or
+        with ``settings=["query_key=true"]``.
 
     Raises:
         ConfigError: If `model` is no network, or an excluded module does not exist.
@@ -232,7 +234,7 @@ def groups(
         return _parts(model, names(exclude), names(components))
     given = ready(model, batches, None, most=2, forward=forward, inputs=inputs)
     inside, example = given.inside, example_of(given.samples, given.device)
-    _, found, refused = discover(given.network, example, exclude=inside.inner(names(exclude)))
+    _, found, refused = discover(given.network, example, exclude=inside.inner(names(exclude)), products=True)
     return tuple(inside.group(group) for group in found), tuple(inside.refusal(each) for each in refused)
 
 

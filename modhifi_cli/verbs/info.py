@@ -5,7 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from modhifi_cli.console import Console
+from modhifi_cli.graph.components import ComponentGroup
+from modhifi_cli.graph.heads import head_count
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
 
@@ -19,7 +23,7 @@ def info(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console
         return
     loaded = config.build(_shapes_alone(settings["model"]))
     example = pieces.example_inputs(loaded.preprocess, 2)
-    _, groups, refused = discover(loaded.model, example, exclude=tuple(settings["exclude"]))
+    _, groups, refused = discover(loaded.model, example, exclude=tuple(settings["exclude"]), products=True)
     cost = CostModel(loaded.model, example[:1], groups)
     sizes = [group.components for group in groups]
     rows = []
@@ -29,10 +33,11 @@ def info(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console
             {
                 "group": group.name,
                 "components": group.components,
-                "producers": [slot.module for slot in group.producers],
-                "consumers": [slot.module for slot in group.consumers],
+                "component": _component(loaded.model, group),
                 "parameters": cost.dense.parameters - without.parameters,
                 "FLOPs (MACs)": cost.dense.macs - without.macs,
+                "producers": list(dict.fromkeys(slot.module for slot in group.producers)),
+                "consumers": [slot.module for slot in group.consumers],
             }
         )
     console.note(f"{loaded.name}: {cost.dense.parameters:,} parameters, {cost.dense.macs:,} FLOPs (MACs) for one image")
@@ -48,6 +53,13 @@ def info(settings: Mapping[str, Any], facts: Mapping[str, Any], console: Console
             "refused": [dataclasses.asdict(refusal) for refusal in refused],
         }
     )
+
+
+def _component(model: nn.Module, group: ComponentGroup) -> str:
+    """What one component of an image network's group is."""
+    if group.product:
+        return "Q/K feature"
+    return "channel" if head_count(model.get_submodule(group.name)) is None else "head"
 
 
 def _shapes_alone(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,9 +88,9 @@ def _of_decoder(settings: Mapping[str, Any], console: Console) -> None:
             "group": part.name,
             "components": part.components,
             "component": part.unit,
+            "parameters": part.components * component_parameters(model, part),
             "producers": [slot.module for slot in part.group.producers],
             "consumers": [part.consumer.module],
-            "parameters": part.components * component_parameters(model, part),
         }
         for part in decoder.parts
     ]

@@ -287,6 +287,17 @@ def test_info_counts_what_hangs_on_a_group(capsys):
     assert 0 < stem["parameters"] < last["parameters"]
 
 
+def test_info_tells_heads_channels_and_features_of_queries_and_keys_apart(capsys):
+    assert main(["info", "model=deit_tiny", "console=json"]) == 0
+    groups = json.loads(capsys.readouterr().out.splitlines()[-1])["groups"]
+    first = {group["component"]: group for group in groups if group["group"].startswith("blocks.0.")}
+    assert [(kind, group["components"]) for kind, group in first.items()] == [
+        ("Q/K feature", 64), ("head", 3), ("channel", 768),
+    ]  # fmt: skip
+    weights = 2 * 192 * (192 + 1)  # of queries and keys, all heads
+    assert first["Q/K feature"]["parameters"] == weights and first["Q/K feature"]["FLOPs (MACs)"] == 197 * 2 * 192 * 192
+
+
 def test_exports_are_checked_before_the_run_is_finished(here):
     assert prune("sparsity=0.3", "export=[torch_export]") == 0
     folder = only_run(here)
