@@ -107,8 +107,8 @@ def _chosen(
             f"target must be {', '.join(_TARGETS[:-1])} or {_TARGETS[-1]}, got '{target}'; a share that has to be searched "
             "for (max_drop) is for the command line."
         )
-    if not isinstance(preset, str) or preset not in config.groups()["preset"]:
-        known = ", ".join(config.groups()["preset"])
+    if not isinstance(preset, str) or preset not in config.preset_names():
+        known = ", ".join(config.preset_names())
         raise ConfigError(f"preset: there is no recipe {preset!r}; known: {known}.")
     kind = ["model=hf", "model.path=given", "data=text", "data.path=given"] if is_decoder(model) else []
     words = [*kind, f"preset={preset}", f"target={target}", f"sparsity={sparsity}", *settings]

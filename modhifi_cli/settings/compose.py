@@ -24,6 +24,7 @@ from modhifi_cli.settings.targets import check_targets
 from modhifi_cli.settings.words import as_plain_words, example, select, spelled
 from modhifi_cli.settings.yamls import (
     config_directory,
+    groups,
     read_verb,
     top_level_keys,
     verbs,
@@ -47,8 +48,10 @@ def for_network(verb: str, overrides: Sequence[str]) -> list[str]:
         The same with ``preset=NAME`` replaced, if all networks named read text.
     """
     words = list(overrides)
-    named = [word.partition("=")[2] for word in words if word.startswith("model=")]
-    if verb != "prune" or not named or not all(_reads_text(name, words) for name in named[-1].split(",")):
+    if verb != "prune":
+        return words
+    named = _choices(words, "model") or [name for choice in _choices(words, "experiment") for name in _models_of(choice)]
+    if not named or not all(_reads_text(name, words) for name in named):
         return words
     if not any(word.startswith("preset=") for word in words):
         default = re.search(r"^  - preset: (\w+)", (config_directory() / "prune.yaml").read_text("utf-8"), re.M)
@@ -59,6 +62,24 @@ def for_network(verb: str, overrides: Sequence[str]) -> list[str]:
         "preset=" + re.sub(r"\w+", lambda name: _of_language(name[0]), value) if key == "preset" else word
         for word, (key, _, value) in chosen
     ]
+
+
+def preset_names() -> tuple[str, ...]:
+    """Every name that ``preset=`` takes, for one kind of network or the other."""
+    listed = groups()["preset"]
+    return tuple(dict.fromkeys((*listed, *(name.removesuffix("_language") for name in listed))))
+
+
+def _choices(words: Sequence[str], group: str) -> list[str]:
+    """The choices of a group that the last word for it names, several in a sweep."""
+    said = [word.partition("=")[2] for word in words if word.startswith(f"{group}=")]
+    return said[-1].split(",") if said else []
+
+
+def _models_of(experiment: str) -> list[str]:
+    path = config_directory() / "experiment" / f"{experiment}.yaml"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return re.findall(r"^  - override /model: (\w+)", text, re.M)
 
 
 def _of_language(preset: str) -> str:

@@ -5,6 +5,7 @@ from modhifi_cli.settings.compose import (
     for_network,
     job_facts,
     launcher,
+    preset_names,
     run_hydra,
     settings,
     steps,
@@ -32,7 +33,7 @@ from modhifi_cli.settings.yamls import (
 
 __all__ = [
     "PACKAGE", "build", "check_foreign_folder", "check_words", "compose", "config_directory", "differences", "explain",
-    "for_network", "from_yaml", "groups", "header", "job_facts", "launcher", "main_help", "refuse_reaching", "run_hydra",
-    "settings", "slug", "spell", "spelled", "steps", "to_yaml",
+    "for_network", "from_yaml", "groups", "header", "job_facts", "launcher", "main_help", "preset_names", "refuse_reaching",
+    "run_hydra", "settings", "slug", "spell", "spelled", "steps", "to_yaml",
     "top_level_keys", "verb_help", "verbs",
 ]  # fmt: skip

@@ -110,7 +110,7 @@ def _folder_name(overrides: Sequence[str]) -> str:
 
 
 def _cells(settings: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> list[Cell]:
-    presets = config.groups()["preset"]
+    presets = config.preset_names()
     for method in settings["methods"]:
         if method not in presets:
             raise ConfigError(f"methods: there is no preset '{method}'; {nearest(method, presets)}")

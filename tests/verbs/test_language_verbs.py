@@ -1,6 +1,7 @@
 """The verbs end to end on a tiny random decoder: prune, verify, replay, resume, evaluate, info, compare, bad input."""
 
 import csv
+import json
 import shutil
 
 import pytest
@@ -220,10 +221,29 @@ def test_the_table_of_language_models_counts_parameters_and_measures_perplexity(
     settings = config.compose("compare", ["experiment=language_smollm2"])
     assert settings["target"]["_target_"].endswith(".Params") and settings["components"] == ["mlp"]
     assert "token_perplexity" in settings["evaluation"]
-    known = set(config.groups()["preset"])
-    assert set(settings["methods"]) <= known
-    # An experiment names no model in its words, so a preset that means something else for language models is named so.
-    assert not [name for name in settings["methods"] if f"{name}_language" in known]
+    assert set(settings["methods"]) <= set(config.preset_names())
+    best = config.compose("prune", ["experiment=language_smollm2"])  # the model stands in the experiment's file alone
+    assert best["selection"]["_target_"].endswith("Greedy") and best["allocation"]["_target_"].endswith("Uniform")
+
+
+@pytest.mark.parametrize("preset", config.preset_names())
+def test_every_recipe_composes_for_a_language_model_and_is_the_one_written_for_it(preset):
+    words = ["model=smollm2_135m", "data=text", "data.path=given"]
+    said = config.compose("prune", [*words, f"preset={preset}"])
+    written = f"{preset.removesuffix('_language')}_language"
+    named = written if written in config.groups()["preset"] else preset
+    # The same words with the file's own name, so that nothing is mapped.
+    own = config.compose("prune", [*words, f"preset={named}"])
+    assert all(said[step] == own[step] for step in ("scoring", "selection", "compensation", "allocation"))
+
+
+def test_a_recipe_for_language_models_alone_can_be_compared_with_others(words, here):
+    assert main(["compare", *words, "methods=[best_uneven,paper_without_batchnorm]", "budgets=[0.2]", "seeds=[0]",
+                 f"output_dir={here / 'outputs'}", "evaluation=[size,token_perplexity]"]) == 0  # fmt: skip
+    (folder,) = (here / "outputs" / "compare").iterdir()
+    assert {json.loads(file.read_text())["method"] for file in (folder / "records").glob("*.json")} == {
+        "best_uneven", "paper_without_batchnorm",
+    }  # fmt: skip
 
 
 def test_rivals_of_language_models_compose():
