@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from modhifi_cli.errors import NumericsError
-from modhifi_cli.numerics.linalg import at_least_float32, exact_products
+from modhifi_cli.numerics.linalg import at_least_float32, exact_products, quick_layout
 from modhifi_cli.numerics.moments import far_mean, second_moment
 from modhifi_cli.numerics.regression import Regression
 from modhifi_cli.numerics.rows import padded_apart
@@ -70,7 +70,7 @@ class CrossMoments:
         if conv is None:
             inputs, targets = inputs.flatten(0, -2), targets.flatten(0, -2)
         if self._sums is None:
-            far = _far(targets), _far(inputs)
+            far = far_mean(targets), far_mean(inputs)
             self._off = far if any(bool(off.any()) for off in far) else None
         if self._off is not None:
             targets, inputs = _beside_ones(targets, self._off[0]), _beside_ones(inputs, self._off[1])
@@ -115,11 +115,6 @@ def _sums(targets: Tensor) -> tuple[int, Tensor, Tensor]:
     return len(maps) * maps.shape[2], maps.sum(2).double().sum(0), energy
 
 
-def _far(each: Tensor) -> Tensor:
-    """What is to be taken off each channel, ``[channels]`` float32."""
-    return far_mean(each.transpose(0, 1).flatten(1))[:, 0]
-
-
 def _beside_ones(each: Tensor, off: Tensor) -> Tensor:
     """Less what is off, with a constant one as the last channel."""
     beyond = (1,) * (each.dim() - 2)
@@ -142,6 +137,7 @@ def _conv_cross(conv: nn.Conv2d, inputs: Tensor, targets: Tensor) -> Tensor:
     """t xᵀ summed over one batch, ``[outputs, features]``."""
     inputs, padding = padded_apart(conv, inputs)
     shape = (targets.shape[1], inputs.shape[1], *conv.kernel_size)
+    inputs, targets = quick_layout(inputs), quick_layout(targets)
     return conv2d_weight(inputs, shape, targets, conv.stride, padding, conv.dilation).flatten(1)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 _ROWS_PER_PRODUCT = 32768
 # A pivot that lost this share of its matrix's largest entry is rounding, not information.
 _PIVOT_TOLERANCE = 1e-13
+# Channels of a block in a CPU's own layout of maps.
+_CHANNEL_BLOCK = 16
 # Iterations shared by many systems: rank of the preconditioner, when to stop, when to give up, and bytes at once.
 _PRECONDITIONER_RANK = 128
 _RESIDUAL = 1e-8
@@ -46,6 +48,16 @@ def exact_products(update: Callable) -> Callable:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor, in float32 where it comes in half precision: sums are made of float32 or finer."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def quick_layout(maps: Tensor) -> Tensor:
+    """Maps ``[batch, channels, height, width]`` as a CPU's convolutions sum their weight gradients quickest.
+
+    Blocks of channels that do not fill (a pruned layer's) are slow, by 1.3 to 2.5 times; channels last has none.
+    """
+    if maps.device.type == "cpu" and maps.shape[1] % _CHANNEL_BLOCK:
+        return maps.contiguous(memory_format=torch.channels_last)
+    return maps
 
 
 def feature_index(components: Tensor, features_per_component: int) -> Tensor:

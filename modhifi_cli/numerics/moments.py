@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 from modhifi_cli.errors import NumericsError
-from modhifi_cli.numerics.linalg import add_gram_, exact_products, mirror_upper_
+from modhifi_cli.numerics.linalg import add_gram_, exact_products, mirror_upper_, quick_layout
 from modhifi_cli.numerics.rows import Window, draw_positions, rows_at, unfold_columns
 from modhifi_cli.records import Statistics
 
@@ -98,7 +98,7 @@ class RowMoments:
     def _near(self, columns: Tensor) -> Tensor:
         """Rows around the first batch's mean, where that is far off. The shift is float32, so taking it off is exact."""
         if self._shift is None:
-            self._shift = far_mean(columns)
+            self._shift = far_mean(columns.T)[:, None]
         return columns - self._shift if bool(self._shift.any()) else columns
 
     def _started_gram(self, columns: Tensor) -> Tensor:
@@ -110,18 +110,22 @@ class RowMoments:
         return self._gram
 
 
-def far_mean(columns: Tensor) -> Tensor:
-    """The mean of every feature whose mean is far above its spread, and 0 for the others.
+def far_mean(each: Tensor) -> Tensor:
+    """The mean of every channel whose mean is far above its spread, and 0 for the others.
 
     Args:
-        columns: ``[features, rows]`` float32.
+        each: ``[rows, channels]`` or ``[batch, channels, …]`` float32, any strides.
 
     Returns:
-        ``[features, 1]`` float32.
+        ``[channels]`` float32.
     """
-    mean = columns.mean(1, keepdim=True)
-    far = mean.abs() > _FAR * (columns - mean).square().mean(1, keepdim=True).sqrt()
-    return torch.where(far & torch.isfinite(mean), mean, torch.zeros_like(mean))
+    maps = each.T[None] if each.dim() == 2 else each.flatten(2)
+    count = maps.shape[0] * maps.shape[2]
+    mean = maps.mean(2).mean(0)
+    # From the squares, where they lie: what rounding does to a difference of squares is far below this bound.
+    square = torch.linalg.vector_norm(maps, dim=2).double().square().sum(0) / count
+    spread = (square - mean.double().square()).clamp(min=0).sqrt()
+    return torch.where((mean.abs() > _FAR * spread) & torch.isfinite(mean), mean, torch.zeros_like(mean))
 
 
 class ConvMoments:
@@ -287,27 +291,27 @@ class _SharedTapMoments:
         self._rows = 0
         self._shift: Tensor | None = None  # [channels] float32; None: not known yet, or nothing is far off
         self._totals: dict[tuple[int, int], tuple[Tensor, int]] = {}  # size → sum of shifted maps, number of images
-        self._sum: Tensor | None = None  # [channels, kernel, kernel]
         self._correlations: Tensor | None = None  # [down, across + kernel − 1, channels, channels]
-        self._above_below: dict[tuple[int, int, int], Tensor] = {}  # (a, a', across) → [channels, channels]
-        self._left_right: dict[tuple[int, int, int], Tensor] = {}  # (b, b', down) → [channels, channels]
+        # Of lines outside, by the taps a that reach back in: from the first to before the last → [a, i, shift, a', j].
+        self._above_below: dict[tuple[int, int], Tensor] = {}
+        self._left_right: dict[tuple[int, int], Tensor] = {}
         self._corners: dict[tuple[int, int, int, int], Tensor] = {}  # (a, b, a', b') → [channels, channels]
 
     def update(self, maps: Tensor) -> None:
         batch, channels, height, width = maps.shape
         if batch == 0:
             return
-        if self._sum is None or self._correlations is None:
-            shift = far_mean(maps.transpose(0, 1).flatten(1))[:, 0]
+        if self._correlations is None:
+            shift = far_mean(maps)
             self._shift = shift if bool(shift.any()) else None
             shape = (self._kernel, 2 * self._kernel - 1, channels, channels)
             self._correlations = maps.new_zeros(shape, dtype=torch.float64)
-            self._sum = maps.new_zeros((channels, self._kernel, self._kernel), dtype=torch.float64)
         if self._shift is not None:
             maps = maps - self._shift[:, None, None]
-            total, images = self._totals.get((height, width), (0, 0))
-            self._totals[height, width] = total + maps.sum(0, dtype=torch.float64), images + batch
-        self._add_sums_(self._sum, maps.sum(0).double())
+        total = maps.sum(0).double() if self._shift is None else maps.sum(0, dtype=torch.float64)
+        refuse_not_finite(total, self._name)
+        before, images = self._totals.get((height, width), (None, 0))
+        self._totals[height, width] = total if before is None else before.add_(total), images + batch
         self._rows += batch * height * width
         for part in _split(maps, values_per_image=channels * height * (width + self._kernel - 1)):
             self._add_correlations_(self._correlations, part)
@@ -316,27 +320,25 @@ class _SharedTapMoments:
         self._add_corners(maps)
 
     def result(self) -> Statistics:
-        if self._sum is None or self._correlations is None:
+        if self._correlations is None:
             raise no_rows(self._name)
         kernel, channels = self._kernel, self._channels
         taps = [(a, b) for a in range(kernel) for b in range(kernel)]
-        moment = self._sum.new_empty(channels, len(taps), channels, len(taps))
+        moment = self._correlations.new_empty(channels, len(taps), channels, len(taps))
+        above_below, left_right = self._outside(self._above_below), self._outside(self._left_right)
         for (one, (a, b)), (two, (c, d)) in combinations_with_replacement(enumerate(taps), 2):
             # taps are ordered, so the offset (c − a, d − b) is always in the half plane that was summed.
-            block = self._correlations[c - a, d - b + kernel - 1] / self._rows
-            outside = (
-                (self._line(self._above_below, a, c, d - b), -1),
-                (self._line(self._left_right, b, d, c - a), -1),
-                (self._corners.get((a, b, c, d)), 1),
-            )
-            for part, sign in outside:
-                if part is not None:
-                    block.add_(part, alpha=sign / self._rows)
-            if one == two:
-                block = (block + block.T) / 2
-            moment[:, one, :, two] = block
-            moment[:, two, :, one] = block.T
-        mean = self._sum.flatten(1) / self._rows
+            block = self._correlations[c - a, d - b + kernel - 1].clone()
+            for part in (*above_below.get((a, c, d - b), ()), *left_right.get((b, d, c - a), ())):
+                block.sub_(part)
+            if (a, b, c, d) in self._corners:
+                block.add_(self._corners[a, b, c, d])
+            moment[:, one, :, two] = block if one != two else (block + block.T) / 2
+            if one != two:
+                moment[:, two, :, one] = block.T
+        moment /= self._rows
+        sums = torch.stack([self._tap_sums(total) for total, _ in self._totals.values()]).sum(0)
+        mean = sums.flatten(1) / self._rows
         if self._shift is not None:
             mean, moment = self._moved_back(moment, self._shift.double())
         features = mean.numel()
@@ -367,12 +369,11 @@ class _SharedTapMoments:
         """For every tap along one side the output positions from … to at which it lies inside the image."""
         return [(max(0, self._radius - tap), min(size, size + self._radius - tap)) for tap in range(self._kernel)]
 
-    def _add_sums_(self, sums: Tensor, total: Tensor) -> None:
-        # total: [channels, height, width], summed over the batch.
-        refuse_not_finite(total, self._name)
+    def _tap_sums(self, total: Tensor) -> Tensor:
+        # [channels, kernel, kernel] of a [channels, height, width] summed over images.
         height, width = total.shape[1:]
         lines = torch.stack([total[:, rows].sum(1) for rows in self._reach(height)], 1)
-        sums += torch.stack([lines[:, :, columns].sum(2) for columns in self._reach(width)], 2)
+        return torch.stack([lines[:, :, columns].sum(2) for columns in self._reach(width)], 2)
 
     def _reach(self, size: int) -> list[slice]:
         # The pixels that tap a sees over all output positions: q + a − radius for q in 0 … size − 1, inside the image.
@@ -386,6 +387,7 @@ class _SharedTapMoments:
             # The correlation is the weight gradient of a convolution of the maps with themselves: one oneDNN call
             # instead of 13 thin products. On two threads 2 times faster at 16 channels, 1.3 at 64, even at 128, slower
             # above; the gap is wider on a busy machine. Not on a GPU, whose convolutions may round to TF32.
+            maps = quick_layout(maps)
             padded = functional.pad(maps, (spare, spare, 0, spare))
             shape = (channels, channels, self._kernel, 2 * self._kernel - 1)
             summed = conv2d_weight(padded, shape, maps)
@@ -403,23 +405,20 @@ class _SharedTapMoments:
                 shifted = lines[:, : length - shift] @ lines[:, shift:].T
                 correlations[down, across + spare].add_(shifted)
 
-    def _add_outside_lines(self, maps: Tensor, table: dict) -> None:
-        # For output positions q on the lines above and below the image, whole lines including their ends.
+    def _add_outside_lines(self, maps: Tensor, table: dict[tuple[int, int], Tensor]) -> None:
+        # For output positions q on the lines above and below the image, whole lines including their ends: products of
+        # what any tap sees with what any tap sees `shift` further on; a product of several pairs is one call.
         height, radius, kernel = maps.shape[2], self._radius, self._kernel
         for q in (*range(-radius, 0), *range(height, height + radius)):
-            reach = [tap for tap in range(kernel) if 0 <= q + tap - radius < height]
-            lines = {tap: self._line_of(maps[:, :, q + tap - radius]) for tap in reach}
-            for one, two in combinations_with_replacement(reach, 2):
-                for shift in range(0 if one == two else 1 - kernel, kernel):
-                    left, right = lines[one], lines[two]
-                    length = left.shape[1]
-                    left = left[:, max(-shift, 0) : length - max(shift, 0)]
-                    right = right[:, max(shift, 0) : length - max(-shift, 0)]
-                    _accumulate(table, (one, two, shift), left @ right.T)
-
-    def _line_of(self, line: Tensor) -> Tensor:
-        # [batch, channels, width] → [channels, batch × (width + kernel − 1)], the spare columns zero.
-        return functional.pad(line, (0, self._kernel - 1)).transpose(0, 1).reshape(self._channels, -1)
+            reach = max(0, radius - q), min(kernel, height + radius - q)
+            taps = reach[1] - reach[0]
+            if taps <= 0:
+                continue
+            lines = maps[:, :, reach[0] + q - radius : reach[1] + q - radius].permute(2, 1, 0, 3)
+            # Spare zeros stop a shift from running into the next line of the batch, and behind the last one.
+            left = functional.pad(lines, (0, kernel - 1)).reshape(taps * self._channels, -1)
+            right = functional.pad(left, (0, kernel - 1)).unfold(1, left.shape[1], 1)
+            _accumulate(table, reach, left @ right.reshape(-1, left.shape[1]).T)
 
     def _add_corners(self, maps: Tensor) -> None:
         radius, kernel = self._radius, self._kernel
@@ -436,13 +435,17 @@ class _SharedTapMoments:
                 for one, two in combinations_with_replacement(reach, 2):
                     _accumulate(self._corners, (*one, *two), pixels[one].T @ pixels[two])
 
-    @staticmethod
-    def _line(table: dict, one: int, two: int, shift: int) -> Tensor | None:
-        # Lines are stored for one ≤ two, and for shift ≥ 0 where they are equal; the other half is the transpose.
-        if one < two or (one == two and shift >= 0):
-            return table.get((one, two, shift))
-        stored = table.get((two, one, -shift))
-        return None if stored is None else stored.T
+    def _outside(self, table: dict[tuple[int, int], Tensor]) -> dict[tuple[int, int, int], list[Tensor]]:
+        # (a, a', shift) → its products on all lines; what is stored is shift ≥ 0, and the other half is the transpose.
+        found: dict[tuple[int, int, int], list[Tensor]] = {}
+        for (start, stop), products in table.items():
+            shape = (stop - start, self._channels, stop - start, self._channels, self._kernel)
+            for one, two, shift in product(range(start, stop), range(start, stop), range(self._kernel)):
+                part = products.view(shape)[one - start, :, two - start, :, shift]
+                found.setdefault((one, two, shift), []).append(part)
+                if shift:
+                    found.setdefault((two, one, -shift), []).append(part.T)
+        return found
 
 
 def second_moment(statistics: Statistics, *, centred: bool) -> Tensor:

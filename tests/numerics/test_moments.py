@@ -217,6 +217,18 @@ def test_the_covariance_of_rows_far_from_zero_is_that_of_two_passes(count):
         torch.testing.assert_close(second_moment(found, centred=True), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_whether_channels_fill_whole_blocks_says_nothing_of_the_sums():
+    # 16 channels are a processor's block and are summed in the layout they come in, of 16 and one more each pixel's lie
+    # together.
+    maps = _maps(3, 17, 6, 5)
+    sums = []
+    for channels in (16, 17):
+        moments = ConvMoments(channels, Window.of(3, 1, 1))
+        moments.update(maps[:, :channels])
+        sums.append(moments.result().second_moment.view(channels, 9, channels, 9)[:16, :, :16])
+    torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-6)
+
+
 def test_features_near_zero_are_summed_as_they_come():
     rows = torch.rand(50, 3, generator=torch.Generator().manual_seed(4))
-    assert not module.far_mean(rows.T).any()  # mean/spread of a ReLU or a picture is 1 to 2
+    assert not module.far_mean(rows).any()  # mean/spread of a ReLU or a picture is 1 to 2
