@@ -84,7 +84,7 @@ class Activations:
             item: What is at work, for progress.
         """
         calls = self.segments.trace.calls
-        names = [name for name in dict.fromkeys(names) if name not in (self._cut, *self._held, *calls)]
+        names = [name for name in dict.fromkeys(names) if name not in (*self._here, *self._held, *calls)]
         taken = sum(self._size(outputs[0]) for outputs in self._held.values())
         fresh: dict[str, list[Tensor]] = {}
         for number, (batch, done, total) in enumerate(self._batches(self._carried)):
@@ -105,6 +105,11 @@ class Activations:
                 fresh.setdefault(name, []).append(given[name])
             yield Progress("images", item, done, total)
         self._held |= fresh
+
+    @property
+    def _here(self) -> frozenset[str]:
+        """The modules whose very output is carried."""
+        return frozenset() if self._cut is None else self.segments.trace.same[self._cut]
 
     def _answers(self, number: int) -> dict[str, Tensor]:
         return {name: outputs[number] for name, outputs in self._held.items()}
@@ -207,14 +212,13 @@ class Activations:
         Returns:
             For every batch inputs by name, outputs by name, its number from 1, and the number of batches.
         """
-        wanted = [name for name in outputs if name not in self._held and name != self._cut]
+        wanted = [name for name in outputs if name not in (*self._here, *self._held)]
         # Copies: the next layer may overwrite its input in place. A run that ends with its only look goes no further.
         keep = _keep_in if len(inputs) + len(wanted) > 1 else _keep_as_is
         for number, (batch, done, total) in enumerate(self._batches(self._carried)):
             read: dict[str, Tensor] = {}
             given = self._answers(number)
-            if self._cut is not None:
-                given[self._cut] = batch
+            given |= dict.fromkeys(self._here, batch)
             if inputs or wanted:
                 self.segments.run(
                     batch,

@@ -55,6 +55,7 @@ class Trace:
         upstream: Module name → names of the modules whose output its own output depends on; a module that is missing
             could not be placed in the data flow and must be taken to depend on everything that ran before it.
         calls: Name of a module in `visits` that ran more than once → how often, and when it was first entered.
+        same: Name of a cut → names of the modules that give its very tensor (an identity shortcut behind it).
     """
 
     visits: dict[str, Visit]
@@ -64,6 +65,7 @@ class Trace:
     joins: dict[str, Join]
     upstream: dict[str, frozenset[str]]
     calls: dict[str, tuple[int, int]] = field(default_factory=dict)
+    same: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def depends(self, module: str, source: str) -> bool:
         """Whether the output of `module` may change when the output of `source` changes."""
@@ -90,6 +92,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     visits: dict[str, Visit] = {}
     reused: set[str] = set()
     nodes: dict[str, object] = {}
+    tensors: dict[str, tuple[object, int]] = {}  # of a module's output: an autograd node has as many as it gives
     reads: dict[str, object] = {}
     produced: dict[int, str] = {}
     norm_of: dict[str, str] = {}
@@ -114,6 +117,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         visits[name] = Visit(enters[name], clock)
         if isinstance(output, Tensor):
             nodes[name] = output.grad_fn
+            tensors[name] = output.grad_fn, output.output_nr
             if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
                 produced[id(output)] = name
                 alive.append(output)
@@ -140,12 +144,11 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     order = _topological([tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None])
     # Where a layer still has to run again, the network cannot be taken up: half of what it reads would be missing.
     spans = [(first, visits[name].leave) for name, (_, first) in calls.items()]
-    cuts = tuple(
-        cut for cut in _cuts(order, nodes, once) if not any(first < once[cut].leave < last for first, last in spans)
-    )
+    cuts = _cuts(order, nodes, once, spans)
     norm_of = {layer: norm for layer, norm in norm_of.items() if layer not in reused}
-    joins = _joins(order, nodes, once, reads)
-    return Trace(visits, frozenset(reused), cuts, norm_of, joins, _upstream(order, nodes, once), calls)
+    same = {cut: frozenset(name for name in once if tensors.get(name) == tensors[cut]) for cut in cuts}
+    joins, upstream = _joins(order, nodes, once, reads), _upstream(order, nodes, once)
+    return Trace(visits, frozenset(reused), cuts, norm_of, joins, upstream, calls, same)
 
 
 def _runs_often(module: nn.Module) -> bool:
@@ -175,7 +178,10 @@ def _topological(roots: list[object]) -> list[object]:
     return order
 
 
-def _cuts(order: list[object], nodes: dict[str, object], visits: dict[str, Visit]) -> tuple[str, ...]:
+def _cuts(
+    order: list[object], nodes: dict[str, object], visits: dict[str, Visit], uncut: list[tuple[int, int]]
+) -> tuple[str, ...]:
+    """Names of the cuts in order of leaving; none is left between the clocks of a span of `uncut`."""
     children: dict[object, int] = dict.fromkeys(order, 0)
     for node in order:
         for parent in _parents(node):
@@ -197,7 +203,9 @@ def _cuts(order: list[object], nodes: dict[str, object], visits: dict[str, Visit
         # input on (an identity shortcut) is no place to start, since others have read that tensor before it.
         if node not in found or found[node].startswith(name + "."):
             found[node] = name
-    return tuple(sorted(found.values(), key=lambda name: visits[name].leave))
+    clocks = {name: visits[name].leave for name in found.values()}
+    parted = (name for name, clock in clocks.items() if not any(first < clock < last for first, last in uncut))
+    return tuple(sorted(parted, key=clocks.__getitem__))
 
 
 def _joins(

@@ -56,6 +56,25 @@ def test_held_answers_and_answers_computed_again_give_the_same_network(name, mon
     assert weights_hash(again) == weights_hash(model)
 
 
+def test_no_layer_runs_to_show_a_stream_that_is_carried():
+    model, images = networks.cifar_resnet.build(depth=14, widths=(4, 8, 12)).eval(), Images(torch.randn(40, 3, 16, 16))
+    standing = Activations(
+        model, Segments(model, images.images[:2]), images, batch_size=20, device=torch.device("cpu"), limit_bytes=1e9
+    )
+    list(standing.advance("layer1.0"))
+    streams = []
+
+    def look():
+        for read, given, *_ in standing.seen(inputs=["layer1.1.conv2"], outputs=["layer1.1.shortcut"]):
+            assert list(read) == ["layer1.1.conv2"]
+            streams.append(given["layer1.1.shortcut"])
+
+    assert images_through(model, "layer1.1.conv2", look) == 0
+    with torch.no_grad():
+        expected = model.layer1[0](torch.relu(model.bn1(model.conv1(images.images))))
+    torch.testing.assert_close(torch.cat(streams), expected)
+
+
 def test_no_more_is_held_than_fits():
     model, images = setting("option_a")
     segments = Segments(model, images.images[:2])

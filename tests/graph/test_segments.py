@@ -97,6 +97,13 @@ def test_an_identity_shortcut_does_not_hide_the_block_before_it():
     assert "layer1.0.shortcut" not in segments.cuts  # conv1 of its block has read the same tensor before it
 
 
+def test_modules_that_hand_on_the_tensor_of_a_cut_are_known():
+    model = networks.cifar_resnet.build(depth=14, widths=(4, 8, 12))
+    same = Segments(model, torch.randn(2, 3, 16, 16)).trace.same
+    assert same["layer1.0"] == {"layer1.0", "layer1.1.shortcut"}
+    assert "layer2.0.shortcut" not in same["layer1"]  # every other pixel, and more channels
+
+
 def test_a_cut_inside_one_branch_is_not_a_cut():
     model, images = networks.small("concatenated")
     cuts = Segments(model, images).trace.cuts
