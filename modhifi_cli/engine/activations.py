@@ -93,7 +93,7 @@ class Activations:
                 self.segments.run(
                     batch,
                     start=self._cut,
-                    outputs={name: _keep_in(given, name) for name in names},
+                    outputs={name: self._keep_in(given, name) for name in names},
                     answers=self._answers(number),
                 )
             if number == 0:
@@ -110,6 +110,17 @@ class Activations:
     def _here(self) -> frozenset[str]:
         """The modules whose very output is carried."""
         return frozenset() if self._cut is None else self.segments.trace.same[self._cut]
+
+    def _keep_in(self, found: dict[str, Tensor], name: str, *, side: str = "output", last: bool = False) -> Look:
+        """Keeps what passes by: as it is where nothing writes into it later, else a copy."""
+        copied = not last and self.segments.overwritten(name, side=side)
+
+        def look(tensor: Tensor) -> None:
+            # A part of something larger would keep all of it.
+            part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+            found[name] = tensor.clone() if copied or (part and not last) else tensor
+
+        return look
 
     def _answers(self, number: int) -> dict[str, Tensor]:
         return {name: outputs[number] for name, outputs in self._held.items()}
@@ -203,7 +214,7 @@ class Activations:
     def seen(
         self, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], int, int]]:
-        """Copies of what modules read and give, batch after batch, from where the activations stand.
+        """What modules read and give, batch after batch, from where the activations stand.
 
         Args:
             inputs: Modules whose first input is wanted.
@@ -213,8 +224,7 @@ class Activations:
             For every batch inputs by name, outputs by name, its number from 1, and the number of batches.
         """
         wanted = [name for name in outputs if name not in (*self._here, *self._held)]
-        # Copies: the next layer may overwrite its input in place. A run that ends with its only look goes no further.
-        keep = _keep_in if len(inputs) + len(wanted) > 1 else _keep_as_is
+        last = len(inputs) + len(wanted) == 1  # a run that ends with its only look goes no further: nothing is overwritten
         for number, (batch, done, total) in enumerate(self._batches(self._carried)):
             read: dict[str, Tensor] = {}
             given = self._answers(number)
@@ -223,8 +233,8 @@ class Activations:
                 self.segments.run(
                     batch,
                     start=self._cut,
-                    looks={name: keep(read, name) for name in inputs},
-                    outputs={name: keep(given, name) for name in wanted},
+                    looks={name: self._keep_in(read, name, side="input", last=last) for name in inputs},
+                    outputs={name: self._keep_in(given, name, last=last) for name in wanted},
                     # A block that answers at once would not show what is read inside it.
                     answers={
                         name: answer
@@ -365,20 +375,6 @@ def _rebatched(parts: Iterator[Tensor], batch_size: int) -> Iterator[Tensor]:
             waiting = waiting[batch_size:]
     if waiting is not None and len(waiting):
         yield waiting
-
-
-def _keep_in(found: dict[str, Tensor], name: str) -> Look:
-    def look(tensor: Tensor) -> None:
-        found[name] = tensor.clone()
-
-    return look
-
-
-def _keep_as_is(found: dict[str, Tensor], name: str) -> Look:
-    def look(tensor: Tensor) -> None:
-        found[name] = tensor
-
-    return look
 
 
 def set_statistics_(module: nn.Module, moments: ChannelMoments) -> None:

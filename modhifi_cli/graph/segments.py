@@ -97,6 +97,7 @@ class Segments:
             cut: False for cut in self.trace.cuts if any(_is_layer(model, parent) for parent in _ancestors(cut))
         }
         self._skipped = {cut: self._before(cut) for cut in self.trace.cuts}
+        self._overwritten: set[tuple[str, str]] = set()
         self._answers = self._record({name for names in self._skipped.values() for name in names})
 
     @property
@@ -189,6 +190,15 @@ class Segments:
                 handle.remove()
         return caught[0] if caught else None
 
+    def overwritten(self, name: str, *, side: str = "output") -> bool:
+        """Whether the network later writes into what a module gives or reads, so that only a copy of it lasts.
+
+        Args:
+            name: Of the module.
+            side: ``"output"``, or ``"input"``: its first one.
+        """
+        return (side, name) in self._overwritten
+
     @torch.no_grad()
     def whole(self, inputs: Tensor, *, start: str | None = None) -> Tensor:
         """The network's output for one batch, from the images or from the cut `start`.
@@ -225,8 +235,7 @@ class Segments:
         try:
             for name in self._skipped[cut]:
                 self._patch(patched, name, _broadcast(self._answers[name], carried))
-            # a clone: an in-place operation behind the cut must not write into what is carried
-            self._patch(patched, cut, carried, copied=True)
+            self._patch(patched, cut, carried, copied=self.overwritten(cut))
             yield
         finally:
             for module in patched:
@@ -239,34 +248,53 @@ class Segments:
         try:
             for name, answer in answers.items():
                 if self.trace.visits[name].leave > behind:  # others are in front of the cut, where nothing runs
-                    self._patch(patched, name, answer, copied=True)
+                    self._patch(patched, name, answer, copied=self.overwritten(name))
             yield
         finally:
             for module in patched:
                 del module.forward
 
     def _patch(self, patched: list[nn.Module], name: str, answer: Any, *, copied: bool = False) -> None:
-        # Copied when it is asked for: a run that stops early never gets to most answers.
+        # A copy where an in-place operation would write into what is carried, made when it is asked for: a run that
+        # stops early never gets to most answers.
         module = self.model.get_submodule(name)
         module.forward = (lambda *_, **__: answer.clone()) if copied else (lambda *_, **__: answer)
         patched.append(module)
 
     @torch.no_grad()
     def _record(self, names: set[str]) -> dict[str, object]:
+        """What modules give for one image; and which tensors are written into behind the module that they came by."""
         answers: dict[str, object] = {}
+        seen: list[tuple[str, str, Tensor, int]] = []  # kept until the end, or their versions would go with them
 
-        def keep(name: str) -> Callable:
+        def note(side: str, name: str, tensor: object) -> None:
+            if isinstance(tensor, Tensor) and not tensor.is_inference():
+                seen.append((side, name, tensor, tensor._version))
+            else:
+                self._overwritten.add((side, name))  # nothing is known of it
+
+        def before(name: str) -> Callable:
+            return lambda module, inputs: note("input", name, inputs[0] if inputs else None)
+
+        def behind(name: str) -> Callable:
             def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-                answers[name] = _detached(output)
+                note("output", name, output)
+                if name in names:
+                    answers[name] = _detached(output)
 
             return hook
 
-        handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+        handles = []
         try:
+            for name in {*names, *self.trace.visits}:
+                module = self.model.get_submodule(name)
+                handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(behind(name))]
             self.model(self._example[:1])
         finally:
             for handle in handles:
                 handle.remove()
+        changed = {(side, name) for side, name, tensor, version in seen if tensor._version != version}
+        self._overwritten |= changed
         return answers
 
     @torch.no_grad()

@@ -75,6 +75,24 @@ def test_no_layer_runs_to_show_a_stream_that_is_carried():
     torch.testing.assert_close(torch.cat(streams), expected)
 
 
+def test_what_is_shown_of_layers_is_not_what_others_made_of_it_in_place():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.Hardtanh(0, 1, inplace=True), nn.Conv2d(4, 2, 1)
+    model, images = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval(), Images(torch.randn(6, 3, 12, 12))
+    segments = Segments(model, images.images[:2])
+    standing = Activations(model, segments, images, batch_size=3, device=torch.device("cpu"), limit_bytes=1e9)
+    with torch.no_grad():
+        first = layers[0](images.images)
+        second = layers[2](first.relu())
+    for held in ((), ("0", "2")):
+        list(standing.hold(held))
+        shown = list(standing.seen(inputs=["2", "4"], outputs=["0", "2"]))
+        for name, expected in (("0", first), ("2", second)):
+            torch.testing.assert_close(torch.cat([given[name] for _, given, *_ in shown]), expected)
+        for name, expected in (("2", first.relu()), ("4", second.clamp(0, 1))):
+            torch.testing.assert_close(torch.cat([read[name] for read, *_ in shown]), expected)
+
+
 def test_no_more_is_held_than_fits():
     model, images = setting("option_a")
     segments = Segments(model, images.images[:2])

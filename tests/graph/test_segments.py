@@ -97,6 +97,35 @@ def test_an_identity_shortcut_does_not_hide_the_block_before_it():
     assert "layer1.0.shortcut" not in segments.cuts  # conv1 of its block has read the same tensor before it
 
 
+class Overwriting(nn.Module):
+    """Writes into what its layers gave and read, as memory is saved: an activation and a sum in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.branch, self.end = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, images):
+        stream = self.act(self.norm(self.stem(images)))
+        stream += self.branch(stream)
+        return self.end(stream).mean((2, 3))
+
+
+def test_what_the_network_writes_into_later_is_copied_and_nothing_else():
+    model, images = Overwriting().eval(), torch.randn(2, 3, 16, 16)
+    segments = Segments(model, images)
+    names = ("stem", "norm", "act", "branch", "end")
+    assert [name for name in names if segments.overwritten(name)] == ["norm", "act"]
+    assert [name for name in names if segments.overwritten(name, side="input")] == ["act", "branch"]
+    assert {"stem", "act"} <= set(segments.cuts)
+    whole = segments.whole(images)
+    for cut in segments.cuts:
+        carried = segments.run(images, until=cut).clone()
+        before = carried.clone()
+        torch.testing.assert_close(segments.whole(carried, start=cut), whole)
+        assert torch.equal(carried, before), cut
+
+
 def test_modules_that_hand_on_the_tensor_of_a_cut_are_known():
     model = networks.cifar_resnet.build(depth=14, widths=(4, 8, 12))
     same = Segments(model, torch.randn(2, 3, 16, 16)).trace.same
