@@ -53,7 +53,7 @@ _LEAST_WORTH = 1e-3  # of the largest γ of a layer scale: outputs that count le
 _FEWEST_HELD_OUT = 8  # images; fewer say less than images that were fitted to
 # A survey looks at one block of five images in so many that at least this many images are left, and in every layer twice
 # as many rows as features: what chooses widths and subsets needs less than what weights are fitted to.
-_SURVEYED, _ROWS_A_FEATURE = 256, 2
+_SURVEYED, _ROWS_A_FEATURE = 128, 2
 
 
 class ImageWalk:
