@@ -19,6 +19,9 @@ from modhifi_cli.numerics.linalg import solve_shared
 from modhifi_cli.numerics.moments import second_moment
 from modhifi_cli.records import Statistics
 
+_SLACK = 1e-9  # of the mean energy of a feature on the forget rows, where they span less than all features
+_ENOUGH = 0.95  # of the largest gain on rows that judge a ridge, which a larger ridge may cost a little of
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -151,6 +154,74 @@ def contrast(
     for term, value in (("beta", beta), ("ridge", ridge)):
         if not 0 <= value < float("inf"):
             raise NumericsError(f"{name}: {term} must be a finite number from 0, got {value:g}; change method.{term}.")
+    system = _system(weight, bias, asked, beta=beta, constant=constant, name=name)
+    change, features = system.change(ridge), weight.shape[1]
+    moved, lost = _shares(system, change, asked.retain)
+    return Contrast(
+        weight=system.whole[:, :features] + change[:, :features],
+        constant=change[:, features] if constant else torch.zeros_like(system.whole[:, 0]),
+        moved=moved,
+        lost=lost,
+    )
+
+
+def choose_ridge(
+    weight: Tensor,
+    bias: Tensor,
+    asked: tuple[Asked, Asked],
+    *,
+    beta: float,
+    ridges: Sequence[float],
+    worth: Tensor | None = None,
+    constant: bool = True,
+    name: str = "layer",
+) -> float:
+    """The largest ridge with which the solution of some samples comes about as near as any to what is asked of others.
+
+    Where a layer has more features than there are rows, least squares gives every fitted row what is asked, and new ones
+    anything. Retain rows that keep their outputs do not show it, since no change is right for them; an aim for them does.
+    "About" is `_ENOUGH` of the largest gain: the gain hardly depends on the ridge where layers behind already suffer
+    from outputs that are better on fitted rows than on others (a ViT-S: 94 % of the gain at 0.001, 11 points of accuracy less).
+
+    Args:
+        weight: As for `contrast`; likewise `bias`, `beta`, `constant`, `name` and what is raised.
+        asked: Of the rows that are solved for, and the same of those of other samples, which judge.
+        ridges: To choose from, increasing.
+        worth: What one unit of each output is worth, ``[outputs]``; None: all are worth the same.
+    """
+    system, other = (_system(weight, bias, rows, beta=beta, constant=constant, name=name) for rows in asked)
+    share = torch.ones_like(system.whole[:, 0]) if worth is None else worth.to(system.whole).square()
+
+    def error(ridge: float) -> float:
+        """E_r‖W'x − t‖² + β E_f‖W'x − t‖² less what it is without a change."""
+        change = system.change(ridge)
+        return float(share @ (change * (change @ other.matrix - 2 * other.right)).sum(1))
+
+    errors = [error(ridge) for ridge in ridges]
+    enough = min(0.0, _ENOUGH * min(errors))
+    return max((ridge for ridge, one in zip(ridges, errors, strict=True) if one <= enough), default=max(ridges))
+
+
+@dataclass(frozen=True)
+class _System:
+    """Δ̃ (M + Λ) = R, with what went into it: W̃, S̃_r, S̃_f and E_f[t x̃ᵀ] − W̃ S̃_f."""
+
+    whole: Tensor
+    s_r: Tensor
+    s_f: Tensor
+    pull: Tensor
+    matrix: Tensor
+    right: Tensor
+    features: int
+
+    def change(self, ridge: float) -> Tensor:
+        """Δ̃, ``[outputs, features (+ 1)]``."""
+        lifted = self.matrix.clone()
+        lifted.diagonal()[: self.features] += ridge * self.s_r.diagonal()[: self.features].mean()
+        return solve_shared(lifted, self.right)
+
+
+def _system(weight: Tensor, bias: Tensor, asked: Asked, *, beta: float, constant: bool, name: str) -> _System:
     retain, forget, retain_aim = asked.retain, asked.forget, asked.retain_aim
     weight, bias = weight.double(), bias.double()
     s_r, s_f = (_widened(statistics, constant) for statistics in (retain, forget))
@@ -161,21 +232,11 @@ def contrast(
                          ("the moments of the forget rows", s_f), ("the aim of the retain rows", kept)):  # fmt: skip
         if not bool(torch.isfinite(tensor).all()):
             raise NumericsError(f"{name}: {what} must be finite, got NaN or infinity; check weights and images.")
-    features = weight.shape[1]
-    matrix = s_r + beta * s_f
-    matrix.diagonal()[:features] += ridge * s_r.diagonal()[:features].mean()
     pull = wanted - whole @ s_f
     right = beta * pull
     if retain_aim is not None:
         right = right + kept - whole @ s_r
-    change = solve_shared(matrix, right)
-    moved, lost = _shares(weight, change, pull, s_f, retain, s_r, features)
-    return Contrast(
-        weight=weight + change[:, :features],
-        constant=change[:, features] if constant else torch.zeros_like(bias),
-        moved=moved,
-        lost=lost,
-    )
+    return _System(whole, s_r, s_f, pull, s_r + beta * s_f, right, weight.shape[1])
 
 
 def _wanted(aim: Aim, bias: Tensor, statistics: Statistics, constant: bool) -> Tensor:
@@ -195,12 +256,13 @@ def _widened(statistics: Statistics, constant: bool) -> Tensor:
     return torch.cat([top, bottom[None]])
 
 
-def _shares(
-    weight: Tensor, change: Tensor, pull: Tensor, s_f: Tensor, retain: Statistics, s_r: Tensor, features: int
-) -> tuple[float, float]:
-    # E_f‖t − y − Δx̃‖² − E_f‖t − y‖² needs no E‖t‖²; the share is taken of the largest such gain, that of β → ∞.
+def _shares(system: _System, change: Tensor, retain: Statistics) -> tuple[float, float]:
+    s_r, s_f, pull = system.s_r, system.s_f, system.pull
+    # E_f‖t − y − Δx̃‖² − E_f‖t − y‖² needs no E‖t‖²; the share is taken of the largest such gain, that of β → ∞. With a
+    # slack, since forget rows are often fewer than features and eigenvalues would take longer than the edit itself.
     gain = float((change * (2 * pull - change @ s_f)).sum())
-    most = float((solve_shared(s_f, pull) * pull).sum())
+    most = float((solve_shared(s_f, pull, slack=_SLACK) * pull).sum())
+    weight = system.whole[:, : system.features]
     energy = float(((weight @ second_moment(retain, centred=True)) * weight).sum())
     cost = float(((change @ s_r) * change).sum())
     tiny = torch.finfo(torch.float64).tiny

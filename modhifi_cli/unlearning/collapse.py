@@ -12,17 +12,19 @@ kept its own part alone would leave the class in the shortcut. The classifier be
 the retain images and their mixture on the forget images.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from modhifi_cli.engine.gathering import held_out_images
 from modhifi_cli.errors import ConfigError, is_number
 from modhifi_cli.numerics.batchnorm import input_scale
-from modhifi_cli.numerics.contrast import Aim
-from modhifi_cli.numerics.cross import CrossMoments
-from modhifi_cli.numerics.moments import second_moment
+from modhifi_cli.numerics.contrast import Aim, Asked
+from modhifi_cli.numerics.cross import CrossMoments, CrossStatistics, merge_cross
+from modhifi_cli.numerics.moments import merge, second_moment
 from modhifi_cli.records import Statistics
 from modhifi_cli.unlearning.method import (
     BETAS,
@@ -37,6 +39,9 @@ from modhifi_cli.unlearning.method import (
     given_beta,
 )
 
+RIDGES = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0)
+_PLENTY = 10  # retain rows for each feature, from which on the least ridge will do
+
 
 class CollapseU(Method):
     """Ours: what late blocks give is rebuilt from the mean features of the classes that stay.
@@ -49,7 +54,9 @@ class CollapseU(Method):
         earlier: The same in the blocks before it.
         sharpness: Above 0: 1 mixes forget samples as the dense network would answer them without their class; the
             larger, the more each goes to the one class that it resembles most.
-        ridge: Towards the present weights, times the mean energy of a feature.
+        ridge: Towards the present weights, times the mean energy of a feature, or ``"auto"``: 0.001, but
+            in a layer with fewer than ten retain rows for each feature every fifth image is left out of the solution and
+            judges ridges (`numerics.contrast.choose_ridge`).
 
     Raises:
         ConfigError: If an argument is out of range.
@@ -65,20 +72,20 @@ class CollapseU(Method):
         *,
         beta: float | str = 0.5,
         depth: int = 3,
-        ridge: float = 1e-3,
+        ridge: float | str = "auto",
         collapse: float = 1.0,
         earlier: float = 0.0,
         sharpness: float = 4.0,
     ) -> None:
         self.given = given_beta(beta)
         check_depth(depth, least=1)
-        check_ridge(ridge)
+        check_ridge(ridge, or_auto=True)
         check_shares(collapse=collapse, earlier=earlier)
         if not is_number(sharpness) or not 0 < sharpness < 1e6:
             raise ConfigError(f"method.sharpness must be a number above 0; got {sharpness!r}.")
         self.sharpness = float(sharpness)
         self.collapse, self.earlier = float(collapse), float(earlier)
-        self.depth, self.ridge = depth, float(ridge)
+        self.depth, self.ridge = depth, None if ridge == "auto" else float(ridge)
 
     def fit(self, site: Site) -> Fit:
         """As `Method.fit`."""
@@ -86,16 +93,19 @@ class CollapseU(Method):
 
 
 class _Mixtures:
-    """Moments of inputs and of wanted outputs, of retain and of forget samples."""
+    """Moments of inputs and of wanted outputs, of retain and of forget samples, those that judge the ridge apart."""
 
     def __init__(self, site: Site, method: CollapseU) -> None:
         self._site, self._ridge, layer = site, method.ridge, site.layer
         self._share = 1.0 if layer.classifier else method.collapse if layer.closing.last else method.earlier
         self._posterior = site.samples.posterior(method.sharpness)
         self._means = _class_logits(site.samples) if site.means is None else site.means
+        self._judges = _every_fifth(site.samples) if method.ridge is None else torch.zeros_like(site.samples.forget)
         # All positions, always: the wanted outputs are known for each.
-        self._moments = {forget: site.moments(everywhere=True) for forget in (False, True)}
-        self._cross = {forget: CrossMoments(layer.module, name=layer.name) for forget in (False, True)}
+        kinds = itertools.product((False, True), (False, True) if method.ridge is None else (False,))
+        self._sums = {
+            kind: (site.moments(everywhere=True), CrossMoments(layer.module, name=layer.name)) for kind in kinds
+        }
 
     @torch.no_grad()
     def update(self, inputs: Tensor, numbers: Tensor, given: Mapping[str, Tensor]) -> None:
@@ -103,27 +113,50 @@ class _Mixtures:
         if self._site.layer.positions is not None:
             read = self._site.layer.positions.to(inputs.device)
             inputs, wanted = inputs[:, read], wanted[:, read]
-        for forget in (False, True):
-            use = self._site.fitted(numbers, forget=forget).to(inputs.device)
+        for (forget, judges), (moments, cross) in self._sums.items():
+            use = self._site.fitted(numbers, forget=forget) & (self._judges[numbers] == judges)
+            use = use.to(inputs.device)
             if bool(use.any()):
-                self._moments[forget].update(inputs[use])
-                self._cross[forget].update(inputs[use], wanted[use])
+                moments.update(inputs[use])
+                cross.update(inputs[use], wanted[use])
 
     def solve(self, strength: float) -> LayerEdit:
-        retain, forget = (self._moments[which].result().statistics for which in (False, True))
-        kept, moved = (self._cross[which].result() for which in (False, True))
-        _, edit = self._site.contrast(
-            retain,
-            forget,
-            Aim(moved.cross, moved.mean),
-            beta=strength,
-            ridge=self._ridge,
-            retain_aim=self._blended(retain, Aim(kept.cross, kept.mean)),
-        )
-        closing = self._site.layer.closing
+        parts = {kind: (moments.result().statistics, cross.result()) for kind, (moments, cross) in self._sums.items()}
+        solved, ridge = [parts[False, False], parts[True, False]], self._ridge
+        if ridge is None:
+            judged, ridge = [parts[False, True], parts[True, True]], RIDGES[0]
+            count = solved[0][0].rows + judged[0][0].rows
+            if count < _PLENTY * self._site.weight.shape[1]:
+                ridge = self._site.choose_ridge(
+                    (self._asked(*solved), self._asked(*judged)), beta=strength, ridges=RIDGES, worth=self._worth()
+                )
+            else:
+                pairs = zip(solved, judged, strict=True)
+                solved = [(merge(ours[0], theirs[0]), merge_cross(ours[1], theirs[1])) for ours, theirs in pairs]
+        found, edit = self._site.contrast(self._asked(*solved), beta=strength, ridge=ridge)
+        facts, closing = {**edit.facts, "ridge": ridge}, self._site.layer.closing
+        if closing is not None:
+            return replace(edit, facts=facts | {"place": closing.place, "residual": closing.stream})
+        # The same is asked of the forgotten rows everywhere: no ridge may hold them back.
+        rows = list(self._site.samples.forget_classes)
+        found.weight[rows], found.constant[rows] = 0, (self._means[0].to(found.constant) - self._site.bias)[rows]
+        return LayerEdit(self._site.replaced(found.weight, found.constant), facts)
+
+    def _asked(self, retain: tuple[Statistics, CrossStatistics], forget: tuple[Statistics, CrossStatistics]) -> Asked:
+        (rows, kept), (others, moved) = retain, forget
+        return Asked(rows, others, Aim(moved.cross, moved.mean), self._blended(rows, Aim(kept.cross, kept.mean)))
+
+    def _worth(self) -> Tensor | None:
+        """What one unit of each output is worth behind the BatchNorm or the layer scale, 0 where it is not steered."""
+        norm, closing = self._site.norm, self._site.layer.closing
         if closing is None:
-            return edit
-        return replace(edit, facts={**edit.facts, "place": closing.place, "residual": closing.stream})
+            answered = torch.ones(self._site.samples.classes)
+            answered[list(self._site.samples.forget_classes)] = 0
+            return answered
+        if norm is None:
+            return closing.scale
+        scale, usable = input_scale(norm.running_var, norm.eps, None if norm.weight is None else norm.weight.detach())
+        return torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale))
 
     def _blended(self, retain: Statistics, mixture: Aim) -> Aim:
         """What the retain rows shall give: some of what they give now, some of their mixture."""
@@ -155,6 +188,16 @@ class _Mixtures:
         solved = (mixture - stream - shift.view(shape)) * scale.view(shape) + norm.running_mean.view(shape)
         # Outputs whose γ is next to nothing stay as they are.
         return torch.where(usable.view(shape), solved, own)
+
+
+def _every_fifth(samples: Samples) -> Tensor:
+    """Which of the fitted images of either kind judge a ridge, ``[images]`` bool: at least one of each."""
+    judges = torch.zeros_like(samples.forget)
+    for kind in (samples.forget, ~samples.forget):
+        numbers = (samples.fitted & kind).nonzero().flatten()
+        chosen = held_out_images(torch.arange(len(numbers)))
+        judges[numbers[chosen] if bool(chosen.any()) else numbers[-1:]] = True
+    return judges
 
 
 def _class_logits(samples: Samples) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.numerics.contrast import Aim, Group, aim_at
+from modhifi_cli.numerics.contrast import Aim, Asked, Group, aim_at
 from modhifi_cli.numerics.moments import second_moment
 from modhifi_cli.numerics.rows import rows_of
 from modhifi_cli.records import Statistics
@@ -91,15 +91,14 @@ class _ContrastMoments:
         aim, kept = self._aim(forget), None
         if self._site.layer.classifier and strength > 0:
             aim, kept = self._unanswered(aim, retain, forget)
-        found, edit = self._site.contrast(
-            retain, forget, aim, beta=strength, ridge=self._method.ridge, retain_aim=kept
-        )
+        found, edit = self._site.contrast(Asked(retain, forget, aim, kept), beta=strength, ridge=self._method.ridge)
         return replace(edit, facts={"moved": found.moved, "lost": found.lost, **edit.facts})
 
     def _unanswered(self, aim: Aim, retain: Statistics, forget: Statistics) -> tuple[Aim, Aim]:
         """Aims of the classifier in which the forget classes' logits are the same for all images.
 
-        They are what retain samples have on average. Kept on the retain samples as they are, these rows would have to tell forget samples apart for ever.
+        They are what retain samples have on average. Kept on the retain samples as they are, these rows would have to
+        tell forget samples apart for ever.
         """
         weight, bias = self._site.weight, self._site.bias
         present = Aim(

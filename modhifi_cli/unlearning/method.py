@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from modhifi_cli.engine.gathering import Gathering, LayerMoments
 from modhifi_cli.errors import ConfigError, is_number, need_whole
-from modhifi_cli.numerics.contrast import Aim, Asked, Contrast, contrast
-from modhifi_cli.records import ModuleEdit, Statistics
+from modhifi_cli.numerics.contrast import Asked, Contrast, choose_ridge, contrast
+from modhifi_cli.records import ModuleEdit
 from modhifi_cli.unlearning.closings import Closing
 
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -130,24 +130,29 @@ class Site:
             self.layer.name, self.layer.module, positions_per_image=positions, seed=self.seed, hold_out=False
         )
 
-    def contrast(
-        self, retain: Statistics, forget: Statistics, aim: Aim, *, beta: float, ridge: float, retain_aim: Aim | None = None
-    ) -> tuple[Contrast, "LayerEdit"]:
+    def contrast(self, asked: Asked, *, beta: float, ridge: float) -> tuple[Contrast, "LayerEdit"]:
         """The closed form of `numerics.contrast` for this layer, and the edit that writes it; arguments as there."""
-        own = getattr(self.layer.module, "bias", None)
         found = contrast(
-            self.weight,
-            self.bias,
-            Asked(retain, forget, aim, retain_aim),
-            beta=beta,
-            ridge=ridge,
-            constant=own is not None or self.norm is not None,
-            name=self.layer.name,
+            self.weight, self.bias, asked, beta=beta, ridge=ridge, constant=self._constant, name=self.layer.name
         )
-        facts = {"moved": found.moved, "retain_rows": retain.rows, "forget_rows": forget.rows}
-        return found, LayerEdit(self._replaced(found.weight, found.constant), facts)
+        facts = {"moved": found.moved, "retain_rows": asked.retain.rows, "forget_rows": asked.forget.rows}
+        return found, LayerEdit(self.replaced(found.weight, found.constant), facts)
 
-    def _replaced(self, weight: Tensor, constant: Tensor) -> tuple[ModuleEdit, ...]:
+    def choose_ridge(
+        self, asked: tuple[Asked, Asked], *, beta: float, ridges: Sequence[float], worth: Tensor | None
+    ) -> float:
+        """`numerics.contrast.choose_ridge` for this layer; arguments as there."""
+        return choose_ridge(
+            self.weight, self.bias, asked, beta=beta, ridges=ridges, worth=worth,
+            constant=self._constant, name=self.layer.name,
+        )  # fmt: skip
+
+    @property
+    def _constant(self) -> bool:
+        """Whether there is a place for a constant."""
+        return getattr(self.layer.module, "bias", None) is not None or self.norm is not None
+
+    def replaced(self, weight: Tensor, constant: Tensor) -> tuple[ModuleEdit, ...]:
         """A new weight, and what is added to the constant: in the bias, or else in the BatchNorm's running mean."""
         layer, norm, old = self.layer, self.norm, self.layer.module.weight
         tensors = {"weight": saved(weight.view_as(old).to(old.dtype))}
@@ -240,10 +245,12 @@ def given_beta(beta: float | str) -> float | None:
     return None if beta == "auto" else float(beta)
 
 
-def check_ridge(ridge: float) -> None:
-    """Raise ConfigError if a ridge is no number from 0."""
-    if not is_number(ridge) or not 0 <= ridge < 1e12:
-        raise ConfigError(f"method.ridge must be a number from 0; got {ridge!r}.")
+def check_ridge(ridge: float | str, *, or_auto: bool = False) -> None:
+    """Raise ConfigError if a ridge is no number from 0, nor ``"auto"`` where that may be asked for."""
+    if not (or_auto and ridge == "auto") and (not is_number(ridge) or not 0 <= ridge < 1e12):
+        raise ConfigError(
+            f"method.ridge must be a number from 0; got {ridge!r}." + (" auto chooses one." if or_auto else "")
+        )
 
 
 def check_depth(depth: int, *, least: int, of_least: str = "") -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modhifi_cli.errors import NumericsError
-from modhifi_cli.numerics.contrast import Aim, Asked, Group, aim_at, contrast
+from modhifi_cli.numerics.contrast import Aim, Asked, Group, aim_at, choose_ridge, contrast
 from modhifi_cli.numerics.moments import RowMoments
 from modhifi_cli.records import Statistics
 
@@ -131,3 +131,50 @@ def test_a_weight_that_is_not_finite_is_named(layer):
     weight[0, 0] = float("nan")
     with pytest.raises(NumericsError, match="conv9: the weight must be finite"):
         contrast(weight, bias, Asked(r, f, mean_aim(weight, bias, r, f)), beta=1, ridge=0, name="conv9")
+
+
+def asked(retain, wanted, forget, moved) -> Asked:
+    """Rows with what is wanted there."""
+    aims = [Aim(t.T.double() @ x.double() / len(x), t.double().mean(0)) for x, t in ((forget, moved), (retain, wanted))]
+    return Asked(moments(retain), moments(forget), *aims)
+
+
+@pytest.mark.parametrize("worth", [None, torch.tensor([1.0, 0.0, 2.0, 0.5])])
+def test_the_ridge_is_the_largest_that_serves_other_rows_about_as_well_as_any(layer, worth):
+    """Against the errors themselves, row by row."""
+    weight, bias, *_ = layer
+    torch.manual_seed(1)
+    true = torch.randn(OUTPUTS, FEATURES)
+
+    def rows(count):
+        x, f = torch.randn(count, FEATURES), torch.randn(count, FEATURES) - 1
+        return x, x @ true.T + 3 * torch.randn(count, OUTPUTS), f, f @ true.T + 3 * torch.randn(count, OUTPUTS)
+
+    few, others = rows(9), rows(40)
+    beta, ridges = 0.7, (1e-3, 0.03, 0.3, 3.0, 30.0)
+
+    def error(change):
+        total = 0.0
+        for share, x, t in ((1.0, *others[:2]), (beta, *others[2:])):
+            given = x.double() @ (weight + change[0]).T + bias + change[1]
+            square = (given - t.double()).square().mean(0)
+            total += share * float(square.sum() if worth is None else (square * worth.double().square()).sum())
+        return total
+
+    nothing = error((0, 0))
+    gains = {}
+    for ridge in ridges:
+        found = contrast(weight, bias, asked(*few), beta=beta, ridge=ridge)
+        gains[ridge] = nothing - error((found.weight - weight, found.constant))
+    expected = max(ridge for ridge in ridges if gains[ridge] >= 0.95 * max(gains.values()))
+    assert ridges[0] < expected
+    assert choose_ridge(weight, bias, (asked(*few), asked(*others)), beta=beta, ridges=ridges, worth=worth) == expected
+
+
+def test_where_nothing_serves_other_rows_the_largest_ridge_is_chosen(layer):
+    weight, bias, retain, forget = layer
+
+    def wanted(sign):
+        return asked(retain, sign * torch.ones(60, OUTPUTS) * 50, forget, sign * torch.ones(25, OUTPUTS) * 50)
+
+    assert choose_ridge(weight, bias, (wanted(1), wanted(-1)), beta=1.0, ridges=(0.1, 1.0, 10.0)) == 10.0

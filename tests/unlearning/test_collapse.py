@@ -14,7 +14,7 @@ from modhifi_cli.models import cifar_resnet, timm, torchvision
 from modhifi_cli.numerics.readout import nearest_class_mean, recall
 from modhifi_cli.numerics.rows import Window, unfold_rows
 from modhifi_cli.unlearning.closings import find_closings, read_positions
-from modhifi_cli.unlearning.collapse import CollapseU
+from modhifi_cli.unlearning.collapse import RIDGES, CollapseU
 from modhifi_cli.unlearning.search import UnlearnSummary
 from tests.unlearning.test_search import Images, Tokens, images, resnet, run, trained  # noqa: F401
 
@@ -127,6 +127,27 @@ def test_the_last_block_is_the_least_squares_solution_on_stacked_rows(trained): 
     assert torch.allclose(
         moved.double()[usable], expected[usable, -1], atol=1e-3 * float(expected.detach().abs().max())
     )
+
+
+def test_a_ridge_is_chosen_where_rows_are_few_and_left_small_where_they_are_many(trained):  # noqa: F811
+    edits, _ = run(trained, images(300), CollapseU(depth=1))
+    chosen = {edit.name: (edit.facts["ridge"], edit.facts["retain_rows"]) for edit in edits}
+    assert chosen["layer3.0.conv2"] == (1e-3, 4 * 240)
+    edits, _ = run(vit(), images(), CollapseU(depth=1))
+    (layer, head), retain = edits, 48
+    assert layer.facts["ridge"] in RIDGES and layer.facts["retain_rows"] < retain
+    assert head.facts["ridge"] in RIDGES
+    edits, _ = run(vit(), images(), CollapseU(depth=1, ridge=0.3))
+    assert {(edit.facts["ridge"], edit.facts["retain_rows"]) for edit in edits} == {(0.3, retain)}
+
+
+def test_the_classifier_answers_nothing_for_the_forgotten_class_whatever_the_ridge():
+    model = vit()
+    run(model, images(), CollapseU(depth=1, ridge=10.0))
+    with torch.no_grad():
+        logits = model(images().images)
+    assert not model.head.weight[2].any()
+    assert torch.allclose(logits[:, 2], model.head.bias[2].expand(60), atol=1e-6)
 
 
 @pytest.mark.parametrize("network", ["resnet", "vit"])
