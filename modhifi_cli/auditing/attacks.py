@@ -10,7 +10,7 @@ mean bias), whichever is faster: a row that was pushed far down hides nothing.
 
 import copy
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from modhifi_cli.errors import ConfigError, is_number, need_whole
 from modhifi_cli.numerics import membership
 from modhifi_cli.records import ImageSource, Progress
 
+_SHORTER = (1.0, 0.1, 0.01)  # of the learning rate: the first with which the control comes back
+
 
 @dataclass(frozen=True)
 class Relearn:
@@ -32,7 +34,7 @@ class Relearn:
         samples: Images of the forgotten classes that the attacker has, and as many of the others.
         batch: Images of either side in a step.
         steps: Most steps of one attack.
-        learning_rate: Of plain SGD.
+        learning_rate: Of plain SGD; a tenth, or a hundredth of it, where the control does not come back otherwise.
         threshold: The class counts as back when forget and retain accuracy are both at least this share of the dense
             network's.
         held_out: Images of either side that accuracy is measured on; none of them is the attacker's.
@@ -162,7 +164,6 @@ def relearn(
     own, held_out = _sides(seen, sources, settings, parameter)
     back = _accuracies(models["dense"], held_out)
     aim = (settings.threshold * back[0], settings.threshold * back[1])
-    arena = Arena(own, held_out, aim, settings)
     example = own.forget[:2] if len(own.forget) > 1 else torch.cat([own.forget, own.retain])[:2]
     # The dense network with a fresh row is the control with a fresh row; with its own row it has nothing to relearn.
     starts = {"head_only": ("dense", (True,)), "edited": ("edited", (True, False)), "reference": ("reference", (True, False))}
@@ -170,18 +171,18 @@ def relearn(
     for name, (start, rows) in starts.items():
         if start not in models:
             continue
-        classifier = classifier_of(models[start], example)
-        curves: list[Curve] = []
-        for draw in range(settings.seeds):
-            most = None
-            for fresh in rows:
-                curve = yield from attack(
-                    models[start], classifier, seen.forget, arena, fresh=fresh, most=most, seed=seed + draw,
-                    item=f"{name}, {'fresh row' if fresh else 'as saved'}",
-                )  # fmt: skip
-                curves.append(curve)
-                most = curve.reached
-        networks[name] = {"steps": steps_needed(curves), "curves": curves}
+        made: list[list[Curve]] = []
+        # In the control all is inside: where it does not come back the steps were too long, and prove nothing of others.
+        for factor in _SHORTER if name == "head_only" else (1.0,):
+            shorter = replace(settings, learning_rate=factor * settings.learning_rate)
+            arena = Arena(own, held_out, aim, shorter)
+            made.append((yield from _draws(models[start], rows, seen.forget, arena, example=example, seed=seed, name=name)))
+            if steps_needed(made[-1]) is not None:
+                settings = shorter
+                break
+        else:
+            made = made[:1]
+        networks[name] = {"steps": steps_needed(made[-1]), "curves": made[-1]}
     protocol = {
         "forget images": len(own.forget),
         "retain images": len(own.retain),
@@ -192,6 +193,31 @@ def relearn(
         "measured on": [len(held_out.forget), len(held_out.retain)],
     }
     return Relearnt(networks, protocol)
+
+
+def _draws(
+    model: nn.Module,
+    rows: Sequence[bool],
+    forget: Sequence[int],
+    arena: Arena,
+    *,
+    example: Tensor,
+    seed: int,
+    name: str,
+) -> Generator[Progress, None, list[Curve]]:
+    """Attacks on one network, one for each draw of batches and each start of the forgotten rows (`rows`: fresh)."""
+    classifier = classifier_of(model, example)
+    curves: list[Curve] = []
+    for draw in range(arena.settings.seeds):
+        most = None
+        for fresh in rows:
+            curve = yield from attack(
+                model, classifier, forget, arena, fresh=fresh, most=most, seed=seed + draw,
+                item=f"{name}, {'fresh row' if fresh else 'as saved'}",
+            )  # fmt: skip
+            curves.append(curve)
+            most = curve.reached
+    return curves
 
 
 def attack(

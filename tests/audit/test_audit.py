@@ -341,6 +341,16 @@ def test_what_is_still_inside_comes_back_and_what_is_not_does_not(network, row_r
     assert relearn(blind, fresh=True).reached is None
 
 
+@pytest.mark.parametrize(("asked", "used"), [(0.01, 0.01), (1.0, 0.1), (10.0, 0.1), (1e6, 1e6)])
+def test_steps_too_long_to_bring_the_control_back_are_made_shorter_for_all(network, row_removed, asked, used):
+    long = Relearn(samples=16, batch=8, steps=12, held_out=30, learning_rate=asked)
+    found = run(network, row_removed, settings=AuditSettings(QUICK.probe, long))
+    assert found.protocol["relearn"]["learning rate"] == used
+    control, edited = (found.figures[name]["relearn steps"] for name in ("head_only", "edited"))
+    assert (control is None) == (asked == 1e6)
+    assert control == edited
+
+
 def test_a_row_pushed_down_does_not_hide_the_class_from_the_attack(network, row_removed):
     curves = [relearn(row_removed, fresh=fresh) for fresh in (True, False)]
     assert curves[1].forget[0] == 0
