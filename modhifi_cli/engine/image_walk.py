@@ -7,7 +7,7 @@ stale: a walk re-estimates them, in execution order, before anything behind them
 import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -51,8 +51,8 @@ from modhifi_cli.roles import Scoring, looks_at_classes, solves_towards_dense
 
 _LEAST_WORTH = 1e-3  # of the largest γ of a layer scale: outputs that count less could not be told from nothing
 _FEWEST_HELD_OUT = 8  # images; fewer say less than images that were fitted to
-# A survey looks at one block of five images in so many that at least this many images are left, and in every layer twice
-# as many rows as features: what chooses widths and subsets needs less than what weights are fitted to.
+# A survey looks at one block of five images in so many that at least this many images are left, and in the layer at hand
+# twice as many rows as features: what chooses widths and subsets needs less than what weights are fitted to.
 _SURVEYED, _ROWS_A_FEATURE = 128, 2
 
 
@@ -243,7 +243,7 @@ class ImageWalk:
         *,
         hold_out: bool,
         also: Mapping[str, Look] | None = None,
-        among: Activations | None = None,
+        among: "Sample | None" = None,
     ) -> Looking:
         """Moments of the given consumers' inputs in one walk from where the activations stand, by module.
 
@@ -254,6 +254,7 @@ class ImageWalk:
             also: Further looks that ride on the walk: module → function of its first input.
             among: Some of the images; all of them if not given.
         """
+        sample = among or Sample(self.activations)
         visits = self.segments.trace.visits
         moments: dict[str, LayerMoments] = {}
         beside = 0
@@ -261,11 +262,11 @@ class ImageWalk:
             place = self._place_of(slot.module, beside=beside)
             moments[slot.module] = self.sums(slot.module, hold_out=hold_out, place=place)
             beside += SUMS * bytes_of_sums(self._features(slot.module)) if place == self.device else 0
-        looks: dict[str, Look] = {name: accumulator.update for name, accumulator in moments.items()}
+        looks: dict[str, Look] = {name: sample.look(name, accumulator.update) for name, accumulator in moments.items()}
         for name, extra in (also or {}).items():
             looks[name] = _both(looks[name], extra) if name in looks else extra
         last = max(visits[name].enter for name in looks)
-        yield from (among or self.activations).walk(looks, stale=self.stale, item=item)
+        yield from sample.activations.walk(looks, stale=self.stale, item=item)
         self._forget_refreshed(before=last)
         return {name: accumulator.result() for name, accumulator in moments.items()}
 
@@ -294,16 +295,22 @@ class ImageWalk:
         for group in self.parts:
             yield Surveyed(group, gathered, trial)
 
-    def _surveyed_of(self, slots: Sequence[Slot]) -> Activations:
-        """The images of a survey, in whole blocks of five, so that those held out are the same ones as among all."""
+    def _surveyed_of(self, slots: Sequence[Slot]) -> "Sample":
+        """The images of a survey, in whole blocks of five, so that those held out are the same ones as among all.
+
+        A layer with few rows an image (a classifier) sees more of them than others.
+        """
         names = [slot.module for slot in slots]
         positions = output_positions(self.model, self.example[:1], names)
-        wanted = [_ROWS_A_FEATURE * self._features(name) / max(positions[name], 1) for name in names]
-        step = int(self.samples / max(_SURVEYED, *wanted))
-        if step < 2 or self.stale or self.team.size > 1:
-            return self.activations
+        wanted = {name: _ROWS_A_FEATURE * self._features(name) / max(positions[name], 1) for name in names}
+        steps = {name: max(1, int(self.samples / max(_SURVEYED, images))) for name, images in wanted.items()}
+        if self.stale or self.team.size > 1:
+            return Sample(self.activations)
+        common, calls = min(steps.values()), self.segments.trace.calls
         numbers = torch.arange(self.samples)
-        return self.activations.only(numbers[numbers // 5 % step == 0])
+        some = self.activations if common < 2 else self.activations.only(numbers[in_blocks(numbers, common)])
+        # A layer that runs several times shows its rows without their images.
+        return Sample(some, {name: step // common for name, step in steps.items() if name not in calls})
 
     def _as_surveyed(self, name: str) -> Gathered:
         """Moments of the inputs that a layer still has, as the survey saw them."""
@@ -652,6 +659,37 @@ class ImageWalk:
                 weight = gamma if weight is None else weight * gamma
             scale, _ = input_scale(behind.get_buffer("running_var"), behind.eps, weight)
         return scale if alive is None else scale[alive.to(scale.device)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some of the calibration images, and what of these single layers look at.
+
+    Attributes:
+        activations: The images.
+        steps: Layer → it looks at one block of five of them in so many; at all if it is not here.
+    """
+
+    activations: Activations
+    steps: Mapping[str, int] = field(default_factory=dict)
+
+    def look(self, name: str, look: Look) -> Look:
+        """The look of a layer, which is shown the chosen images' inputs alone."""
+        step, seen = self.steps.get(name, 1), 0
+
+        def look_at_some(inputs: Tensor) -> None:
+            nonlocal seen
+            chosen = in_blocks(torch.arange(seen, seen + len(inputs)), step)
+            seen += len(inputs)
+            if bool(chosen.any()):
+                look(inputs.index_select(0, chosen.nonzero().flatten().to(inputs.device)))
+
+        return look if step == 1 else look_at_some
+
+
+def in_blocks(numbers: Tensor, step: int) -> Tensor:
+    """Which images lie in the first of every `step` blocks of five, by their numbers: bool of the same shape."""
+    return numbers // 5 % step == 0
 
 
 def is_depthwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:

@@ -194,6 +194,32 @@ def test_a_survey_of_many_images_looks_at_whole_blocks_of_five_and_holds_out_the
         assert not torch.allclose(every[name].fitted.mean, other[name].fitted.mean)
 
 
+def test_a_layer_with_few_rows_an_image_does_not_make_the_others_look_at_more_images(monkeypatch):
+    monkeypatch.setattr(image_walk, "_SURVEYED", 10)
+    monkeypatch.setattr(image_walk, "_ROWS_A_FEATURE", 4)
+    images = torch.randn(80, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    found = surveyed(ImageWalk(dense("images"), Images(images), batch_size=8))
+    # Fitted rows: the classifier's 16 features want 64 images of one row, the third stage's 144 want 36 of 16, others 10.
+    expected = {"linear": 64, "layer3.0.conv2": 32 * 16, "layer2.0.conv2": 8 * 64, "layer1.0.conv2": 8 * 256}
+    assert {name: found[name].statistics.rows for name in expected} == expected
+    for name, step in (("linear", 1), ("layer3.0.conv2", 2), ("layer1.0.conv2", 8)):
+        walk = ImageWalk(dense("images"), Images(images[torch.arange(80) // 5 % step == 0]), batch_size=8)
+        alone = looked_at(walk, name)
+        # Products are float32, of a batch, and batches are others.
+        torch.testing.assert_close(found[name].held_out.mean, alone.held_out.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[name].fitted.summed, alone.fitted.summed, rtol=1e-5, atol=1e-5)
+
+
+def looked_at(walk, name):
+    slots = [slot for part in walk.parts for slot in walk.consumers(part) if slot.module == name]
+    stream = walk.look(slots, "one layer", hold_out=True)
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            return end.value[name]
+
+
 def surveyed(walk):
     return next(event for event in walk.survey() if isinstance(event, Surveyed)).gathered
 
