@@ -8,14 +8,15 @@ from modhifi_cli.engine.plan import Summary
 from modhifi_cli.engine.prices import COUNTED, Subject
 from modhifi_cli.engine.rounding import channel_steps, refuse_narrow, told
 from modhifi_cli.engine.walk import Budget
-from modhifi_cli.errors import ConfigError
 from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.components import ComponentGroup, Layout
 from modhifi_cli.graph.counting import CostModel, count
+from modhifi_cli.numerics.allocation import UnreachableShare
 from modhifi_cli.records import Progress
 from modhifi_cli.roles import Allocation
 
 NEAR = 0.01  # a target counts as reached within one percentage point
+COST_OF_BLOCKS = 0.005  # summed relative error of all groups that whole blocks of channels may add to that of finer steps
 
 
 class GroupWidths:
@@ -46,10 +47,10 @@ class GroupWidths:
         self._costs = CostModel(model, example, groups)
         self._sizes = [group.components for group in groups]
         self._steps = channel_steps(groups, budget.round_to, example.device, budget.block)
-        # Whole blocks of the runtime first, and finer steps where those miss what is asked for.
-        self._ways = [self._steps]
+        # Whole blocks of the runtime, and finer steps where those miss what is asked for or cost too much.
+        self._blocks = self._finest = self._steps
         if budget.block > 1 and self._price.name in COUNTED:
-            self._ways.append(channel_steps(groups, budget.round_to, example.device))
+            self._finest = channel_steps(groups, budget.round_to, example.device)
         names = [group.name for group in groups]
         self.warnings = refuse_narrow(self._sizes, names, budget.round_to) if budget.sparsity > 0 else ()
         self._pricing = self._price.on(Subject(model, example, groups, self._costs, self._steps))
@@ -105,23 +106,59 @@ class GroupWidths:
         return Summary(achieved, warnings)
 
     def _allocated(self, share: float, present: Sequence[int], curves: Sequence[Sequence[float]]) -> list[int]:
-        for steps in self._ways:
-            last = steps is self._ways[-1]
-            try:
-                keep = self._allocation(
-                    self._sizes,
-                    present,
-                    self._pricing.removed_share,
-                    sparsity=share,
-                    steps=steps,
-                    curves=curves or None,
-                    stepwise=self._pricing.stepwise,
-                )
-            except ConfigError:
-                if last:
-                    raise
-                continue
-            if last or abs(self._pricing.removed_share(keep) - share) <= NEAR:
-                self._steps = steps
-                return keep
-        raise AssertionError("the last way returns or raises")
+        """Widths in whole blocks of the runtime, and in finer steps of those groups where blocks would cost too much.
+
+        Blocks come first to groups that lose least by them, and to as many (found by bisection) as leave the summed error
+        that of finer steps everywhere but for `COST_OF_BLOCKS`, and meet what is asked for. Without curves: to all or none.
+        """
+        finest = self._widths(share, present, curves, self._finest)
+        groups = [group for group, step in enumerate(self._blocks) if step != self._finest[group]]
+        if curves:
+            groups.sort(key=lambda group: _snapped(curves[group], present[group], finest[group], self._blocks[group]))
+        found, self._steps = finest, self._finest
+        least, most, number = 0, len(groups), len(groups)
+        while least < most:
+            steps = list(self._finest)
+            for group in groups[:number]:
+                steps[group] = self._blocks[group]
+            keep = self._in_blocks(share, present, curves, steps, finest)
+            if keep is None:
+                most = number - 1 if curves else 0
+            else:
+                found, self._steps, least = keep, steps, number
+            number = (least + most + 1) // 2
+        return found
+
+    def _in_blocks(
+        self,
+        share: float,
+        present: Sequence[int],
+        curves: Sequence[Sequence[float]],
+        steps: Sequence[int],
+        finest: Sequence[int],
+    ) -> list[int] | None:
+        """Widths in these steps, or None where they miss what is asked for or lose more than `finest` and a little."""
+        try:
+            keep = self._widths(share, present, curves, steps)
+        except UnreachableShare:
+            return None
+        risen = sum(
+            float(curve[now - ours]) - float(curve[now - theirs])
+            for curve, now, ours, theirs in zip(curves, present, keep, finest, strict=bool(curves))
+        )
+        met = abs(self._pricing.removed_share(keep) - share) <= NEAR
+        return keep if met and risen <= COST_OF_BLOCKS else None
+
+    def _widths(
+        self, share: float, present: Sequence[int], curves: Sequence[Sequence[float]], steps: Sequence[int]
+    ) -> list[int]:
+        return self._allocation(
+            self._sizes, present, self._pricing.removed_share, sparsity=share, steps=steps, curves=curves or None,
+            stepwise=self._pricing.stepwise,
+        )  # fmt: skip
+
+
+def _snapped(curve: Sequence[float], present: int, width: int, block: int) -> float:
+    """What a group's error would change by with the nearest width that is whole blocks."""
+    near = min(max(round(width / block), 1) * block, present)
+    return abs(float(curve[present - near]) - float(curve[present - width]))

@@ -6,11 +6,11 @@ import torch
 from modhifi_cli.engine.plan import discover
 from modhifi_cli.engine.rounding import channel_steps, neuron_step, refuse_narrow, told
 from modhifi_cli.engine.walk import Budget
-from modhifi_cli.engine.widths import GroupWidths
+from modhifi_cli.engine.widths import COST_OF_BLOCKS, GroupWidths
 from modhifi_cli.errors import ConfigError
 from modhifi_cli.graph.components import ComponentGroup, Slot
 from modhifi_cli.models import cifar_resnet
-from modhifi_cli.numerics.allocation import Uniform
+from modhifi_cli.numerics.allocation import Global, Uniform
 
 
 def group(components, channels=1):
@@ -79,3 +79,30 @@ def test_whole_blocks_are_cut_as_long_as_they_meet_what_is_asked_for_and_finer_s
     finer = widths(most)
     keep = finer.at(most, sizes, [])
     assert abs(finer.shares(keep)["flops"] - most) < 0.01 and any(kept % 8 for kept in keep)
+
+
+def test_a_group_that_loses_much_by_whole_blocks_gets_finer_steps_and_the_others_keep_theirs():
+    model = cifar_resnet.build(depth=8, num_classes=10, widths=(16, 32, 32))
+    images = torch.randn(2, 3, 16, 16)
+    _, groups, _ = discover(model, images)
+    sizes = [group.components for group in groups]
+    narrow = sizes.index(16)
+    # Six of its sixteen go for nothing and any more costs all; the others rise gently.
+    gentle = [[0.02 * (gone / size) ** 2 for gone in range(size + 1)] for size in sizes]
+    steep = [0.0] * 7 + [1.0] * 10
+    curves = [steep if number == narrow else curve for number, curve in enumerate(gentle)]
+
+    def error(keep):
+        return sum(curve[size - kept] for curve, size, kept in zip(curves, sizes, keep, strict=True))
+
+    def chosen(block, share=0.5):
+        widths = GroupWidths(model, images[:1], groups, Global(), Budget(share, "flops", "auto", block=block))
+        keep = widths.at(share, sizes, curves)
+        assert abs(widths.shares(keep)["flops"] - share) < 0.02
+        return keep
+
+    ours, finest = chosen(8), chosen(1)
+    assert error(ours) <= error(finest) + COST_OF_BLOCKS
+    assert ours[narrow] >= 10 and sum(kept % 8 == 0 for kept in ours) > sum(kept % 8 == 0 for kept in finest)
+    curves = [[error / 10 for error in curve] for curve in gentle]  # where none loses much, all go in blocks
+    assert all(kept % 8 == 0 for kept in chosen(8, 0.45)) and any(kept % 8 for kept in chosen(1, 0.45))
