@@ -16,7 +16,7 @@ from modhifi_cli.records import Progress
 from modhifi_cli.roles import Allocation
 
 NEAR = 0.01  # a target counts as reached within one percentage point
-COST_OF_BLOCKS = 0.005  # summed relative error of all groups that whole blocks of channels may add to that of finer steps
+COST_OF_BLOCKS = 0.003  # summed relative error of all groups that whole blocks of channels may add to that of finer steps
 
 
 class GroupWidths:

@@ -1,6 +1,7 @@
 """Widths under a budget: reached, rounded, bounded, and uneven where that costs less."""
 
 import itertools
+import random
 
 import pytest
 
@@ -58,6 +59,26 @@ def test_global_has_less_summed_error_than_uniform_at_the_same_budget():
         uneven = Global(floor=0.05)(SIZES, SIZES, share, sparsity=sparsity, steps=[1] * 4, curves=error)
         assert abs(share(uneven) - share(even)) < 0.01
         assert total(uneven) < total(even)
+
+
+@pytest.mark.parametrize(("seed", "sparsity"), [*itertools.product(range(8), (0.25, 0.4, 0.6))])
+def test_no_exchange_of_steps_between_two_groups_costs_less(seed, sparsity):
+    draw = random.Random(seed)
+    sizes, steps = [16, 16, 16, 32, 32, 32, 64, 64], [8, 8, 8, 8, 8, 4, 8, 8]
+    error = [list(itertools.accumulate([0.0, *(draw.random() for _ in range(size - 1))])) for size in sizes]
+    share = chain(sizes)
+
+    def total(widths):
+        return sum(curve[size - width] for curve, size, width in zip(error, sizes, widths, strict=True))
+
+    widths = Global()(sizes, sizes, share, sparsity=sparsity, steps=steps, curves=error)
+    assert abs(share(widths) - sparsity) < 0.06
+    for wider, narrower in itertools.permutations(range(8), 2):
+        other = list(widths)
+        other[wider] = min(other[wider] + steps[wider], sizes[wider])
+        other[narrower] = max(other[narrower] - steps[narrower], steps[narrower])
+        fits = min(sparsity, share(widths)) <= share(other) <= max(sparsity, share(widths))
+        assert not fits or total(other) >= total(widths) - 1e-9
 
 
 def test_global_spares_the_group_that_cannot_lose_anything():
