@@ -19,51 +19,56 @@ from modhifi_cli.errors import IllPosedError
 from modhifi_cli.graph.components import ComponentGroup, bias_of, complement
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.numerics.compensation import Joint, restored_constant
-from modhifi_cli.numerics.elimination import DEFAULT_RIDGE, elimination
+from modhifi_cli.numerics.elimination import DEFAULT_RIDGE, Elimination, elimination
 from modhifi_cli.records import Consumer, Progress
 
 Curves = list[list[float]]
+Orders = dict[str, Elimination]  # part → in which order its components go, where its cut need not ask again
 _ANYTHING = 1e9  # of the answers: more than any part costs
 
 
-def error_curves(walk: Walk, recipe: Recipe) -> Generator[Progress, None, tuple[Curves, Curves]]:
+def error_curves(walk: Walk, recipe: Recipe) -> Generator[Progress, None, tuple[Curves, Curves, Orders]]:
     """What it costs every part to lose 0, 1, 2, … components, from one walk over the network as it stands.
 
     Returns:
         For each part its curve on the scale of the answers, and its own shape, both from 0; nothing where the walk has too
-        few samples to say anything of unseen ones.
+        few samples to say anything of unseen ones. And the orders of removal that lie under them, of parts that are cut
+        from the same look.
     """
     curves: Curves = []
     shapes: Curves = []
+    orders: Orders = {}
     for event in walk.survey():
         if not isinstance(event, Surveyed):
             yield event
             continue
         yield Progress("error curves", event.part.name, len(curves), len(walk.parts))
         try:
-            moved, errors = _tried(walk, event, getattr(recipe.selection, "ridge", DEFAULT_RIDGE))
+            moved, errors, order = _tried(walk, event, getattr(recipe.selection, "ridge", DEFAULT_RIDGE))
+            if order is not None and event.lasting:
+                orders[event.part.name] = order
         except IllPosedError:  # the data say nothing of it: whatever is removed may cost anything
             moved, errors = {}, [0.0] + [_ANYTHING] * (walk.layout.alive(event.part).numel() - 1)
         shapes.append(errors)
         curves.append(scaled_curve(errors, moved))
     yield Progress("error curves", "done", len(walk.parts), len(walk.parts))
-    return curves, shapes
+    return curves, shapes, orders
 
 
-def _tried(walk: Walk, found: Surveyed, ridge: float) -> tuple[dict[int, float], list[float]]:
-    """How far cuts of one part move the answers, by components removed, and the part's own errors."""
+def _tried(walk: Walk, found: Surveyed, ridge: float) -> tuple[dict[int, float], list[float], Elimination | None]:
+    """How far cuts of one part move the answers, by components removed, the part's own errors, and the order of removal."""
     part = found.part
     alive = walk.layout.alive(part).numel()
     if part.product:
         product = product_of(walk, part, found.gathered)
-        return _moved(walk, found, product.hollow_), product.errors()
+        return _moved(walk, found, product.hollow_), product.errors(), None
     consumers = consumers_of(walk, part, found.gathered)
     path = elimination(consumers, keep=1, ridge=ridge)
 
     def hollow_(depth: int) -> None:
         _hollow_(walk, part, consumers, path.kept(alive - depth).cpu())
 
-    return _moved(walk, found, hollow_), path.errors.tolist()
+    return _moved(walk, found, hollow_), path.errors.tolist(), path
 
 
 def _moved(walk: Walk, found: Surveyed, hollow_: Callable[[int], None]) -> dict[int, float]:

@@ -293,7 +293,7 @@ class ImageWalk:
         gathered = {name: one.without_held_out() for name, one in gathered.items()}
         trial = Impact(self.segments, images[first:behind], limit_bytes=self.activations.limit_bytes, team=team)
         for group in self.parts:
-            yield Surveyed(group, gathered, trial)
+            yield Surveyed(group, gathered, trial, lasting=self._keeps_survey)
 
     def _surveyed_of(self, slots: Sequence[Slot]) -> "Sample":
         """The images of a survey, in whole blocks of five, so that those held out are the same ones as among all.

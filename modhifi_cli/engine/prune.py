@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from modhifi_cli.engine.classifier import Aims, aims_of, refit_classifier_
-from modhifi_cli.engine.curves import Curves, error_curves
+from modhifi_cli.engine.curves import Curves, Orders, error_curves
 from modhifi_cli.engine.dense import rebuild_
 from modhifi_cli.engine.edit import edit_part_, tensor_edits
 from modhifi_cli.engine.plan import Plan, Summary, at_widths, planned
@@ -22,6 +22,7 @@ from modhifi_cli.errors import ConfigError, DataError, IllPosedError
 from modhifi_cli.evaluation.latency_table import LatencyTable
 from modhifi_cli.graph.components import ComponentGroup
 from modhifi_cli.graph.surgery import apply_edit_
+from modhifi_cli.numerics.elimination import Elimination
 from modhifi_cli.records import Edit, EditState, Note, Progress
 
 _TOO_FEW = (
@@ -55,7 +56,7 @@ def prune_(walk: Walk, recipe: Recipe, budget: Budget, *, done: Sequence[Edit] =
     yield from widths.prepare()
     yield from walk.prepare(recipe, len(shares))
     aims, refused = yield from aims_of(walk, recipe.classifier)
-    curves, shapes = yield from _curves(walk, recipe)
+    curves, shapes, orders = yield from _curves(walk, recipe)
     yield from widths.settle(curves)
     sizes = [part.components for part in walk.parts]
     final = widths.at(shares[-1], sizes, curves)
@@ -80,11 +81,11 @@ def prune_(walk: Walk, recipe: Recipe, budget: Budget, *, done: Sequence[Edit] =
     for iteration, share in enumerate(shares):
         if iteration and curves:
             yield from walk.begin()
-            present, _ = yield from _curves(walk, recipe)
+            present, _, orders = yield from _curves(walk, recipe)
         alive = [walk.layout.alive(part).numel() for part in walk.parts]
         now = widths.at(share, alive, present) if iteration or len(shares) > 1 else final
         keep = dict(zip((part.name for part in walk.parts), now, strict=True))
-        for event in _pass_(walk, recipe, (iteration, len(shares)), keep, waiting, aims):
+        for event in _pass_(walk, recipe, (iteration, len(shares)), keep, orders, waiting, aims):
             if isinstance(event, Edit) and "left_alone" in event.facts:
                 lost.append(event.facts["left_alone"].rstrip("."))
             yield event
@@ -104,10 +105,10 @@ def prune_(walk: Walk, recipe: Recipe, budget: Budget, *, done: Sequence[Edit] =
     yield replace(summary, predicted_impact=sum(plan.predicted_impact.values()) if curves else None)
 
 
-def _curves(walk: Walk, recipe: Recipe) -> Generator[Progress, None, tuple[Curves, Curves]]:
-    """Error curves and shapes of all parts where the allocation looks at them; else nothing of either."""
+def _curves(walk: Walk, recipe: Recipe) -> Generator[Progress, None, tuple[Curves, Curves, Orders]]:
+    """Error curves, shapes and orders of all parts where the allocation looks at them; else nothing of any."""
     if not recipe.allocation.needs_curves:
-        return [], []
+        return [], [], {}
     return (yield from error_curves(walk, recipe))
 
 
@@ -116,6 +117,7 @@ def _pass_(
     recipe: Recipe,
     place: tuple[int, int],
     keep: dict[str, int],
+    orders: Orders,
     waiting: list[Edit],
     aims: Aims | None,
 ) -> Iterator[Progress | Edit]:
@@ -135,13 +137,20 @@ def _pass_(
                     if part.product:
                         edit = yield from edit_product_(walk, part, iteration, keep[part.name])
                     else:
-                        edit = yield from edit_part_(walk, recipe, part, iteration, keep[part.name])
+                        own = _along(recipe, orders.get(part.name))
+                        edit = yield from edit_part_(walk, own, part, iteration, keep[part.name])
                 except IllPosedError as error:  # nothing is cut yet; other parts may be fine
                     edit = _left_alone(walk, part, iteration, str(error))
                 yield edit
             layers = [name for name in walk.solvable(stop, _cut_parts(walk)) if aims is None or name != aims.layer]
             yield from rebuild_(walk, recipe, layers, iteration, waiting)
             yield from walk.leave(stop)
+
+
+def _along(recipe: Recipe, order: Elimination | None) -> Recipe:
+    """The recipe for a part whose order of removal is known from its curve, where the selection asks for such an order."""
+    along = getattr(recipe.selection, "along", None)
+    return recipe if order is None or along is None else replace(recipe, selection=along(order))
 
 
 def _finish_(

@@ -144,11 +144,13 @@ class Surveyed:
         part: The part.
         gathered: Moments of its consumers' inputs, by module; without the samples of the trial where there are enough.
         trial: Where its cuts can be tried.
+        lasting: Whether its cut is made from the same look, so that what is found of it now need not be found again.
     """
 
     part: ComponentGroup
     gathered: Mapping[str, Gathered]
     trial: Trial
+    lasting: bool = False
 
 
 @dataclass(frozen=True)

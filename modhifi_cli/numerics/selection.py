@@ -154,6 +154,19 @@ class Greedy(_Selection):
         """The whole order of removal and its error curve, for widths that are chosen later (M11)."""
         return elimination(consumers, keep=keep, block=self.block, ridge=self.ridge)
 
+    def along(self, path: Elimination) -> "Greedy":
+        """The same, its order of removal known already: that of the curve by which the width was chosen."""
+        return _Along(self.block, self.ridge, self.against_scores, path) if self.block == "auto" else self
+
+
+@dataclass(frozen=True, eq=False)
+class _Along(Greedy):
+    path: Elimination | None = None
+
+    def eliminate(self, consumers: Sequence[Consumer], *, keep: int = 1) -> Elimination:
+        assert self.path is not None and self.path.components == consumers[0].in_group, "it is of these components"
+        return self.path
+
 
 def _joint(consumers: Sequence[Consumer], kept: Tensor) -> float:
     behind = (torch.arange(consumer.in_group, consumer.components, device=kept.device) for consumer in consumers)

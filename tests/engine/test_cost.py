@@ -13,8 +13,11 @@ from modhifi_cli.engine.activations import Activations
 from modhifi_cli.engine.image_walk import ImageWalk
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import weights_hash
+from modhifi_cli.numerics import selection
 from modhifi_cli.numerics.allocation import Global
 from modhifi_cli.numerics.compensation import Joint
+from modhifi_cli.numerics.elimination import elimination
+from modhifi_cli.numerics.selection import Greedy
 from tests.decoders import FAMILIES, tiny
 from tests.engine.test_prune import Images, run, setting
 from tests.engine.test_prune_decoder import prune
@@ -43,6 +46,21 @@ def test_towards_the_dense_network_the_images_go_through_the_first_layer_three_t
     assert groups > 2
     # Once for the error curves, and after the cuts once in each of the two networks, while layers are solved again.
     assert images_through(model, first, lambda: run(model, images, **settings)) == 3 * 160
+
+
+def test_the_order_of_removal_that_a_width_was_chosen_by_is_not_found_again(monkeypatch):
+    settings = {"compensation": Joint(reference="dense"), "allocation": Global(), "selection": Greedy()}
+    found = []
+
+    def counted(consumers, **given):
+        found.append(consumers[0].name)
+        return elimination(consumers, **given)
+
+    monkeypatch.setattr(selection, "elimination", counted)
+    for batchnorm, again in (("stored", False), ("reestimate", True)):
+        model, images = setting("option_a", count=160)
+        run(model, images, **settings, batchnorm=batchnorm, batch_size=20)
+        assert bool(found) is again, "a network with other statistics is another one"
 
 
 @pytest.mark.parametrize("name", networks.SMALL)
