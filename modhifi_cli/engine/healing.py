@@ -49,7 +49,8 @@ class Distill:
             cosine.
         batch_size: Images of a step.
         sequences: Token windows of a step, for language models.
-        temperature: Both networks' logits are divided by it in the divergence that is trained.
+        temperature: Both networks' logits are divided by it in the divergence that is trained; infinite compares the
+            logits themselves; ``"auto"``: infinite for images, 2 for text.
         match: Weight of the mean relative error of the blocks' outputs beside the divergence, with the whole network.
         augment: Whether images are mirrored and moved by up to an eighth of their size, anew in every epoch.
 
@@ -62,7 +63,7 @@ class Distill:
     lr: float = 1e-3
     batch_size: int = 64
     sequences: int = 4
-    temperature: float = 2.0
+    temperature: float | str = "auto"
     match: float = 1.0
     augment: bool = True
 
@@ -75,9 +76,10 @@ class Distill:
             )
         for name in ("batch_size", "sequences"):
             need_whole(f"healing.{name}", getattr(self, name), 1)
-        for name in ("lr", "temperature"):
-            if not is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"healing.{name} must be a number above 0; got {getattr(self, name)!r}.")
+        if not is_number(self.lr) or not 0 < self.lr < math.inf:
+            raise ConfigError(f"healing.lr must be a number above 0; got {self.lr!r}.")
+        if self.temperature != "auto" and not (is_number(self.temperature) and self.temperature > 0):
+            raise ConfigError(f"healing.temperature must be a number above 0, or auto; got {self.temperature!r}.")
         if not is_number(self.match) or not 0 <= self.match < float("inf"):
             raise ConfigError(f"healing.match must be a number from 0; got {self.match!r}.")
         if not isinstance(self.augment, bool):
@@ -225,6 +227,8 @@ class _Work:
         self.fitted, self.held = samples[~held], samples[held]
         self.reads_text = not samples.is_floating_point()
         self.size = recipe.sequences if self.reads_text else recipe.batch_size
+        auto = 2.0 if self.reads_text else math.inf
+        self.temperature = auto if recipe.temperature == "auto" else float(recipe.temperature)
         self.places = find_places(model, dense, samples[:2].to(device), edits)
         self.student = copy.deepcopy(model).float()
         fixed = _not_trained(self.student) if self.reads_text else set()
@@ -335,7 +339,7 @@ class _Work:
 
         with torch.enable_grad(), _watched(self.student, {p.module: compare(p) for p in self.places}):
             answers = respond(self.student, batch.float() if batch.is_floating_point() else batch).float()
-            loss = divergence(wanted, answers, self.recipe.temperature)
+            loss = divergence(wanted, answers, self.temperature)
             if gaps and not apart and self.recipe.match:
                 loss = loss + self.recipe.match * torch.stack(gaps).mean()
             loss.backward()
@@ -439,8 +443,12 @@ def divergence(wanted: Tensor, answers: Tensor, temperature: float) -> Tensor:
     Args:
         wanted: Logits of the dense network, ``[…, classes]``.
         answers: Logits that are judged, same shape.
-        temperature: τ > 0; τ² keeps the gradient's size.
+        temperature: τ > 0; τ² keeps the gradient's size. Infinite is the limit, half the mean over classes of
+            (Δ − mean Δ)² with Δ the difference of the logits.
     """
+    if math.isinf(temperature):
+        gap = wanted - answers
+        return (gap - gap.mean(-1, keepdim=True)).square().mean() / 2
     first = functional.log_softmax(wanted / temperature, -1).flatten(0, -2)
     second = functional.log_softmax(answers / temperature, -1).flatten(0, -2)
     return temperature**2 * functional.kl_div(second, first, reduction="batchmean", log_target=True)

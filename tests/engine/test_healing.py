@@ -201,6 +201,13 @@ def test_a_block_trained_by_itself_learns_from_its_own_error_alone():
     assert own
 
 
+def test_an_infinite_temperature_is_the_limit_of_high_ones():
+    wanted, answers = torch.randn(2, 4, 7, 5, dtype=torch.float64)
+    high, infinite = (divergence(wanted, answers, temperature) for temperature in (1e4, float("inf")))
+    assert torch.allclose(high, infinite, rtol=1e-3) and infinite > 0
+    assert torch.allclose(divergence(wanted, answers + 3.0, float("inf")), infinite)  # no softmax sees a constant
+
+
 def test_augmented_images_are_shifted_or_mirrored_copies():
     images = torch.arange(2 * 1 * 16 * 16).view(2, 1, 16, 16).float() + 1
     moved = augmented(images, torch.Generator().manual_seed(3))
@@ -228,7 +235,8 @@ def test_a_state_of_another_network_is_refused():
     [
         ("epochs", -1, "healing.epochs must be a whole number from 0; got -1"),
         ("lr", 0, "healing.lr must be a number above 0; got 0"),
-        ("temperature", "hot", "healing.temperature must be a number above 0; got 'hot'"),
+        ("temperature", "hot", "healing.temperature must be a number above 0, or auto; got 'hot'"),
+        ("temperature", 0, "healing.temperature must be a number above 0, or auto; got 0"),
         ("batch_size", 0, "healing.batch_size must be a whole number from 1; got 0"),
         ("sequences", 1.5, "healing.sequences must be a whole number from 1; got 1.5"),
         ("match", -1.0, "healing.match must be a number from 0; got -1.0"),
