@@ -11,7 +11,6 @@ from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 from modhifi_cli.models import cifar_resnet
 from modhifi_cli.numerics.rows import Window, unfold_rows
 from modhifi_cli.unlearning.damp import DampLike
-from modhifi_cli.unlearning.search import Trial
 from tests.unlearning.test_search import Tokens, images, run, trained  # noqa: F401
 
 __all__ = ["trained"]
@@ -62,8 +61,7 @@ def test_strength_grows_with_depth(trained):  # noqa: F811
 def test_it_forgets_and_keeps(trained):  # noqa: F811
     source = images(150)
     before = (trained(source.images).argmax(1) == source.labels).double()
-    _, events = run(trained, source, DampLike(depth=1), retain_drop=0.1, forget_target=0.1)
-    assert [one.strength for one in events if isinstance(one, Trial)][:2] == [0.0, 1.0]  # nothing is mirrored
+    run(trained, source, DampLike(depth=1), retain_drop=0.1, forget_target=0.1)
     after = (trained(source.images).argmax(1) == source.labels).double()
     forget = source.labels == 2
     assert before[forget].mean() > 0.8 and after[forget].mean() < 0.2
