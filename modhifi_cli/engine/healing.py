@@ -49,8 +49,8 @@ class Distill:
             cosine.
         batch_size: Images of a step.
         sequences: Token windows of a step, for language models.
-        temperature: Both networks' logits are divided by it in the divergence that is trained; infinite compares the
-            logits themselves; ``"auto"``: infinite for images, 2 for text.
+        temperature: Both networks' logits are divided by it in the divergence that is trained; ``"infinite"`` compares
+            the logits themselves; ``"auto"``: that for images, 2 for text.
         match: Weight of the mean relative error of the blocks' outputs beside the divergence, with the whole network.
         augment: Whether images are mirrored and moved by up to an eighth of their size, anew in every epoch.
 
@@ -78,8 +78,10 @@ class Distill:
             need_whole(f"healing.{name}", getattr(self, name), 1)
         if not is_number(self.lr) or not 0 < self.lr < math.inf:
             raise ConfigError(f"healing.lr must be a number above 0; got {self.lr!r}.")
-        if self.temperature != "auto" and not (is_number(self.temperature) and self.temperature > 0):
-            raise ConfigError(f"healing.temperature must be a number above 0, or auto; got {self.temperature!r}.")
+        if self.temperature not in ("auto", "infinite") and not (is_number(self.temperature) and self.temperature > 0):
+            raise ConfigError(
+                f"healing.temperature must be a number above 0, infinite or auto; got {self.temperature!r}."
+            )
         if not is_number(self.match) or not 0 <= self.match < float("inf"):
             raise ConfigError(f"healing.match must be a number from 0; got {self.match!r}.")
         if not isinstance(self.augment, bool):
@@ -227,8 +229,8 @@ class _Work:
         self.fitted, self.held = samples[~held], samples[held]
         self.reads_text = not samples.is_floating_point()
         self.size = recipe.sequences if self.reads_text else recipe.batch_size
-        auto = 2.0 if self.reads_text else math.inf
-        self.temperature = auto if recipe.temperature == "auto" else float(recipe.temperature)
+        chosen = (2.0 if self.reads_text else "infinite") if recipe.temperature == "auto" else recipe.temperature
+        self.temperature = math.inf if chosen == "infinite" else float(chosen)
         self.places = find_places(model, dense, samples[:2].to(device), edits)
         self.student = copy.deepcopy(model).float()
         fixed = _not_trained(self.student) if self.reads_text else set()

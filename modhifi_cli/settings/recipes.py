@@ -24,7 +24,12 @@ _ATTACKS = ("probe", "relearn", "membership", "verdict", "further")
 
 
 def steps(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's steps by their names: scoring, selection, compensation, allocation and schedule."""
+    """The method's steps by their names: scoring, selection, compensation, allocation and schedule.
+
+    What comes after them is read here, too, so that a wrong number of the healing is told before any work.
+    """
+    if settings.get("healing"):
+        build(settings["healing"])
     return {key: build(settings[key]) for key in _STEPS}
 
 

@@ -235,8 +235,8 @@ def test_a_state_of_another_network_is_refused():
     [
         ("epochs", -1, "healing.epochs must be a whole number from 0; got -1"),
         ("lr", 0, "healing.lr must be a number above 0; got 0"),
-        ("temperature", "hot", "healing.temperature must be a number above 0, or auto; got 'hot'"),
-        ("temperature", 0, "healing.temperature must be a number above 0, or auto; got 0"),
+        ("temperature", "hot", "healing.temperature must be a number above 0, infinite or auto; got 'hot'"),
+        ("temperature", 0, "healing.temperature must be a number above 0, infinite or auto; got 0"),
         ("batch_size", 0, "healing.batch_size must be a whole number from 1; got 0"),
         ("sequences", 1.5, "healing.sequences must be a whole number from 1; got 1.5"),
         ("match", -1.0, "healing.match must be a number from 0; got -1.0"),

@@ -66,9 +66,13 @@ def test_without_samples_to_hold_out_it_is_refused_before_any_work(here, capsys)
     assert not (here / "outputs").exists()
 
 
-def test_a_learning_rate_out_of_range_is_refused(capsys):
-    assert prune("healing=distill", "healing.lr=-1") == 2
-    assert "healing.lr must be a number above 0; got -1" in capsys.readouterr().err
+@pytest.mark.parametrize("word", ["lr=-1", "temperature=hot", "match=-1", "epochs=-1", "augment=3"])
+def test_a_setting_out_of_range_is_refused_before_any_work(here, capsys, word):
+    assert prune("healing=distill", f"healing.{word}") == 2
+    key, _, value = word.partition("=")
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: healing.{key} must be") and value in said and said.count("\n") == 1
+    assert not (here / "outputs").exists()
 
 
 def test_a_damaged_state_is_named(tmp_path):
