@@ -109,6 +109,15 @@ WRONG = {
     "a flag without its value": (["prune", "--cfg"], "--cfg must be one of job, hydra, all, such as --cfg job; got ''."),
     "a flag without the one it goes with": (["prune", "--resolve"], "--resolve goes with --cfg job, which shows settings instead"),
     "a folder of settings without a name": (["prune", "--config-dir="], "--config-dir needs a value behind it; got ''."),
+    "an unknown key of a measurement that is made": (
+        ["prune", "evaluation=[top1,latency]", "evaluation.latency.rounds=3"],
+        "modhifi prune has no key 'evaluation.latency.rounds': did you mean 'evaluation.latency.runtimes'",
+    ),
+    "a key of a measurement that is not made": (
+        ["prune", "evaluation=[top1]", "evaluation.latency.iterations=9"],
+        "evaluation.latency.iterations needs the choice latency, which is not made here",
+    ),
+    "an operator set below zero": (["prune", "export=[onnx]", "export.onnx.opset=-1"], "export.onnx.opset must be a whole"),
     "an unknown key of list": (["list", "colour=3"], "modhifi list has no key 'colour'; known: console, group."),
     "a kind of network with an unknown target": (["prune", "target.images=speed"], "target.images: there is no target 'speed'; known"),
     "a folder of Hydra's": (["prune", "hydra.run.dir=x"], "hydra.run.dir has no effect: modhifi names folders and logs itself"),

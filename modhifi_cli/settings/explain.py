@@ -59,7 +59,8 @@ def explain(error: Exception, verb: str, overrides: Sequence[str]) -> Exception:
             )
         keys = _known_keys(verb, overrides)
         choice = leaf.partition(".")[0]
-        if group in ("evaluation", "export") and choice in groups().get(group, ()):
+        made = any(known.startswith(f"{group}.{choice}.") for known in keys)
+        if group in ("evaluation", "export") and choice in groups().get(group, ()) and not made:
             return ConfigError(
                 f"{key} needs the choice {choice}, which is not made here; make it with {group}=[…,{choice}], or leave "
                 "the key out."
@@ -117,7 +118,8 @@ def _known_keys(verb: str, overrides: Sequence[str]) -> list[str]:
 
     names = groups()
     spelt = spelled(verb, overrides)
-    choices = [text for text in spelt if text.partition("=")[0] in names and "," not in text]
+    # A value with commas outside of brackets is a sweep, of which no single choice can be composed.
+    choices = [text for text in spelt if text.partition("=")[0] in names and not re.search(r",(?![^\[]*\])", text)]
     for attempt in (choices, []):
         try:
             GlobalHydra.instance().clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, need_packages
+from modhifi_cli.errors import ConfigError, need_packages, need_whole
 from modhifi_cli.files.exports.written import ExportReport, Graph, Way, traced, written
 from modhifi_cli.records import LoadedModel, Preprocess
 
@@ -29,17 +29,24 @@ class Onnx(Graph):
         tolerance: Largest difference of a logit allowed, as a share of the largest logit, > 0.
         opset: ONNX operator set, or None for PyTorch's default.
         runtimes: What the file has to run in: ``"onnxruntime"``, ``"openvino"`` or both.
+
+    Raises:
+        ConfigError: If the operator set is no whole number from 1, or a runtime is none of those.
     """
 
     opset: int | None = None
     runtimes: Sequence[str] = ("onnxruntime",)
 
+    def __post_init__(self) -> None:
+        if self.opset is not None:
+            need_whole("export.onnx.opset", self.opset, 1)
+        names = list(self.runtimes)
+        if not names or not set(names) <= set(_RUNTIMES):
+            raise ConfigError(f"export.onnx.runtimes: expected some of {', '.join(_RUNTIMES)}, got {names}.")
+
     def __call__(self, loaded: LoadedModel, *, example: Tensor, path: Path, facts: Mapping[str, str]) -> ExportReport:
         """Write the network as ONNX, run it, and compare; errors as `written`."""
-        names = tuple(self.runtimes)
-        if not names or not set(names) <= set(_RUNTIMES):
-            raise ConfigError(f"export.onnx.runtimes: expected some of {', '.join(_RUNTIMES)}, got {list(names)}.")
-        running = {name: _runtime(name) for name in names}
+        running = {name: _runtime(name) for name in self.runtimes}
         (first, run), *more = running.values()
         told = {"model": loaded.name, "weights": loaded.weights, **preprocessing(loaded), **facts}
         way = Way(
