@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modhifi_cli.engine.gathering import held_out_images
 from modhifi_cli.errors import ConfigError, is_number
@@ -155,7 +155,7 @@ class _Mixtures:
             return answered
         if norm is None:
             return closing.scale
-        scale, usable = input_scale(norm.running_var, norm.eps, None if norm.weight is None else norm.weight.detach())
+        scale, usable = _steered(norm)
         return torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale))
 
     def _blended(self, retain: Statistics, mixture: Aim) -> Aim:
@@ -182,12 +182,17 @@ class _Mixtures:
         if norm is None:
             return layer.closing.solved(mixture - layer.closing.beside(own, given), own)
         stream = layer.closing.beside(norm.forward(own), given)
-        scale, usable = input_scale(norm.running_var, norm.eps, None if norm.weight is None else norm.weight.detach())
+        scale, usable = _steered(norm)
         shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.detach()
         shape = [1, -1] + [1] * (own.dim() - 2)
         solved = (mixture - stream - shift.view(shape)) * scale.view(shape) + norm.running_mean.view(shape)
         # Outputs whose γ is next to nothing stay as they are.
         return torch.where(usable.view(shape), solved, own)
+
+
+def _steered(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What one unit behind a BatchNorm is worth in front of it, and where that is not too much to ask, by channel."""
+    return input_scale(norm.running_var, norm.eps, None if norm.weight is None else norm.weight.detach())
 
 
 def _every_fifth(samples: Samples) -> Tensor:
