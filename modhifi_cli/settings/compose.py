@@ -5,7 +5,7 @@ types and ranges. Hydra is imported inside functions so that help answers at onc
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ def for_network(verb: str, overrides: Sequence[str]) -> list[str]:
         "preset=" + re.sub(r"\w+", lambda name: _of_language(name[0]), value) if key == "preset" else word
         for word, (key, _, value) in chosen
     ]
+
+
+def _chosen(group: Mapping[str, Any]) -> bool:
+    """Whether a choice of an optional group was composed: it names what is built, itself or in its parts."""
+    return "_target_" in group or any("_target_" in part for part in group.values() if isinstance(part, Mapping))
 
 
 def preset_names() -> tuple[str, ...]:
@@ -303,12 +308,13 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
             plain[absent] = plain.get(absent) or {}
     if "evaluation_data" in known:
         plain.setdefault("evaluation_data", None)  # evaluation_data=none leaves nothing behind
+    # audit=none and the like leave an empty mapping, or what an experiment's file has put there; runs from before there
+    # was any have none.
+    for optional in ("audit", "healing", "tracker"):
+        if not _chosen(plain.get(optional) or {}):
+            plain.pop(optional, None)
     if "audit" in known:
-        plain["audit"] = plain.get("audit") or None  # audit=none leaves an empty mapping
-    if not plain.get("healing"):
-        plain.pop("healing", None)  # healing=none leaves an empty mapping, and runs from before there was any have none
-    if not plain.get("tracker"):
-        plain.pop("tracker", None)  # as healing=none
+        plain.setdefault("audit", None)
     resolve_auto_data(plain, makes_data=verb in _MAKES_DATA)
     resolve_mixed_data(plain)
     resolve_compared_sources(plain)

@@ -113,3 +113,11 @@ def test_a_group_that_is_given_no_name_is_told_what_it_takes(word):
 def test_what_breaks_hydra_itself_is_one_sentence():
     with pytest.raises(ConfigError, match="cannot be put together"):
         config.compose("prune", ["data.num_samples=" + "[" * 400 + "]" * 400])
+
+
+@pytest.mark.parametrize(("verb", "group", "key"), [("unlearn", "audit", "relearn.steps"), ("prune", "healing", "epochs")])
+def test_keys_of_an_optional_group_that_is_left_out_leave_it_out(verb, group, key):
+    # As an experiment's file puts them there, whose words are not checked against the choice.
+    own = ["forget_class=1"] if verb == "unlearn" else []
+    assert not config.compose(verb, [*own, f"{group}=none", f"++{group}.{key}=3"]).get(group)
+    assert config.compose("unlearn", ["forget_class=1"])["audit"]["probe"]
