@@ -264,6 +264,7 @@ def _refine(
     return widths
 
 
+_Move = tuple[int, int, float, float]  # group, its width, changes of error and of share
 _OVER = 0.005  # share beyond what was wanted that an exchange may remove
 _TRIED = 16  # exchanges whose removed share is asked for, the best ones first
 
@@ -281,7 +282,8 @@ def _exchanged(
     share = removed_share(widths)
     least, most = min(sparsity, share), max(sparsity, share) + _OVER
     while True:
-        wider, narrower = [], [(-1, 0, 0.0, 0.0)]  # group, its width, changes of error and of share; none at all is one
+        wider: list[_Move] = []
+        narrower: list[_Move] = [(-1, 0, 0.0, 0.0)]  # no group at all is one, too
         for group, width in enumerate(widths):
             error = curves[group][present[group] - width]
             for number in (1, 2):
@@ -294,16 +296,16 @@ def _exchanged(
                     moved = removed_share([*widths[:group], other, *widths[group + 1 :]]) - share
                     moves.append((group, other, curves[group][present[group] - other] - error, moved))
         pairs = sorted(
-            (up[2] + down[2], up[:2], down[:2])
+            (up[2] + down[2], up[0], up[1], down[0], down[1])
             for up in wider
             for down in narrower
             if up[0] != down[0] and up[2] + down[2] < -1e-9 and share + up[3] + down[3] >= least - _OVER
         )
-        for _, *moves in pairs[:_TRIED]:
+        for _, up_group, up_width, down_group, down_width in pairs[:_TRIED]:
             trial = list(widths)
-            for group, width in moves:
-                if group >= 0:
-                    trial[group] = width
+            trial[up_group] = up_width
+            if down_group >= 0:
+                trial[down_group] = down_width
             if least <= removed_share(trial) <= most:
                 widths, share = trial, removed_share(trial)
                 break
