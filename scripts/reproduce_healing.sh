@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 data="${MODHIFI_TEST_DATA:-../shared/data}"
 common=(
-  model=resnet20_cifar "model.weights=$data/weights/cifar10_resnet20.safetensors" target=flops healing=distill
-  "healing.epochs=${EPOCHS:-6}" evaluation_data=arrays "evaluation_data.path=$data/cifar10/test.npz"
+  model=resnet20_cifar "model.weights=$data/weights/cifar10_resnet20.safetensors" target=flops round_to=1 healing=distill
+  "healing.epochs=${EPOCHS:-14}" healing.lr=3e-3 evaluation_data=arrays "evaluation_data.path=$data/cifar10/test.npz"
   "evaluation_data.num_samples=${TESTS:-3000}" 'evaluation=[top1,agreement,size]'
 )
 for share in 0.5 0.65; do
