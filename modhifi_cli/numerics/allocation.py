@@ -306,8 +306,9 @@ def _exchanged(
             trial[up_group] = up_width
             if down_group >= 0:
                 trial[down_group] = down_width
-            if least <= removed_share(trial) <= most:
-                widths, share = trial, removed_share(trial)
+            removed = removed_share(trial)
+            if least <= removed <= most:
+                widths, share = trial, removed
                 break
         else:
             return widths
