@@ -64,11 +64,6 @@ def for_network(verb: str, overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def _chosen(group: Mapping[str, Any]) -> bool:
-    """Whether a choice of an optional group was composed: it names what is built, itself or in its parts."""
-    return "_target_" in group or any("_target_" in part for part in group.values() if isinstance(part, Mapping))
-
-
 def preset_names() -> tuple[str, ...]:
     """Every name that ``preset=`` takes, for one kind of network or the other."""
     listed = groups()["preset"]
@@ -311,7 +306,7 @@ def settings(verb: str, composed: Any) -> dict[str, Any]:
     # audit=none and the like leave an empty mapping, or what an experiment's file has put there; runs from before there
     # was any have none.
     for optional in ("audit", "healing", "tracker"):
-        if not _chosen(plain.get(optional) or {}):
+        if not _is_made(plain.get(optional) or {}):
             plain.pop(optional, None)
     if "audit" in known:
         plain.setdefault("audit", None)
@@ -342,6 +337,11 @@ def _taken_trust_(plain: dict[str, Any]) -> bool:
     if not model:
         del plain["model"]
     return trust
+
+
+def _is_made(group: Mapping[str, Any]) -> bool:
+    """Whether a choice of an optional group was composed: it names what is built, itself or in its parts."""
+    return "_target_" in group or any("_target_" in part for part in group.values() if isinstance(part, Mapping))
 
 
 def _said() -> list[str]:
