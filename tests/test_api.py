@@ -323,6 +323,13 @@ def test_token_ids_do_as_well_as_texts_and_the_network_is_left_alone(decoder):
     assert len(groups) == 4 and refused == ()
 
 
+def test_a_recipe_for_language_models_alone_has_its_plain_name_in_python(decoder):
+    ids = torch.randint(3, 64, (20, 24), generator=torch.Generator().manual_seed(0))
+    small, result = modhifi_cli.prune(decoder, ids, sparsity=0.25, preset="best_uneven", round_to=1)
+    assert result.achieved["params"] == pytest.approx(0.25, abs=0.02)
+    assert len({layer.mlp.down_proj.in_features for layer in small.model.layers}) > 1
+
+
 def test_networks_that_are_measured_come_back_as_they_were(decoder, monkeypatch):
     """In training mode and where they were; none is copied, for a large one would take its memory again."""
     model, dense = (copy.deepcopy(decoder).train() for _ in range(2))
