@@ -42,6 +42,7 @@ KNOWN = {
 }  # fmt: skip
 
 
+@pretend.COUNTED
 @pytest.mark.card
 @pytest.mark.parametrize(("family", "changed", "preset"), RUNS, ids=lambda value: str(value).replace(" ", ""))
 def test_the_forecast_is_within_15_percent_of_the_measured_peak(family, changed, preset):

@@ -27,6 +27,8 @@ from tests.card import pretend
 from tests.card.networks import labelled_images, network
 from tests.engine.test_both_walks import Images
 
+pytestmark = pretend.COUNTED
+
 RUN = ["data.num_samples=64", "evaluation_data.num_samples=60", "preset=fast", "sparsity=0.3", "console=plain"]
 RUN += ["runtime=gpu", "evaluation=[top1]"]
 FORGET = ["unlearn", "forget_class=3", "data.num_samples=200", "evaluation_data.num_samples=60", "runtime=gpu"]

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.card import pretend
 
+pytestmark = pretend.COUNTED
+
 MIXES = {
     "sum": lambda x, y: x + y,
     "cat": lambda x, y: torch.cat([x, y]),

@@ -14,7 +14,7 @@ from tests.card.networks import network
 from tests.decoders import tiny, tokens
 from tests.engine.test_both_walks import Images
 
-pytestmark = pytest.mark.card
+pytestmark = [pytest.mark.card, pretend.COUNTED]
 
 LAYERS = 4
 STEPS = ("scoring", "selection", "compensation", "allocation", "schedule")
