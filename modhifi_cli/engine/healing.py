@@ -53,6 +53,8 @@ class Distill:
             the logits themselves; ``"auto"``: that for images, 2 for text.
         match: Weight of the mean relative error of the blocks' outputs beside the divergence, with the whole network.
         augment: Whether images are mirrored and moved by up to an eighth of their size, anew in every epoch.
+        batchnorm: ``"stored"``: BatchNorms keep the statistics of the closed form; ``"batches"``: they standardise each
+            batch by itself while the network trains, and the running averages of that are kept.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -66,6 +68,7 @@ class Distill:
     temperature: float | str = "auto"
     match: float = 1.0
     augment: bool = True
+    batchnorm: str = "stored"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "block_epochs"):
@@ -86,6 +89,12 @@ class Distill:
             raise ConfigError(f"healing.match must be a number from 0; got {self.match!r}.")
         if not isinstance(self.augment, bool):
             raise ConfigError(f"healing.augment must be true or false; got {self.augment!r}.")
+        if self.batchnorm not in ("stored", "batches"):
+            raise ConfigError(f"healing.batchnorm must be stored or batches; got {self.batchnorm!r}.")
+        if self.batchnorm == "batches" and self.batch_size < 2:
+            raise ConfigError(
+                "healing.batchnorm=batches standardises each batch by itself, which takes healing.batch_size from 2; got 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,8 @@ class HealingState:
     """Everything an interrupted healing goes on from.
 
     Attributes:
-        tensors: ``"now/NAME"``, ``"best/NAME"`` parameters, ``"first/NAME"`` and ``"second/NAME"`` AdamW's averages.
+        tensors: ``"now/NAME"``, ``"best/NAME"`` parameters (and running averages, where BatchNorms follow),
+            ``"first/NAME"`` and ``"second/NAME"`` AdamW's averages.
         facts: JSON-able: where it stands, and what the held-out samples said.
     """
 
@@ -181,7 +191,7 @@ def heal_(
 ) -> Iterator[Progress | HealingState | Edit | Healed]:
     """Train `model` in place towards `dense`, yielding progress, states to go on from, an edit if it helps, a summary.
 
-    BatchNorm statistics stay. All samples are kept in memory. Embeddings and the head of a language model are not
+    All samples are kept in memory. Embeddings and the head of a language model are not
     trained. Training is in float32; what judges is the network in its own precision.
 
     Args:
@@ -239,9 +249,21 @@ class _Work:
             parameter.requires_grad_(id(parameter) not in fixed)
             if id(parameter) not in fixed:
                 self.parameters[name] = parameter
+        self.learned: dict[str, Tensor] = {**self.parameters, **self.follow_()}
         self.start = self.present()
         self.history: list[dict[str, Any]] = []
         self.warnings: list[str] = []
+
+    def follow_(self) -> dict[str, Tensor]:
+        """Let the student's BatchNorms follow the batches if asked for; their running averages by name."""
+        if self.recipe.batchnorm == "stored":
+            return {}
+        found: dict[str, Tensor] = {}
+        for name, module in self.student.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.train()
+                found |= {f"{name}.{key}": getattr(module, key) for key in ("running_mean", "running_var")}
+        return found
 
     def go(self, state: HealingState | None) -> Iterator[Progress | HealingState | Edit | Healed]:
         if state is None:
@@ -278,7 +300,7 @@ class _Work:
         """One stage from where it stands to its end, or to where it diverges."""
         stage = _STAGES[number]
         epochs = self.recipe.block_epochs if stage == "blocks" else self.recipe.epochs
-        steps = -(-len(self.fitted) // self.size)
+        steps = len(self.batches(torch.arange(len(self.fitted))))
         optimiser = torch.optim.AdamW(self.parameters.values(), lr=self.recipe.lr, weight_decay=0.0)
         if averages:
             for name, parameter in self.parameters.items():
@@ -289,7 +311,7 @@ class _Work:
                 }  # fmt: skip
         saved = time.monotonic()
         for epoch in range(first_epoch, epochs):
-            order = torch.randperm(len(self.fitted), generator=self.drawn(number, epoch)).split(self.size)
+            order = self.batches(torch.randperm(len(self.fitted), generator=self.drawn(number, epoch)))
             for step in range(first_step if epoch == first_epoch else 0, steps):
                 rate = self.recipe.lr * _rate(epoch * steps + step, epochs * steps)
                 for group in optimiser.param_groups:
@@ -350,8 +372,15 @@ class _Work:
     @torch.no_grad()
     def begin_(self) -> None:
         """A stage begins with the best so far, so that one that lost its way costs the next nothing."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.best[name])
+        for name, tensor in self.learned.items():
+            tensor.copy_(self.best[name])
+
+    def batches(self, order: Tensor) -> list[Tensor]:
+        """The order of an epoch, batch by batch; a lone last sample, which no BatchNorm can follow, joins the others."""
+        parts = list(order.split(self.size))
+        if self.recipe.batchnorm == "batches" and len(parts) > 1 and len(parts[-1]) == 1:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        return parts
 
     def batch(self, numbers: Tensor, generator: torch.Generator) -> Tensor:
         batch = self.fitted[numbers]
@@ -386,16 +415,16 @@ class _Work:
         return total / len(self.held)
 
     def trained(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return {name: tensor.detach() for name, tensor in self.learned.items()}
 
     def present(self) -> dict[str, Tensor]:
-        """The network's own parameters as they are, copied."""
-        return {name: self.model.get_parameter(name).detach().clone() for name in self.parameters}
+        """The network's own tensors as they are, copied."""
+        return {name: _tensor(self.model, name).detach().clone() for name in self.learned}
 
     @torch.no_grad()
     def write_(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            self.model.get_parameter(name).copy_(tensor)
+            _tensor(self.model, name).copy_(tensor)
 
     def edit(self, healed: Healed) -> Edit:
         modules: dict[str, dict[str, Tensor]] = {}
@@ -424,9 +453,9 @@ class _Work:
     def restore_(self, state: HealingState) -> tuple[int, int, int, dict[str, Tensor]]:
         facts = state.facts
         try:
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state.tensors[f"now/{name}"])
-            self.best = {name: state.tensors[f"best/{name}"].to(self.device) for name in self.parameters}
+            for name, tensor in self.learned.items():
+                tensor.copy_(state.tensors[f"now/{name}"])
+            self.best = {name: state.tensors[f"best/{name}"].to(self.device) for name in self.learned}
             self.before, self.lowest = float(facts["before"]), float(facts["lowest"])
             self.history = [dict(row) for row in facts["history"]]
             place = int(facts["stage"]), int(facts["epoch"]), int(facts["step"])
@@ -536,6 +565,11 @@ def _kept_outputs(edits: Sequence[Edit]) -> dict[str, Tensor]:
             before = found.get(part.module)
             found[part.module] = part.kept_outputs if before is None else before[part.kept_outputs]
     return found
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    module, _, own = name.rpartition(".")
+    return getattr(model.get_submodule(module), own)
 
 
 def _not_trained(model: nn.Module) -> set[int]:

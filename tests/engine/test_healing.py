@@ -158,6 +158,41 @@ def test_batchnorm_statistics_embeddings_and_the_dense_network_stay():
     assert torch.equal(decoder.get_output_embeddings().weight, before[1])
 
 
+@pytest.mark.parametrize("name", ["option_a", "concatenated"])
+def test_batchnorms_that_follow_the_batches_are_part_of_the_edit(name):
+    model, dense, samples, edits = pruned(name)
+    again, before = copy.deepcopy(model), {key: value.clone() for key, value in model.named_buffers()}
+    summary, (edit,), _ = healed(
+        model, dense, samples, edits, dataclasses.replace(SHORT, batchnorm="batches", epochs=6)
+    )
+    assert summary.trained and not model.training
+    changed = {key for key, value in model.named_buffers() if not torch.equal(value, before[key])}
+    assert changed and all(key.endswith(("running_mean", "running_var")) for key in changed)
+    apply_edit_(again, edit)
+    assert weights_hash(again) == weights_hash(model)
+    assert summary.after == pytest.approx(held_out_divergence(model, dense, samples), rel=1e-3)
+
+
+@pytest.mark.parametrize("stop", [2, 6])
+def test_a_healing_whose_batchnorms_follow_goes_on_to_the_same_weights(stop, monkeypatch):
+    monkeypatch.setattr(healing, "_SAVE_SECONDS", -1.0)
+    recipe = dataclasses.replace(SHORT, batchnorm="batches")
+    model, dense, samples, edits = pruned()
+    whole, again = copy.deepcopy(model), copy.deepcopy(model)
+    _, _, events = healed(whole, dense, samples, edits, recipe)
+    states = [event for event in events if isinstance(event, HealingState)]
+    healed(again, dense, samples, edits, recipe, state=states[stop])
+    assert weights_hash(again) == weights_hash(whole)
+
+
+def test_a_lone_last_sample_joins_the_batch_before_it():
+    model, dense, samples, edits = pruned("concatenated")  # 32 of 40 train
+    recipe = dataclasses.replace(SHORT, batchnorm="batches", batch_size=31)
+    summary, _, events = healed(model, dense, samples, edits, recipe)
+    trained = [event for event in events if isinstance(event, Progress) and event.item.startswith("whole")]
+    assert summary.epochs == 3 and {event.total for event in trained} == {2}  # a step an epoch
+
+
 def test_half_precision_is_judged_as_it_is_kept():
     model, dense, text, edits = pruned_decoder()
     model, dense = model.bfloat16(), dense.bfloat16()
@@ -241,11 +276,17 @@ def test_a_state_of_another_network_is_refused():
         ("sequences", 1.5, "healing.sequences must be a whole number from 1; got 1.5"),
         ("match", -1.0, "healing.match must be a number from 0; got -1.0"),
         ("augment", 1, "healing.augment must be true or false; got 1"),
+        ("batchnorm", "none", "healing.batchnorm must be stored or batches; got 'none'"),
     ],
 )
 def test_settings_out_of_range_are_one_sentence(key, value, words):
     with pytest.raises(ConfigError, match=words):
         dataclasses.replace(SHORT, **{key: value})
+
+
+def test_a_batch_of_one_cannot_be_standardised():
+    with pytest.raises(ConfigError, match="takes healing.batch_size from 2; got 1"):
+        Distill(batchnorm="batches", batch_size=1)
 
 
 def test_no_epoch_at_all_is_refused():
