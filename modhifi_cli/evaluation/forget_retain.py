@@ -12,6 +12,8 @@ from modhifi_cli.evaluation.forward import labels_needed, logits_of_batches, rea
 from modhifi_cli.evaluation.top1 import rank_of_label
 from modhifi_cli.records import ImageSource, Measurement, Progress
 
+_FEW = 10  # images, below which a share in % says more than they know
+
 
 def measure(
     *,
@@ -26,7 +28,8 @@ def measure(
 ) -> tuple[Measurement, ...]:
     """Top-1 accuracy on the images of the forget classes, and on those of all others, in percent.
 
-    Every image may be given any class: a forgotten class is not taken out of the choice.
+    Every image may be given any class: a forgotten class is not taken out of the choice. A share of fewer than ten images
+    is told as a count; `forgotten_rank` says more of so few.
 
     Args: see `modhifi_cli.evaluation.Measure`; only the labelled `evaluation_data` are read.
         forget_class: The forgotten classes by number; an unlearn run fills in its own.
@@ -74,7 +77,7 @@ def measure(
         if not bool(chosen.any()):
             raise DataError(
                 f"evaluation_data: forget_retain needs images of {kind} classes, got none among {len(labels)}; give "
-                "images of all classes, or leave forget_retain out of evaluation=[…]."
+                "images of all classes, or leave forget_retain out of evaluation=[…] (forgotten_rank does without)."
             )
     shared = {"forget_class": forget.tolist(), "device": str(device), "data": dict(evaluation_data.protocol)}
     found = []
@@ -90,7 +93,9 @@ def measure(
 
 def _share(model: str, term: str, right: Tensor, protocol: Mapping[str, Any]) -> Measurement:
     share = float(right.double().mean())
+    few = {"told": f"{int(right.sum())} of {len(right)}"} if len(right) < _FEW else {}
     counts = {
+        **few,
         "correct": int(right.sum()),
         "samples": len(right),
         "standard_error": 100 * sqrt(share * (1 - share) / len(right)),

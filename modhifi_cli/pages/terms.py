@@ -17,6 +17,11 @@ _TERMS = {
     "top5": ("top-5 accuracy", True),
     "forget_accuracy": ("forget accuracy", None),
     "retain_accuracy": ("retain accuracy", True),
+    "forgotten_rank": ("rank of the forgotten class on its own images", None),
+    "forgotten_gap": ("its logit above the best class that stays, own images", None),
+    "others_rank": ("rank of the forgotten class on all other images", None),
+    "others_gap": ("its logit above the best class that stays, other images", None),
+    "others_agreement": ("agreement with dense, other images", True),
     "token_perplexity": ("token perplexity", False),
     "token_agreement": ("tokens predicted as by dense", True),
     "token_kl": ("mean KL from dense, nats a token", False),
@@ -81,8 +86,9 @@ def table(measurements: Iterable[Measurement], *, reference: str = "dense") -> t
         before, after = sides.get(True), sides.get(False)
         label, more_is_better = _term(name, before or after)
         moved = None if before is None or after is None or after.value == before.value else after.value > before.value
-        # Of two times only their ratio within a round is told, as the speedup: a second ratio would contradict it.
-        compared = before is not None and after is not None and not _timed(name)
+        # Of two times only their ratio within a round is told, as the speedup: a second ratio would contradict it. What
+        # is told in words (a rank, a count of few images) has no points and no factor either.
+        compared = before is not None and after is not None and not _timed(name) and "told" not in after.protocol
         rows.append(
             Row(
                 name=name,

@@ -54,7 +54,8 @@ _OF_MEMORY = (
     ("statistics", "offload"), ("decoder", "offload"),
 )  # fmt: skip
 _VERIFICATION_IMAGES = 4
-_OF_LOGITS = ("top1", "forget_retain", "agreement")  # measurements that look at a network's answers and nothing else
+# Measurements that look at a network's answers and nothing else.
+_OF_LOGITS = ("top1", "forget_retain", "forgotten_rank", "agreement")
 # Sources that language models take.
 _READ_TEXT = tuple(f"modhifi_cli.data.{name}." for name in ("text", "generated", "synthetic", "mixed"))
 
@@ -271,10 +272,12 @@ def is_card_full(error: BaseException) -> bool:
 
 
 def name_forgotten_(settings: dict[str, Any], forget: Sequence[int] | None) -> None:
-    """Tell the measurement of forget and retain accuracy the classes of a run, where it was not told any."""
-    asked = settings["evaluation"].get("forget_retain")
-    if asked is not None and forget and asked["forget_class"] is None:
-        settings["evaluation"] = {**settings["evaluation"], "forget_retain": {**asked, "forget_class": list(forget)}}
+    """Tell the measurements that ask for forgotten classes those of a run, where they were not told any."""
+    if forget:
+        settings["evaluation"] = {
+            name: {**asked, "forget_class": list(forget)} if asked.get("forget_class", ()) is None else asked
+            for name, asked in settings["evaluation"].items()
+        }
 
 
 def show_measurements(console: Console, measurements: Sequence[Measurement]) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from modhifi_cli.errors import ConfigError, DataError
 from modhifi_cli.evaluation.forget_retain import measure
+from modhifi_cli.pages import terms
 
 
 @pytest.fixture
@@ -45,3 +46,9 @@ def test_both_kinds_must_be_among_the_images(measured, answers, images, forget, 
 def test_images_without_labels_are_refused(measured, answers, listed):
     with pytest.raises(DataError, match="forget_retain needs a label for every image"):
         measured(measure, models={"dense": answers()}, evaluation_data=listed(torch.rand(4, 1, 1, 3)), forget_class=1)
+
+
+def test_a_share_of_few_images_is_told_as_a_count(measured, answers, images):
+    found = measured(measure, models={"dense": answers(), "edited": answers(-1)}, evaluation_data=images, forget_class=1)
+    (forget, _) = terms.table(found)
+    assert (forget.before, forget.after, forget.change) == ("2 of 3", "1 of 3", "")

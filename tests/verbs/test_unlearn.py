@@ -126,6 +126,13 @@ def test_evaluate_names_the_network_and_knows_its_class(finished, here, capsys):
     ]
 
 
+def test_evaluate_looks_for_the_forgotten_class_of_a_run(finished, here, capsys):
+    assert main(["evaluate", f"run={finished}", "evaluation=[forgotten_rank]", "console=json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["measurements"]
+    edited = {one["name"]: one["value"] for one in found if one["model"] == "edited"}
+    assert edited["forgotten_rank"] > 1 and edited["forgotten_gap"] < 0 and edited["others_agreement"] > 90
+
+
 def test_an_interrupted_run_goes_on_to_the_same_weights(finished, here, monkeypatch, capsys):
     save, left = artifacts.RunDirectory.save_edit, [2]
 
