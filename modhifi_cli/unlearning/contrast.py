@@ -67,9 +67,12 @@ class _ContrastMoments:
     def __init__(self, site: Site, method: ContrastU) -> None:
         self._site, self._method = site, method
         self._moments = {forget: site.moments() for forget in (False, True)}
-        # Sums of input maps: of every retain class, and of the forget samples that resemble each.
+        # Sums of input maps: of every retain class that a forget sample resembles, of all other retain samples, and of
+        # the forget samples that resemble each. Not of every class: a thousand maps of a wide layer fill the memory.
+        samples = site.samples
+        self._like = samples.resembles[samples.fitted & samples.forget].unique()
         self._sums: Tensor | None = None
-        self._counts = torch.zeros(2 * site.samples.classes, dtype=torch.float64)
+        self._counts = torch.zeros(2 * len(self._like) + 1, dtype=torch.float64)
 
     def update(self, inputs: Tensor, numbers: Tensor, given: Mapping[str, Tensor]) -> None:
         samples, positions = self._site.samples, self._site.layer.positions
@@ -80,11 +83,18 @@ class _ContrastMoments:
             if bool(chosen.any()):
                 moments.update(inputs[chosen.to(inputs.device)])
         use = samples.fitted[numbers]
-        groups = samples.resembles[numbers] + samples.classes * samples.forget[numbers].long()
-        member = torch.nn.functional.one_hot(groups[use], 2 * samples.classes).to(inputs)
+        member = torch.nn.functional.one_hot(self._groups(numbers[use]), len(self._counts)).to(inputs)
         summed = (member.T @ inputs[use.to(inputs.device)].flatten(1)).double().view(-1, *inputs.shape[1:])
         self._sums = summed if self._sums is None else self._sums.add_(summed)
         self._counts += member.sum(0).double().cpu()
+
+    def _groups(self, numbers: Tensor) -> Tensor:
+        """Whose sum each image belongs to, ``[batch]`` int64: of a class by its place, the others, of forget samples."""
+        samples, count = self._site.samples, len(self._like)
+        resembles, forget = samples.resembles[numbers], samples.forget[numbers]
+        place = torch.searchsorted(self._like, resembles)
+        retain = torch.where(torch.isin(resembles, self._like), place, count)
+        return torch.where(forget, count + 1 + place, retain)
 
     def solve(self, strength: float) -> LayerEdit:
         retain, forget = (self._moments[which].result().statistics for which in (False, True))
@@ -113,30 +123,29 @@ class _ContrastMoments:
 
     def _aim(self, forget: Statistics) -> Aim:
         weight, bias = self._site.weight, self._site.bias
-        classes, counts = self._site.samples.classes, self._counts.to(weight.device)
-        sums = self._sums
-        own, theirs = counts[:classes], counts[classes:]
+        sums, counts, count = self._sums, self._counts.to(weight.device), len(self._like) + 1
+        own, theirs = counts[:count], counts[count:]
 
-        def rows(total: Tensor, count: Tensor) -> Tensor:
-            return _rows_of(self._site.layer.module, total / count)
+        def rows(total: Tensor, images: Tensor) -> Tensor:
+            return _rows_of(self._site.layer.module, total / images)
 
         def outputs(rows: Tensor) -> Tensor:
             return weight @ rows + bias[:, None]
 
+        everyone = rows(sums[:count].sum(0), own.sum())
         groups = []
-        for cls in range(classes):
-            if theirs[cls]:
-                inputs = rows(sums[classes + cls], theirs[cls])
-                # A retain class without samples of its own gives no mean; then all of them stand for it.
-                like = rows(sums[cls], own[cls]) if own[cls] else rows(sums[:classes].sum(0), own.sum())
-                groups.append(Group(float(theirs[cls] / theirs.sum()), inputs, outputs(like)))
+        for number in range(count - 1):
+            inputs = rows(sums[count + number], theirs[number])
+            # A retain class without samples of its own gives no mean; then all of them stand for it.
+            like = rows(sums[number], own[number]) if own[number] else everyone
+            groups.append(Group(float(theirs[number] / theirs.sum()), inputs, outputs(like)))
         return aim_at(
             weight,
             bias,
             forget,
             groups,
-            retain_outputs=outputs(rows(sums[:classes].sum(0), own.sum())),
-            forget_outputs=outputs(rows(sums[classes:].sum(0), theirs.sum())),
+            retain_outputs=outputs(everyone),
+            forget_outputs=outputs(rows(sums[count:].sum(0), theirs.sum())),
             nearest=self._method.nearest,
             spread=self._method.spread,
         )

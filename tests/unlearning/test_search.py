@@ -110,6 +110,20 @@ def test_the_split_into_batches_does_not_matter(trained, name):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(ours.detach().abs().max()))
 
 
+def test_contrast_remembers_maps_of_resembled_classes_alone_not_of_every_class(randomise_):
+    fits = []
+
+    class Kept(ContrastU):
+        def fit(self, site):
+            fits.append(super().fit(site))
+            return fits[-1]
+
+    network = randomise_(cifar_resnet.build(depth=8, num_classes=60, widths=(4, 6, 8)))
+    edits, _ = run(network, images(), Kept(beta=0.3, depth=1))
+    # 12 forget samples resemble 12 classes at most; a sum for those, one for the samples of each, one for all others.
+    assert len(edits) == 2 and all(3 <= len(fit._sums) <= 25 for fit in fits)
+
+
 def test_contrast_forgets_and_keeps(trained):
     source = images()
     before = (trained(source.images).argmax(1) == source.labels).double()
