@@ -61,7 +61,7 @@ def load(
     labels: str | None = None,
     num_samples: int | str | None = "auto",
     seed: int = 0,
-    classes: Sequence[int] | None = None,
+    classes: Sequence[int] | int | None = None,
     cache: str | None = "auto",
     steps: int = 30,
     lr: float = 0.02,
@@ -82,7 +82,7 @@ def load(
         labels: As of every source; ``"given"`` cannot be.
         num_samples: How many; ``"auto"`` and None are 512, or 128 above 96 px.
         seed: Of everything that is drawn.
-        classes: Classes that the images shall show, equally often; None for all.
+        classes: Number of the class that the images shall show, or several, equally often; None for all.
         cache: Where finished parts are kept: ``"auto"``, a folder, or None.
         steps, lr, together, nats, smoothness, starts, gigabytes: As in `ClassInversion`; ``together="auto"`` is 64, or
             16 above 96 px.

@@ -73,7 +73,7 @@ def load(
     labels: str | None = None,
     num_samples: int | str | None = "auto",
     seed: int = 0,
-    classes: Sequence[int] | None = None,
+    classes: Sequence[int] | int | None = None,
     confidence: float = 0.0,
     cache: str | None = "auto",
     steps: int = 50,
@@ -95,7 +95,7 @@ def load(
         labels: As of every source; ``"given"`` cannot be.
         num_samples: How many; ``"auto"`` and None are 512, or 128 above 96 px.
         seed: Of everything that is drawn.
-        classes: Classes that the images shall show, equally often; None for all.
+        classes: Number of the class that the images shall show, or several, equally often; None for all.
         confidence: Only images that the network calls their class with at least this probability are taken, 0 … 1.
         cache: Where finished parts are kept: ``"auto"``, a folder, or None.
         steps, lr, together, class_weight, smoothness, starts, gigabytes: As in `Inversion`; ``together="auto"`` is 256,

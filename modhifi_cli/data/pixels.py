@@ -134,7 +134,7 @@ class Parts:
     @classmethod
     def of(
         cls, source: str, version: int, how: Moving, making: Making, preprocess: Preprocess, *,
-        classes: Sequence[int] | None, seed: int, cache: str | None,
+        classes: Sequence[int] | int | None, seed: int, cache: str | None,
     ) -> "Parts":  # fmt: skip
         """Look at the network and find the set's place.
 
@@ -144,7 +144,7 @@ class Parts:
             how: Settings of a part.
             making: The network, and who listens.
             preprocess: What the network wants.
-            classes: That the images shall show; None for all.
+            classes: That the images shall show, one or several; None for all.
             seed: Of everything that is drawn.
             cache: Where parts are kept.
 
@@ -343,22 +343,23 @@ def count_classes(model: nn.Module, preprocess: Preprocess, device: torch.device
     return logits.shape[1]
 
 
-def wanted_classes(classes: Sequence[int] | None, known: int, *, together: int, seed: int) -> list[int]:
+def wanted_classes(classes: Sequence[int] | int | None, known: int, *, together: int, seed: int) -> list[int]:
     """The classes that images shall show, in turn.
 
     Neighbouring classes of large sets are alike (the first 400 of ImageNet are animals), so a part that cannot hold them
     all draws its own.
 
     Raises:
-        ConfigError: If `classes` is no list of class numbers below `known`.
+        ConfigError: If `classes` is no class number below `known` and no list of such.
     """
+    classes = [classes] if is_whole(classes) else classes
     if classes is None:
         if known <= together:
             return list(range(known))
         return torch.randperm(known, generator=torch.Generator().manual_seed(seed)).tolist()
     fits = isinstance(classes, Sequence) and not isinstance(classes, str) and len(classes) > 0
     if not fits or any(not is_whole(one) for one in classes):
-        raise ConfigError(f"data.classes: expected a list of class numbers such as [3,5], got {classes!r}.")
+        raise ConfigError(f"data.classes: expected a list of class numbers such as [3,5], or one number, got {classes!r}.")
     wrong = [one for one in classes if not 0 <= one < known]
     if wrong:
         raise ConfigError(

@@ -95,3 +95,8 @@ def test_bad_settings_are_said_in_one_sentence(plain, settings, kind, words):
 def test_a_network_that_is_no_classifier_is_told_so():
     with pytest.raises(UnsupportedModelError, match="data=class_inversion balances classes, which needs logits"):
         class_inversion.load(making=making(nn.Conv2d(3, 4, 3).eval()), cache=None, **QUICK)
+
+
+def test_one_class_may_be_named_by_its_number_alone(plain):
+    one, listed = (class_inversion.load(making=making(plain), classes=named, **QUICK) for named in (4, [4]))
+    assert one.protocol["sha256"] == listed.protocol["sha256"]
