@@ -65,7 +65,7 @@ def bytes_of_sums(features: int) -> int:
 
 def reset_peaks() -> None:
     """Count the most that is held from now on, on every card and by this process."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # torch refuses to reset a card that nothing has touched; it holds nothing yet
         for number in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(number)
     with contextlib.suppress(OSError):  # not on Linux, or not allowed: the peak is then that of the process's life

@@ -494,6 +494,7 @@ class _Products:
         if self.query_dim < self.head_dim:
             # Fused kernels of attention want one width: with two, PyTorch's takes twice as long.
             query, key = (functional.pad(part, (0, self.head_dim - self.query_dim)) for part in (query, key))
+            value = value.contiguous()  # as a slice it may begin between the addresses that a card's kernels read from
         dropped = self.attn_drop.p if self.training else 0.0
         mixed = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, dropout_p=dropped, is_causal=is_causal, scale=self.scale

@@ -64,6 +64,7 @@ class Seen:
         synchronised: Calls of ``synchronize``.
         resets: Calls of ``reset_peak_memory_stats``.
         total: Size of the card, bytes.
+        begun: Whether anything has touched the card; before that its counts cannot be reset.
     """
 
     def __init__(self, total: float) -> None:
@@ -73,6 +74,7 @@ class Seen:
         self.now = self.peak = self.pinned = self.synchronised = self.resets = 0
         self.peak_at = ""
         self.total = int(total)
+        self.begun = False
 
     def moved(self, way: str = "") -> int:
         """Bytes copied, ``"to card"``, ``"from card"`` or both."""
@@ -142,6 +144,7 @@ class _Mark:
 
     def __init__(self, size: int) -> None:
         self.size, self.of = 0, _seen
+        _seen.begun = True
         if _seen.now + size > _seen.total:
             raise torch.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB (pretended card of "
@@ -235,6 +238,8 @@ class _Calls(TorchFunctionMode):
             explicit = on_card(args[0]) if explicit is None else explicit
             given = {**kwargs, "dtype": kwargs.get("dtype", args[0].dtype)}
             return _made_of_data(torch.tensor, args[1:], given, explicit)
+        if card and func is torch.nn.functional.scaled_dot_product_attention:
+            _check_addresses(args[:3])
         before = _Calls.explicit, _Calls.ambient
         _Calls.explicit, _Calls.ambient = explicit, card if explicit is None else explicit
         try:
@@ -256,6 +261,15 @@ def _made_of_data(func: Callable, args: tuple, kwargs: dict[str, Any], explicit:
             _count("to card", made)
         made = _place(made.clone() if isinstance(data, torch.Tensor) or func is not torch.tensor else made, True)
     return made
+
+
+def _check_addresses(parts: tuple[Tensor, ...]) -> None:
+    """Fused attention reads 16 bytes at once where the width of a head allows, wherever a slice begins."""
+    for part in parts:
+        places = (part.shape[-1], part.storage_offset(), *part.stride()[:-1])
+        wide, *begins = (number * part.element_size() % 16 == 0 for number in places)
+        if wide and not all(begins):
+            raise RuntimeError(f"CUDA error: misaligned address (pretended card, {tuple(part.shape)} of a wider tensor)")
 
 
 def _asked_by_torch() -> bool:
@@ -483,6 +497,8 @@ def _synchronize(*args):
 
 
 def _reset_peak(*args):
+    if not _seen.begun:
+        raise RuntimeError("Invalid device argument (pretended card)")
     _seen.resets += 1
     _seen.peak, _seen.peak_at = _seen.now, ""
 
@@ -519,7 +535,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "is_initialized": lambda: True,
+        "is_initialized": lambda: _seen.begun,
         "set_device": lambda device: _is_cuda(f"cuda:{device}" if isinstance(device, int) else device),
         "synchronize": _synchronize,
         "get_device_name": lambda *_: "Pretended card",
