@@ -72,13 +72,7 @@ def measure(
                 given[name].append(rank_of_label(scores, wanted, name=name) < 1)
             truth.append(wanted)
     labels = torch.cat(truth)
-    forgotten = torch.isin(labels, forget)
-    for kind, chosen in (("forget", forgotten), ("retain", ~forgotten)):
-        if not bool(chosen.any()):
-            raise DataError(
-                f"evaluation_data: forget_retain needs images of {kind} classes, got none among {len(labels)}; give "
-                "images of all classes, or leave forget_retain out of evaluation=[…] (forgotten_rank does without)."
-            )
+    forgotten = both_kinds(labels, forget)
     shared = {"forget_class": forget.tolist(), "device": str(device), "data": dict(evaluation_data.protocol)}
     found = []
     for name in models:
@@ -89,6 +83,26 @@ def measure(
         for term, chosen in (("forget_accuracy", forgotten), ("retain_accuracy", ~forgotten)):
             found.append(_share(name, term, right[chosen], {"per_class": per_class, **shared}))
     return tuple(found)
+
+
+def both_kinds(labels: Tensor, forget: Tensor) -> Tensor:
+    """Which images are of forget classes, ``[images]`` bool.
+
+    Args:
+        labels: Of all images, ``[images]`` int64.
+        forget: The forgotten classes.
+
+    Raises:
+        DataError: If there are none, or only such.
+    """
+    forgotten = torch.isin(labels, forget)
+    for kind, chosen in (("forget", forgotten), ("retain", ~forgotten)):
+        if not bool(chosen.any()):
+            raise DataError(
+                f"evaluation_data: forget_retain needs images of {kind} classes, got none among {len(labels)}; give "
+                "images of all classes, or leave forget_retain out of evaluation=[…] (forgotten_rank does without)."
+            )
+    return forgotten
 
 
 def _share(model: str, term: str, right: Tensor, protocol: Mapping[str, Any]) -> Measurement:

@@ -77,11 +77,12 @@ def count_samples(labels: Tensor, forget: Sequence[int]) -> tuple[int, int]:
     """
     is_forget = torch.isin(labels.cpu(), torch.tensor(list(forget)))
     counts = int(is_forget.sum()), int((~is_forget).sum())
-    for kind, count in zip(("forget", "retain"), counts, strict=True):
+    made = ", or have images of the class made from the network (data=mixed, see docs/howto/unlearn.md)"
+    for kind, count, hint in zip(("forget", "retain"), counts, (made, ""), strict=True):
         if count < LEAST_SAMPLES:
             raise DataError(
                 f"data: unlearning needs at least {LEAST_SAMPLES} {kind} samples, got {count} among {len(labels)} "
-                f"images (forget_class={list(forget)}); give more images, or raise data.num_samples."
+                f"images (forget_class={list(forget)}); give more images, or raise data.num_samples{hint}."
             )
     return counts
 

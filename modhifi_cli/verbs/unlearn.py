@@ -14,6 +14,7 @@ from modhifi_cli.auditing.audit import AuditReport
 from modhifi_cli.console import Console
 from modhifi_cli.engine.memory import peaks
 from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.evaluation.forget_retain import both_kinds
 from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.files import artifacts
 from modhifi_cli.pages import audit as audit_pages
@@ -153,12 +154,20 @@ def _begin(
         )
     forget = forget_classes(settings["forget_class"], loaded.classes, labels.classes)
     pieces.name_forgotten_(settings, forget)
+    _refuse_measuring(settings, evaluation)
     if place is None:
         place = pieces.begin_run("unlearn", loaded.name, asked, facts, folder, device, calibration)
     done = pieces.edits_so_far(place, dense_hash, calibration) if resumed else ()
     place.log(pieces.command_line("unlearn", facts["overrides"]))
     work = Work(settings, loaded, calibration, evaluation, device, place, dense_hash, console)
     return _Begun(work, model, dense, labels, forget, done)
+
+
+def _refuse_measuring(settings: Mapping[str, Any], evaluation: ImageSource | None) -> None:
+    """Refuse evaluation images that lack a kind before anything is edited, where their labels are known already."""
+    asked, labels = settings["evaluation"].get("forget_retain"), getattr(evaluation, "labels", None)
+    if asked is not None and labels is not None:
+        both_kinds(torch.as_tensor(labels), torch.as_tensor(asked["forget_class"]))
 
 
 def _audited(begun: _Begun, answers: Mapping[str, RememberedLogits]) -> AuditReport:

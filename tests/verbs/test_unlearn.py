@@ -5,11 +5,13 @@ import dataclasses
 import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from modhifi_cli import load_model
 from modhifi_cli.cli import main
+from modhifi_cli.data import digits
 from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.files import artifacts
 from modhifi_cli.graph.surgery import weights_hash
@@ -101,6 +103,18 @@ def test_too_few_images_for_the_audit_are_told_before_anything_is_edited(here, c
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "a probe needs at least 10" in line and line.endswith("Or leave the audit out: audit=none.")
     assert not list((here / "outputs").glob("unlearn/*/*"))
+
+
+def test_test_images_without_the_class_are_refused_before_anything_is_edited_and_ranks_do_without(here, capsys):
+    images, labels = digits.read("test")
+    np.savez(here / "others.npz", images=images[labels != 3], labels=labels[labels != 3])
+    words = ["evaluation_data=arrays", "evaluation_data.path=others.npz", "forget_class=3"]
+    assert unlearn(*words) == 2
+    assert "forget_retain needs images of forget classes" in capsys.readouterr().err
+    assert not list((here / "outputs").glob("unlearn/*/*"))
+    assert unlearn(*words, "evaluation=[forgotten_rank]") == 0
+    found = {(one["model"], one["name"]): one["value"] for one in artifacts.read_results(only_run(here))["measurements"]}
+    assert found["edited", "others_agreement"] > 90 and ("edited", "forgotten_rank") not in found
 
 
 def test_edits_outlive_an_audit_without_enough_test_images(finished, here, capsys):
