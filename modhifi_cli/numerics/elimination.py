@@ -89,19 +89,22 @@ def elimination(
         block = -(-max(consumer.weight.shape[1] for consumer in consumers) // _ONE_AT_A_TIME)
     states = [_State(consumer, ridge, block) for consumer in consumers]
     alive = torch.ones(components, dtype=torch.bool, device=consumers[0].weight.device)
-    order: list[int] = []
+    order: list[Tensor] = []  # on their device, as everything in the loop: a card would be waited for at every step
+    removed = 0
     nothing = alive.new_zeros(1, dtype=torch.float64)
     errors = [nothing]
-    while components - len(order) > keep:
-        costs = sum((state.costs() for state in states), nothing)
-        costs[~alive] = torch.inf
-        count = min(block, components - len(order) - keep)
+    while components - removed > keep:
+        costs = sum((state.costs() for state in states), nothing).masked_fill(~alive, torch.inf)
+        count = min(block, components - removed - keep)
         chosen = costs.argmin()[None] if count == 1 else costs.argsort(stable=True)[:count]
         alive[chosen] = False
-        order += chosen.tolist()
+        order.append(chosen)
+        removed += count
         spent = sum((state.remove_(chosen) for state in states), nothing)
         errors.append(errors[-1][-1] + spent.cumsum(0))
-    return Elimination(torch.tensor(order, dtype=torch.int64, device=alive.device), torch.cat(errors), components)
+    for state in states:
+        state.check()
+    return Elimination(torch.cat([alive.new_zeros(0, dtype=torch.int64), *order]), torch.cat(errors), components)
 
 
 class _State:
@@ -115,6 +118,7 @@ class _State:
         # Present place of every component of the group; −1 where it was compacted away.
         self._place = torch.arange(consumer.in_group, device=weight.device)
         self._gone = torch.zeros(consumer.components, dtype=torch.bool, device=weight.device)
+        self._failed = torch.zeros((), dtype=torch.bool, device=weight.device)  # looked at once a panel
         self._rows: Tensor | None = None  # X, where it stands for H
         self._inverse: Tensor  # H, where X does not
         statistics = consumer.statistics
@@ -124,9 +128,11 @@ class _State:
             moment = second_moment(statistics, centred=consumer.centred).clone()
             moment.diagonal().add_(ridge * moment.diagonal().mean())
             self._inverse = torch.cholesky_inverse(self._factor(moment))
+            self.check()
             if len(weight) > weight.shape[1]:
                 weight = torch.linalg.qr(weight, mode="r").R  # costs see WᵀW alone
             self._carried, self._outputs = weight.clone(), len(weight)
+        self._one = torch.eye(self._per, dtype=torch.float64, device=weight.device)
         # Factors Uᵀ and Vᵀ that were not applied yet, `_waiting` rows of each.
         room = _PANEL + block * self._per
         self._left = weight.new_empty(room, self._carried.shape[1])
@@ -150,8 +156,11 @@ class _State:
         weight = self._carried_columns(features)
         curvature = self._curvature_rows(features, weight)
         factor = self._factor(curvature[:, features])
-        left = torch.linalg.solve_triangular(factor, curvature, upper=False)
-        right = torch.linalg.solve_triangular(factor, weight.T, upper=False)
+        if len(features) == 1:  # what a solver would do, without one
+            left, right = curvature / factor, weight.T / factor
+        else:
+            left = torch.linalg.solve_triangular(factor, curvature, upper=False)
+            right = torch.linalg.solve_triangular(factor, weight.T, upper=False)
         self._update_blocks(left, right[:, : self._outputs])
         until = self._waiting + len(features)
         self._left[self._waiting : until], self._right[self._waiting : until] = left, right
@@ -163,13 +172,21 @@ class _State:
         return right[:, : self._outputs].square().sum(1).view(-1, self._per).sum(1) / self._energy
 
     def _factor(self, matrix: Tensor) -> Tensor:
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if failed:
+        if matrix.numel() == 1:
+            factor, failed = matrix.sqrt(), ~(matrix > 0).all()
+        else:
+            factor, info = torch.linalg.cholesky_ex(matrix)
+            failed = info != 0
+        self._failed |= failed
+        return factor
+
+    def check(self) -> None:
+        """Raise IllPosedError if a matrix so far was not positive definite."""
+        if self._failed:
             raise IllPosedError(
                 f"{self._name}: backward elimination needs moments that are positive definite with their ridge, got a "
                 f"singular matrix; raise selection.ridge."
             )
-        return factor
 
     def _start_from_rows(self, consumer: Consumer, rows: Tensor, weight: Tensor, ridge: float) -> None:
         # H = (I − Xᵀ P) / c with P = (c I + X Xᵀ)⁻¹ X. Removing features changes P just as it changes W, so P is
@@ -184,6 +201,7 @@ class _State:
         gram.diagonal().add_(self._floor)
         self._rows = rows
         self._carried = torch.cat([weight, torch.cholesky_solve(rows, self._factor(gram))])
+        self.check()
         self._outputs = len(weight)
 
     def _carried_columns(self, features: Tensor) -> Tensor:
@@ -214,9 +232,9 @@ class _State:
         self._blocks -= torch.bmm(mine, mine.transpose(1, 2))
 
     def _clear_blocks(self) -> None:
-        gone = self._gone[: len(self._blocks)]
-        self._blocks[gone] = torch.eye(self._per, dtype=torch.float64, device=gone.device)
-        self._products[gone] = 0
+        gone = self._gone[: len(self._blocks), None, None]
+        self._blocks = torch.where(gone, self._one, self._blocks)
+        self._products.masked_fill_(gone, 0)
 
     def _flush(self) -> None:
         left, right = self._left[: self._waiting], self._right[: self._waiting]
@@ -224,6 +242,7 @@ class _State:
         if self._rows is None:
             self._inverse.addmm_(left.T, left, alpha=-1)
         self._waiting = 0
+        self.check()
         if self._gone.sum() > _COMPACT * len(self._gone):
             self._compact()
         self._refresh()
