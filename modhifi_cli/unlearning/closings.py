@@ -57,10 +57,10 @@ class Closing:
             given: Outputs of `reads` in the same forward.
         """
         if self.stream is not None:
-            return given[self.stream]
+            return as_shaped(given[self.stream], own)
         if self.scale is not None:
-            return given[self.place] - own * self._broadcast(own)
-        return given[self.place] - own if self.summed else torch.zeros_like(own)
+            return as_shaped(given[self.place], own) - own * self._broadcast(own)
+        return as_shaped(given[self.place], own) - own if self.summed else torch.zeros_like(own)
 
     def solved(self, wanted: Tensor, own: Tensor) -> Tensor:
         """What the layer must give for γ o to be `wanted`; channels whose γ is next to nothing keep what they give.
@@ -80,6 +80,22 @@ class Closing:
         shape = [1] * like.dim()
         shape[self.axis] = -1
         return self.scale.to(like).view(shape)
+
+
+def as_shaped(tensor: Tensor, own: Tensor) -> Tensor:
+    """Tokens on a grid as the layer has them, in a row, or what has the layer's shape as it is.
+
+    Args:
+        tensor: ``[batch, …, channels]``, or of the layer's own layout.
+        own: The layer's output.
+    """
+    return tensor.reshape(own.shape) if _in_other_rows(tensor, own) else tensor
+
+
+def _in_other_rows(tensor: Tensor, own: Tensor) -> bool:
+    """Whether two tensors hold the same number of tokens of as many channels, in other rows."""
+    alike = len(tensor) == len(own) and tensor.shape[-1] == own.shape[-1] and tensor.numel() == own.numel()
+    return alike and tensor.dim() != own.dim()
 
 
 @torch.no_grad()
@@ -214,14 +230,16 @@ def read_positions(model: nn.Module, example: Tensor, names: Sequence[str]) -> d
 def _closing(
     model: nn.Module, example: Tensor, own: str, place: str, joins: Mapping[str, str], seen: Mapping[str, Tensor]
 ) -> Closing | None:
-    if own not in seen or place not in seen or seen[own].shape != seen[place].shape:
+    if own not in seen or place not in seen:
         return None
-    mine, whole, stream = seen[own], seen[place], joins.get(own)
+    mine, whole, stream = seen[own], as_shaped(seen[place], seen[own]), joins.get(own)
+    if mine.shape != whole.shape:
+        return None
     if stream in seen and seen[stream].shape == mine.shape and _is_sum(whole, mine + seen[stream]):
         return Closing(place, stream, summed=False)
     if _is_sum(whole, mine):
         return Closing(place, None, summed=False)
-    halved = _outputs(model, example, {place}, halve=own)[place]
+    halved = as_shaped(_outputs(model, example, {place}, halve=own)[place], mine)
     if _is_close(halved - 0.5 * mine, whole - mine):
         return Closing(place, None, summed=True)
     axis = -1 if isinstance(model.get_submodule(own), nn.Linear) else 1

@@ -26,6 +26,7 @@ from modhifi_cli.numerics.contrast import Aim, Asked
 from modhifi_cli.numerics.cross import CrossMoments, CrossStatistics, merge_cross
 from modhifi_cli.numerics.moments import merge, second_moment
 from modhifi_cli.records import Statistics
+from modhifi_cli.unlearning.closings import as_shaped
 from modhifi_cli.unlearning.method import (
     BETAS,
     Fit,
@@ -179,6 +180,7 @@ class _Mixtures:
             logits[:, columns] = means[0, columns]
             return torch.where(samples.forget[numbers].to(inputs.device)[:, None], mixture, logits)
         own = layer.module.forward(inputs)  # not a call: hooks must not run again
+        mixture = as_shaped(mixture, own)
         if norm is None:
             return layer.closing.solved(mixture - layer.closing.beside(own, given), own)
         stream = layer.closing.beside(norm.forward(own), given)

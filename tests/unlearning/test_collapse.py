@@ -16,6 +16,7 @@ from modhifi_cli.numerics.rows import Window, unfold_rows
 from modhifi_cli.unlearning.closings import find_closings, read_positions
 from modhifi_cli.unlearning.collapse import RIDGES, CollapseU
 from modhifi_cli.unlearning.search import UnlearnSummary
+from tests.graph import transformers
 from tests.unlearning.test_search import Images, Tokens, images, resnet, run, trained  # noqa: F401
 
 SMALL_VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
@@ -63,8 +64,22 @@ def test_a_transformer_block_ends_with_the_second_layer_of_its_mlp_and_is_read_a
     assert {name: tokens.tolist() for name, tokens in read.items()} == {"blocks.1.mlp.fc2": [0]}
 
 
+def test_a_swin_block_ends_with_its_mlp_although_its_tokens_stand_on_a_grid():
+    model, source = transformers.build("swin"), images(size=32)
+    found = closings(model, source.images[:2])
+    assert list(found)[-2:] == ["layers.1.blocks.0.mlp.fc2", "layers.1.blocks.1.mlp.fc2"]
+    assert found["layers.1.blocks.1.mlp.fc2"].last
+    again = copy.deepcopy(model)
+    edits, _ = run(model, source, CollapseU(beta=0.5, depth=2))
+    assert [edit.name for edit in edits] == ["layers.1.blocks.0.mlp.fc2", "layers.1.blocks.1.mlp.fc2", "head.fc"]
+    run(again, source, CollapseU(beta=0.5, depth=2), batch_size=7)
+    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(ours.detach().abs().max()))
+
+
 def test_what_stands_beside_the_layer_is_the_stream(resnet):  # noqa: F811
-    for model, example in ((vit(), torch.randn(3, 3, 8, 8)), (resnet, images().images[:3])):
+    swin = transformers.build("swin"), torch.randn(3, 3, 32, 32)
+    for model, example in ((vit(), torch.randn(3, 3, 8, 8)), swin, (resnet, images().images[:3])):
         name, closing = list(closings(model, example).items())[-1]
         norm = Segments(model, example).trace.norm_of.get(name)
         seen = {}
@@ -74,7 +89,7 @@ def test_what_stands_beside_the_layer_is_the_stream(resnet):  # noqa: F811
             )
         model(example)
         own = seen[norm or name]
-        whole = own + closing.beside(own, seen)
+        whole = (own + closing.beside(own, seen)).view_as(seen[closing.place])
         assert torch.allclose(seen[closing.place], whole if closing.summed else whole.relu(), atol=1e-5)
 
 

@@ -18,6 +18,7 @@ from modhifi_cli.unlearning.discedit_u import DisCEditU
 from modhifi_cli.unlearning.finetune import Finetune, finetune_
 from modhifi_cli.unlearning.modhifi_u import ModHiFiU
 from modhifi_cli.unlearning.search import Order, Trial, UnlearnSummary, unlearn_
+from tests.graph import transformers
 from tests.tasks import returned
 
 
@@ -183,6 +184,27 @@ def test_pairs_are_negated_in_a_network_of_layernorms(randomise_):
     changed = model.down.weight != before
     assert int(changed.sum()) == before.numel() // 4
     assert torch.equal(model.down.weight[changed], -before[changed])
+
+
+def test_negation_reaches_attention_in_shifted_windows_and_scores_the_rows_of_all_windows():
+    model, source = transformers.build("swin"), images(size=32)
+    qkv = model.layers[1].blocks[1].attn.qkv
+    seen = []
+    handle = qkv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(source.images[source.labels == 2])
+    handle.remove()
+    assert len(seen[0]) == 4 * 12 and model.layers[1].blocks[1].shift_size == (2, 2)  # four windows of each image
+    before = qkv.weight.detach().clone()
+    rows, weight = seen[0].flatten(0, -2).double(), before.double()
+    parts = torch.einsum("ri,ci->cir", rows, weight)
+    whole = parts.sum(1, keepdim=True)
+    fidelity = (whole * parts).sum(2).square() / (parts.square().sum(2) * whole.square().sum(2))
+    expected = fidelity.flatten().argsort(descending=True)[: before.numel() // 10].sort().values
+    run(model, source, ModHiFiU(fraction=0.1), layers=["layers.1.blocks.1.attn.qkv"])
+    changed = qkv.weight != before
+    assert torch.equal(changed.flatten().nonzero().flatten(), expected)
+    assert torch.equal(qkv.weight[changed], -before[changed])
 
 
 def test_contrast_edits_a_network_of_layernorms(randomise_):
