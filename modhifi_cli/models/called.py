@@ -110,7 +110,7 @@ class Form:
         def read(leaf: Leaf) -> Tensor:
             nonlocal place
             if leaf.constant is not None:
-                return torch.full((len(packed), *leaf.shape), leaf.constant, dtype=leaf.dtype, device=packed.device)
+                return torch.full((packed.shape[0], *leaf.shape), leaf.constant, dtype=leaf.dtype, device=packed.device)
             count = math.prod(leaf.shape)
             part = packed[:, place : place + count].reshape(-1, *leaf.shape)
             place += count
@@ -154,7 +154,7 @@ class Called(nn.Module):
             answer = self.network(*batch)
         else:
             answer = self.network(batch)
-        return side_by_side(answer, len(packed))
+        return side_by_side(answer, packed.shape[0])
 
 
 class Sent(Called):
@@ -230,10 +230,11 @@ def side_by_side(answer: Any, samples: int) -> Tensor:
     Raises:
         UnsupportedModelError: If a floating tensor does not have one entry for each sample, or there is none.
     """
-    if isinstance(answer, Tensor) and answer.dim() == 2 and len(answer) == samples:
+    # shape, not len: an export with a free batch would take the length for a number.
+    if isinstance(answer, Tensor) and answer.dim() == 2 and answer.shape[0] == samples:
         return answer
     found = [tensor for tensor in tensors_of(answer) if tensor.is_floating_point()]
-    wrong = next((tensor for tensor in found if not tensor.dim() or len(tensor) != samples), None)
+    wrong = next((tensor for tensor in found if not tensor.dim() or tensor.shape[0] != samples), None)
     if wrong is not None or not found:
         told = f"a tensor {list(wrong.shape)}" if wrong is not None else f"a {type(answer).__name__} without numbers"
         raise UnsupportedModelError(

@@ -39,7 +39,7 @@ class Pictures(nn.Module):
         """Images ``[batch, channels, height, width]`` → logits ``[batch, classes]``, or all that is said."""
         answer = self.network(pixel_values=images)
         logits = answer.get("logits") if isinstance(answer, Mapping) else None
-        return side_by_side(answer if logits is None else logits, len(images))
+        return side_by_side(answer if logits is None else logits, images.shape[0])
 
 
 def build(*, config: Mapping[str, Any], kind: str) -> nn.Module:
