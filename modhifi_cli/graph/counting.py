@@ -15,9 +15,9 @@ from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 from modhifi_cli.graph.components import ComponentGroup, input_size, is_upsampling, output_size
-from modhifi_cli.graph.heads import head_count, mixes_heads, per_head
+from modhifi_cli.graph.heads import COUNTS, head_count, mixes_heads, per_head
 from modhifi_cli.graph.modes import compiler_left_out, without_gradients
-from modhifi_cli.graph.parts import Part, is_part, part_of
+from modhifi_cli.graph.parts import Part, integers, is_part, part_of
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ def attention_work(model: nn.Module, example: Tensor) -> dict[str, tuple[float, 
         example: One input, ``[1, channels, height, width]``.
 
     Returns:
-        Module name → MACs per output (head), MACs per input. With talking heads the products of queries with keys go
+        Module name (where its count of heads is cut as a number, that number's name) → MACs per output (head), MACs per
+        input. With talking heads the products of queries with keys go
         with the inputs of the first map between heads, those with the values with the outputs of the second.
     """
     counter = _counted(model, example)
@@ -201,8 +202,13 @@ def attention_work(model: nn.Module, example: Tensor) -> dict[str, tuple[float, 
     found: dict[str, tuple[float, float]] = {}
     for name, module in model.named_modules():
         heads = head_count(module)
+        counted = name
         if heads is None:
-            continue
+            held = integers(module)
+            leaf = next((leaf for leaf in COUNTS if held.get(leaf, 0) > 0), None)
+            if leaf is None:
+                continue
+            heads, counted = held[leaf], f"{name}.{leaf}" if name else leaf
         full = f"{root}.{name}" if name else root
         inside = sum(totals.get(f"{full}.{child}", 0) for child, _ in module.named_children())
         own = (totals.get(full, 0) - inside) / (2 * example.shape[0])
@@ -211,7 +217,7 @@ def attention_work(model: nn.Module, example: Tensor) -> dict[str, tuple[float, 
             found[f"{name}.proj_l"] = (0.0, own / (pairs + values))
             found[f"{name}.proj_w"] = (own / (pairs + values), 0.0)
         elif own:
-            found[name] = (own / heads, 0.0)
+            found[counted] = (own / heads, 0.0)
     return found
 
 
