@@ -93,7 +93,7 @@ def discover(
         UnsupportedModelError: If the network cannot be run or traced.
     """
     excluded = excluded_modules(model, exclude)
-    pairs = find_products(model, excluded=excluded) if products else ()
+    pairs = find_products(model, example, excluded=excluded) if products else ()
     segments = Segments(model, example)
     found = find_heads(model, segments.trace, excluded=excluded)
     claimed = (found.writers, found.readers)

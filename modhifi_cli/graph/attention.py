@@ -15,16 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.graph.components import ComponentGroup, Refusal, Slot, input_size, output_size
-from modhifi_cli.graph.heads import (
-    PAIRS,
-    READERS,
-    adopt_product_,
-    head_count,
-    head_weights,
-    holds_product,
-    mixes_heads,
-    takes_queries,
-)
+from modhifi_cli.graph.heads import READERS, adopt_, head_count, head_weights, mixes_heads, takes_queries
+from modhifi_cli.graph.products import PAIRS, adopt_product_, product_writers, reading_tokens_alone
 from modhifi_cli.graph.trace import Trace
 
 # Who writes queries, keys and values: one name for each layer. Tried in this order.
@@ -35,6 +27,7 @@ _WRITERS: tuple[tuple[str, ...], ...] = (
     ("q", "k", "v"),
     ("q_proj", "k_proj", "v_proj"),
     ("wq", "wk", "wv"),
+    ("in_proj",),
 )
 _GATES = ("gate",)  # what multiplies the mixed heads before they are read
 _LAYER = (nn.Linear, nn.Conv2d)
@@ -97,25 +90,35 @@ def find_heads(model: nn.Module, trace: Trace, *, excluded: Iterable[str] = ()) 
     return Found(tuple(groups), tuple(refused), *map(frozenset, claimed))
 
 
-def find_products(model: nn.Module, *, excluded: Iterable[str] = ()) -> tuple[ComponentGroup, ...]:
+def find_products(
+    model: nn.Module, example: Tensor, *, excluded: Iterable[str] = ()
+) -> tuple[ComponentGroup, ...]:
     """Features of queries and keys of every attention that can lose some, and is made able to, in place.
 
     Args:
         model: Network in evaluation mode.
+        example: A batch it takes: attention that reads more than one tensor in its forward is left whole.
         excluded: Names of modules that may not be touched.
     """
+    adopt_(model)
     banned, groups = frozenset(excluded), []
-    for name, module in model.named_modules():
+    can = {name: writers for name, module in model.named_modules() if (writers := product_writers(module))}
+    alone = reading_tokens_alone(model, example, can)
+    for name, leaves in can.items():
         own = f"{name}." if name else ""
-        if f"{own}qkv" in banned or not holds_product(module):
+        writers = [own + leaf for leaf in leaves]
+        if name not in alone or {name, *writers} & banned:
             continue
-        heads, features = adopt_product_(module)
+        heads, features = adopt_product_(model.get_submodule(name))
+        if features < 2:
+            continue
         by_feature = torch.arange(heads * features).view(heads, features).T.contiguous()
+        behind = heads * features if len(writers) == 1 else 0
         groups.append(
             ComponentGroup(
-                f"{own}qkv", features,
-                (Slot(f"{own}qkv", by_feature), Slot(f"{own}qkv", by_feature + heads * features)),
-                (Slot(f"{own}{PAIRS}", torch.arange(features)[:, None]),), (), product=True,
+                writers[0] if behind else own + PAIRS, features,
+                (Slot(writers[0], by_feature), Slot(writers[-1], by_feature + behind)),
+                (Slot(own + PAIRS, torch.arange(features)[:, None]),), (), product=True,
             )
         )  # fmt: skip
     return tuple(groups)
@@ -232,7 +235,7 @@ def _layouts(module: nn.Module, writers: Mapping[str, str], heads: int, width: i
     uneven = [name for name, size in zip(writers, sizes, strict=True) if size % heads]
     if uneven:
         return f"{uneven[0]} does not write the same for each of its {heads} heads"
-    runs = {"qkv": 2 if takes_queries(module) and sizes == [2 * width] else 3, "kv": 2, "qk": 2}
+    runs = {"qkv": 2 if takes_queries(module) and sizes == [2 * width] else 3, "kv": 2, "qk": 2, "in_proj": 3}
     apart = [_runs(size, heads, runs.get(name, 1), width) for name, size in zip(writers, sizes, strict=True)]
     together = [torch.arange(size).view(heads, -1) for size in sizes]
     if any(one is None for one in apart):

@@ -13,7 +13,7 @@ import inspect
 import math
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -61,7 +61,7 @@ TAKEN = "taken_heads"  # buffer of an attention: which of the heads from outside
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _cached(function: _Function) -> _Function:
+def cached(function: _Function) -> _Function:
     """`functools.cache` that keeps the signature: type checkers do not take classes of modules for hashable."""
     return cast(_Function, functools.cache(function))
 
@@ -273,7 +273,8 @@ class HeadwiseAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` with queries, keys and values of one width, and fewer heads than the width asks for.
 
     PyTorch's function asserts that heads times their features is the width of the input. Parameters and their names are
-    its own; `dim_of_head` is the number of features of a head.
+    its own; `dim_of_head` is the number of features of a head. Where queries and keys may have fewer (`products.py`), the
+    projection is a layer, `in_proj`.
     """
 
     # An encoder layer of PyTorch takes its own fast path only where this is true.
@@ -297,17 +298,13 @@ class HeadwiseAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention`: output and, if wanted, the attention weights, averaged over heads by default."""
+        alone = query is key and key is value
         single = query.dim() == 2
         if single:
             query, key, value = (part.unsqueeze(0 if self.batch_first else 1) for part in (query, key, value))
         if not self.batch_first:
             query, key, value = (part.transpose(0, 1) for part in (query, key, value))
-        weights = self.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        parts = [
-            functional.linear(part, weight, bias).unflatten(-1, (self.num_heads, self.dim_of_head)).transpose(1, 2)
-            for part, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        ]
+        parts = self._projected(query, key, value, alone=alone)
         mask = self._mask(attn_mask, key_padding_mask, parts[0])
         dropped = self.dropout if self.training else 0.0
         attention = None
@@ -329,6 +326,18 @@ class HeadwiseAttention(nn.MultiheadAttention):
             attention = None if attention is None else attention.squeeze(0)
         return output, attention
 
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor, *, alone: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[batch, heads, tokens, features]``; `alone` says that all three are of one tensor."""
+        layer = getattr(self, "in_proj", None)
+        values = self.num_heads * self.dim_of_head
+        weight, bias = (self.in_proj_weight, self.in_proj_bias) if layer is None else (layer.weight, layer.bias)
+        sizes = [(len(weight) - values) // 2] * 2 + [values]
+        if layer is not None and alone:
+            return by_head(*layer(query).split(sizes, -1), heads=self.num_heads)
+        biases = (None,) * 3 if bias is None else bias.split(sizes)
+        parts = zip((query, key, value), weight.split(sizes), biases, strict=True)
+        return by_head(*(functional.linear(*part) for part in parts), heads=self.num_heads)
+
     def _mask(self, attention: Tensor | None, padding: Tensor | None, like: Tensor) -> Tensor | None:
         """Both masks as one that is added to the scores ``[batch, heads, queries, keys]``."""
         total = None
@@ -339,6 +348,19 @@ class HeadwiseAttention(nn.MultiheadAttention):
             hidden = _added(padding, like)[:, None, None]
             total = hidden if total is None else total + hidden
         return total
+
+
+def by_head(query: Tensor, key: Tensor, value: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What three projections wrote, ``[batch, tokens, heads · features]``, as ``[batch, heads, tokens, features]``.
+
+    Queries and keys may have fewer features than values: zeros fill them up, since fused kernels of attention want one
+    width (with two, PyTorch's takes twice as long).
+    """
+    query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
+    if missing := value.shape[-1] - key.shape[-1]:
+        query, key = (functional.pad(part, (0, missing)) for part in (query, key))
+        value = value.contiguous()  # as a slice it may begin between the addresses that a card's kernels read from
+    return query, key, value
 
 
 def _added(mask: Tensor, like: Tensor) -> Tensor:
@@ -375,7 +397,7 @@ class _TalkingHeads:
         return self.proj_drop(self.proj((attention @ value).transpose(1, 2).flatten(2)))
 
 
-@_cached
+@cached
 def _talking(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (_TalkingHeads, kind), {"__module__": kind.__module__})
 
@@ -458,104 +480,9 @@ class _ShiftedWindows:
         return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
 
 
-@_cached
+@cached
 def _windowed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (_ShiftedWindows, kind), {"__module__": kind.__module__})
-
-
-# ---------------------------------------------------------------------------- fewer features of queries and keys
-
-
-PAIRS = "query_dim"  # attribute of an attention: features of a head's queries and keys, which its values may exceed
-
-
-class _Products:
-    """Self-attention whose queries and keys have fewer features than its values, as one fused projection writes them."""
-
-    qkv: nn.Linear
-    proj: nn.Linear
-    norm: nn.Module
-    gate: nn.Module
-    attn_drop: nn.Dropout
-    proj_drop: nn.Module
-    num_heads: int
-    head_dim: int
-    query_dim: int
-    scale: float
-    training: bool
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """``[batch, tokens, width]`` → the same."""
-        gate = None if getattr(self, "gate", None) is None else self.gate(x).sigmoid()
-        sizes = [self.num_heads * features for features in (self.query_dim, self.query_dim, self.head_dim)]
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).split(sizes, dim=-1)
-        )
-        if self.query_dim < self.head_dim:
-            # Fused kernels of attention want one width: with two, PyTorch's takes twice as long.
-            query, key = (functional.pad(part, (0, self.head_dim - self.query_dim)) for part in (query, key))
-            value = value.contiguous()  # as a slice it may begin between the addresses that a card's kernels read from
-        dropped = self.attn_drop.p if self.training else 0.0
-        mixed = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attn_mask, dropout_p=dropped, is_causal=is_causal, scale=self.scale
-        )
-        mixed = mixed.transpose(1, 2).flatten(2)
-        mixed = mixed if getattr(self, "norm", None) is None else self.norm(mixed)
-        return self.proj_drop(self.proj(mixed if gate is None else mixed * gate))
-
-
-@_cached
-def _with_products(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_Products, kind), {"__module__": kind.__module__})
-
-
-def holds_product(module: nn.Module) -> bool:
-    """Whether an attention's logits are the plain product of queries and keys and its class is one that we know."""
-    if isinstance(module, _Products):
-        return True
-    kind = type(module)
-    known = kind.__module__.startswith("timm.") and kind.__name__ == "Attention"
-    taken = set(inspect.signature(kind.forward).parameters) - {"self"}
-    plain = all(type(getattr(module, name, None)) is nn.Identity for name in ("q_norm", "k_norm"))
-    if not known or not plain or not taken <= {"x", "attn_mask", "is_causal"} or _held_for_heads(module):
-        return False
-    sizes = [getattr(module, name, None) for name in ("num_heads", "head_dim")]
-    fused = getattr(module, "qkv", None)
-    if not isinstance(fused, nn.Linear) or not all(is_whole(size) for size in sizes):
-        return False
-    return fused.out_features == 3 * math.prod(size for size in sizes if size is not None)
-
-
-def _held_for_heads(module: nn.Module) -> bool:
-    """Whether a module holds tensors of its own, such as position biases, or a module that turns queries."""
-    known = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return bool(own) or not {name for name, _ in module.named_children()} <= known
-
-
-def adopt_product_(module: nn.Module) -> tuple[int, int]:
-    """Give an attention that `holds_product` a class whose queries and keys may lose features, in place.
-
-    Returns:
-        Its heads, and the features that each one's queries and keys have.
-    """
-    if not isinstance(module, _Products):
-        setattr(module, PAIRS, module.head_dim)
-        module.__class__ = _with_products(type(module))
-    return cast(int, module.num_heads), cast(int, getattr(module, PAIRS))
-
-
-def adopt_products_(model: nn.Module, names: Iterable[str]) -> None:
-    """Do so with the attention of every ``….query_dim`` among names of modules and parts."""
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        if leaf == PAIRS:
-            try:
-                module = model.get_submodule(owner)
-            except AttributeError:
-                continue  # whoever applies what belongs to it says so
-            if holds_product(module):
-                adopt_product_(module)
 
 
 # ----------------------------------------------------------------------------------------- heads that others hold, too
@@ -594,7 +521,7 @@ class _OwnHeads:
         return handed.unflatten(-3, (-1, dense)).index_select(-3, taken).flatten(-4, -3)  # a batch may lie in front
 
 
-@_cached
+@cached
 def _choosing(kind: type[nn.Module], names: tuple[str, ...] = (*_QUERIES, *_SCORES)) -> type[nn.Module]:
     """A subclass that picks its heads of what it is handed; `kind` itself where its forward takes no such thing."""
     handed = _handed(kind, names)
@@ -612,7 +539,7 @@ def _handed(kind: type[nn.Module], names: tuple[str, ...] = (*_QUERIES, *_SCORES
 # ------------------------------------------------------------------------------------ sizes that follow the heads
 
 
-@_cached
+@cached
 def _inferring(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass whose methods infer the heads' width where the library's class takes it from its input's.
 
@@ -630,22 +557,18 @@ def _inferring(kind: type[nn.Module]) -> type[nn.Module]:
             if name in seen or name.startswith("__") or not isinstance(method, types.FunctionType):
                 continue
             seen.add(name)  # what a class overrides, rewritten or not, stays overridden
-            if (rewritten := _inferred(method)) is not None:
-                methods[name] = rewritten
+            if (inferred := _inferred(method)) is not None:
+                methods[name] = inferred
     if not methods:
         return kind
     return type(kind.__name__, (kind,), {"__module__": kind.__module__, "_infers": True, **methods})
 
 
 def _inferred(method: types.FunctionType) -> types.FunctionType | None:
-    if method.__module__.startswith("modhifi_cli"):
-        return None
-    if method.__closure__:
-        return _inferred_inside(method)
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-    except (OSError, TypeError, SyntaxError):
-        return None
+    return rewritten(method, _infer_)
+
+
+def _infer_(tree: ast.AST) -> bool:
     widths = set(_widths(tree))
     changed = False
     for call in ast.walk(tree):
@@ -663,7 +586,28 @@ def _inferred(method: types.FunctionType) -> types.FunctionType | None:
         if len(places) == 1:
             call.args[places[0]] = ast.copy_location(ast.parse("-1", mode="eval").body, call.args[places[0]])
             changed = True
-    if not changed:
+    return changed
+
+
+def rewritten(method: types.FunctionType, change_: Callable[[ast.AST], bool]) -> types.FunctionType | None:
+    """A method of a library's class with its text changed; assertions about sizes and annotations go.
+
+    Args:
+        method: A plain function, or one that a decorator stands around.
+        change_: Changes the text's tree in place and says whether it did.
+
+    Returns:
+        The new function; None where nothing was changed, the text is not there or the method closes over something.
+    """
+    if method.__module__.startswith("modhifi_cli"):
+        return None
+    if method.__closure__:
+        return _rewritten_inside(method, change_)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if not change_(tree):
         return None
     function = tree.body[0]
     function.body = [statement for statement in function.body if not _asserts_size(statement)]
@@ -672,8 +616,9 @@ def _inferred(method: types.FunctionType) -> types.FunctionType | None:
             node.body = [one for one in node.body if not _asserts_size(one)] or [ast.Pass()]
     function.decorator_list = []
     function.returns = None
-    for argument in (*function.args.args, *function.args.kwonlyargs):
-        argument.annotation = None
+    for argument in (*function.args.args, *function.args.kwonlyargs, function.args.kwarg, function.args.vararg):
+        if argument is not None:
+            argument.annotation = None
     ast.increment_lineno(ast.fix_missing_locations(tree), method.__code__.co_firstlineno - 1)
     scope: dict = {}
     exec(compile(tree, inspect.getsourcefile(method) or "<forward>", "exec"), method.__globals__, scope)  # noqa: S102
@@ -682,18 +627,18 @@ def _inferred(method: types.FunctionType) -> types.FunctionType | None:
     return made
 
 
-def _inferred_inside(method: types.FunctionType) -> types.FunctionType | None:
+def _rewritten_inside(method: types.FunctionType, change_: Callable[[ast.AST], bool]) -> types.FunctionType | None:
     """A decorated method around what it decorates, rewritten; None for other functions that close over something."""
     plain = getattr(method, "__wrapped__", None)
     cells = method.__closure__ or ()
     if not isinstance(plain, types.FunctionType) or not any(cell.cell_contents is plain for cell in cells):
         return None  # `super()`: not a plain function of its source
-    if (rewritten := _inferred(plain)) is None:
+    if (made := rewritten(plain, change_)) is None:
         return None
-    inside = tuple(types.CellType(rewritten) if cell.cell_contents is plain else cell for cell in cells)
+    inside = tuple(types.CellType(made) if cell.cell_contents is plain else cell for cell in cells)
     again = types.FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, inside)
     again.__kwdefaults__ = method.__kwdefaults__
-    functools.update_wrapper(again, rewritten)
+    functools.update_wrapper(again, made)
     return again
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from modhifi_cli.errors import DataError, UnsupportedModelError
 from modhifi_cli.graph.components import inputs_first, is_transposed
 from modhifi_cli.graph.experts import Experts
-from modhifi_cli.graph.heads import adopt_, adopt_products_, free_heads_, head_count, slice_heads_
+from modhifi_cli.graph.heads import adopt_, free_heads_, head_count, slice_heads_
 from modhifi_cli.graph.modules import ChannelPadShortcut
 from modhifi_cli.graph.parts import Part, cut_parts, is_part, part_of
+from modhifi_cli.graph.products import adopt_products_
 from modhifi_cli.records import Edit, ModuleEdit
 
 _ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (

@@ -39,9 +39,20 @@ FAMILIES = {
     "torchvision_swin_v2": ("torchvision", "swin_v2", {}),
 }
 
+# Networks of transformers, whose queries, keys and values are written apart: class, options beside those of `PLAIN`.
+APART = {
+    "hf_vit": ("ViT", {}),
+    "hf_vit_without_biases": ("ViT", {"qkv_bias": False}),
+    "hf_deit": ("DeiT", {}),  # with a token for distillation
+    "hf_dinov2": ("Dinov2", {}),
+    "hf_beit": ("Beit", {"use_relative_position_bias": True}),  # what is added to its scores comes from outside
+}
+
 
 def build(name: str, *, seed: int = 0) -> nn.Module:
     """The family's tiny network in evaluation mode."""
+    if name in APART:
+        return _apart(*APART[name], seed)
     library, named, options = FAMILIES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -58,7 +69,20 @@ def build(name: str, *, seed: int = 0) -> nn.Module:
         return SwinTransformer([2, 2], 16, [1, 2], [2, 4], [4, 4], num_classes=5, **second).eval()
 
 
+def _apart(family: str, options: dict, seed: int) -> nn.Module:
+    import transformers
+
+    from modhifi_cli.models import hf_vision
+
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = getattr(transformers, f"{family}Config")(**sizes, intermediate_size=96, num_labels=5, **options).to_dict()
+    kind = f"{family}ForImageClassification{'WithTeacher' if family == 'DeiT' else ''}"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return hf_vision.build(config=config, kind=kind)
+
+
 def images(name: str, count: int = 2) -> Tensor:
     """Random images of the size that the family's network takes."""
-    size = 28 if FAMILIES[name][2] is DINO else 32
+    size = 28 if name in FAMILIES and FAMILIES[name][2] is DINO else 32
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))

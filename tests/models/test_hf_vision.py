@@ -42,18 +42,23 @@ def test_a_folder_gives_the_networks_logits_its_preprocessing_and_its_classes(vi
     assert torch.equal(again(images), loaded.model(images))
 
 
-def test_a_folder_prunes_on_the_command_line_and_is_read_back(vit, tmp_path, monkeypatch):
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_a_folder_prunes_on_the_command_line_and_is_read_back(vit, tmp_path, monkeypatch, preset):
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     for number in range(24):
         (tmp_path / "set").mkdir(exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"set/{number}.png")
-    words = ["model=hf_vision", f"model.path={vit[0]}", "data=folder", "data.path=set", "sparsity=0.2", "preset=fast",
-             "evaluation=[size]", "console=plain"]  # fmt: skip
+    words = ["model=hf_vision", f"model.path={vit[0]}", "data=folder", "data.path=set", "sparsity=0.2",
+             f"preset={preset}", "evaluation=[size]", "console=plain"]  # fmt: skip
     assert main(["prune", *words]) == 0
     (run,) = (tmp_path / "outputs/prune").glob("*/*")
     narrow = artifacts.load_model(run)
     assert sum(p.numel() for p in narrow.parameters()) < 0.85 * sum(p.numel() for p in vit[1].parameters())
+    attention = narrow.network.vit.layers[0].attention
+    assert (attention.q_proj.out_features < attention.v_proj.out_features) == (preset == "best")
+    assert main(["verify", f"run={run}", "console=plain"]) == 0
+    assert main(["replay", f"run={run}", "console=plain"]) == 0
 
 
 def test_the_library_says_nothing_of_its_own_while_a_folder_is_read(vit, capfd):
