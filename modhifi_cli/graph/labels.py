@@ -185,7 +185,9 @@ class _Labels:
         a, b = torch.broadcast_tensors(_small(one), _small(other))
         different = a != b
         if bool(different.any()):
-            pairs = torch.stack([a[different], b[different]], 1).unique(dim=0)
+            # Each pair as one number: sorting those is many times quicker than comparing rows.
+            codes = (a[different] * len(self._parent) + b[different]).unique()
+            pairs = torch.stack([codes // len(self._parent), codes % len(self._parent)], 1)
             fixed = (pairs == _FIXED).any(1)
             if bool(fixed.any()):
                 self.spoil(pairs[fixed], why)
