@@ -38,7 +38,7 @@ from modhifi_cli.graph.components import (
     weight_of,
 )
 from modhifi_cli.graph.counting import output_positions
-from modhifi_cli.graph.parts import part_of
+from modhifi_cli.graph.parts import is_part, part_of
 from modhifi_cli.graph.segments import Look, Segments
 from modhifi_cli.graph.surgery import slice_module_
 from modhifi_cli.graph.trace import Join
@@ -175,8 +175,9 @@ class ImageWalk:
     def leave(self, stop: Stop) -> Iterator[Progress]:
         """Activations go on with the next group that is looked at; processes must have edited alike."""
         if self.team.size > 1:
-            touched = {name: self.model.get_submodule(name) for part in stop.parts for name in part.modules}
-            tensors = {f"{name}.{key}": own for name, one in touched.items() for key, own in one.state_dict().items()}
+            touched = {name: part_of(self.model, name) for part in stop.parts for name in part.modules}
+            owners = {name: one.owner if is_part(one) else one for name, one in touched.items()}
+            tensors = {f"{name}.{key}": own for name, one in owners.items() for key, own in one.state_dict().items()}
             self.team.agree(stop.name, tensors, self.device)
         yield from ()
 

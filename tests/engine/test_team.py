@@ -22,6 +22,7 @@ from modhifi_cli.numerics.moments import RowMoments, second_moment
 from tests.decoders import tiny
 from tests.engine.test_both_walks import RECIPE, Images
 from tests.engine.test_prune_decoder import prune
+from tests.graph import transformers
 
 
 def pruned(team: Team):
@@ -60,6 +61,17 @@ def pruned_images(team: Team, batchnorm: str = "reestimate", count: int = 46):
     joint = Joint(reference="dense")
     recipe = replace(RECIPE, compensation=joint, allocation=Global(floor=0.1), classifier="auto")
     for _ in prune_(walk, recipe, Budget(0.3, "flops")):
+        pass
+    return model.state_dict()
+
+
+def pruned_attention(team: Team):
+    """As `pruned_images`, of transformers' ViT: heads and features of queries and keys are numbers of its modules."""
+    model = transformers.build("hf_vit")
+    randomise_(model)
+    images = transformers.images("hf_vit", 24)
+    walk = ImageWalk(model, Images(images), batch_size=7, batchnorm="stored", query_key=True, team=team)
+    for _ in prune_(walk, replace(RECIPE, compensation=Joint(), allocation=Global(floor=0.1)), Budget(0.4, "flops")):
         pass
     return model.state_dict()
 
@@ -115,6 +127,13 @@ def test_several_processes_prune_an_image_network_as_one_does(tmp_path, size, ba
             assert torch.equal(first[name], tensor)
             assert tensor.shape == alone[name].shape
             assert torch.allclose(tensor.double(), alone[name].double(), atol=1e-4 * float(alone[name].abs().max()))
+
+
+def test_several_processes_prune_what_is_counted_in_numbers_of_modules(tmp_path):
+    first, other = of_all(tmp_path, 2, pruned_attention)
+    for name, tensor in pruned_attention(Team()).items():
+        assert torch.equal(first[name], other[name])
+        assert torch.allclose(tensor, first[name], atol=1e-3 * float(tensor.abs().max()))
 
 
 def test_more_processes_than_images_are_refused():
