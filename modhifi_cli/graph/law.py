@@ -80,7 +80,7 @@ def randomise_(model: nn.Module, *, seed: int = SEED) -> None:
                 elif norm or parameter.dim() < 2:
                     uniform_(parameter, 0.5, 1.0)
                 else:
-                    normal_(parameter, 0.0, (2.0 / parameter[0].numel()) ** 0.5)
+                    normal_(parameter, 0.0, (2.0 / max(parameter[0].numel(), 1)) ** 0.5)
             for name, buffer in module.named_buffers(recurse=False):
                 if name == "running_mean":
                     normal_(buffer, 0.0, 0.3)

@@ -50,6 +50,14 @@ def test_slicing_equals_zeroing_consumer_weights_in_cifar_resnets(depth):
     assert check(model, groups, images).holds
 
 
+def test_a_parameter_without_numbers_is_left_as_it_is():
+    """DINOv3 without register tokens holds such a one."""
+    model, images = networks.small(next(iter(networks.SMALL)))
+    groups, _ = groups_of(model, images)
+    model.registers = nn.Parameter(torch.zeros(1, 0, 4))
+    assert check(model, groups, images).holds
+
+
 def test_a_group_that_breaks_the_law_is_refused_and_the_others_stay():
     torch.manual_seed(0)
     model, images = networks.Mixing().eval(), torch.randn(2, 3, 16, 16)
