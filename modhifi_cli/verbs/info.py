@@ -9,7 +9,7 @@ from torch import nn
 
 from modhifi_cli.console import Console
 from modhifi_cli.graph.components import ComponentGroup
-from modhifi_cli.graph.heads import head_count
+from modhifi_cli.graph.heads import COUNTS, head_count
 from modhifi_cli.settings import config
 from modhifi_cli.verbs import pieces
 
@@ -59,7 +59,8 @@ def _component(model: nn.Module, group: ComponentGroup) -> str:
     """What one component of an image network's group is."""
     if group.product:
         return "Q/K feature"
-    return "channel" if head_count(model.get_submodule(group.name)) is None else "head"
+    counted = any(slot.module.rpartition(".")[2] in COUNTS for slot in group.followers)
+    return "head" if counted or head_count(model.get_submodule(group.name)) is not None else "channel"
 
 
 def _shapes_alone(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,14 @@ def test_a_folder_prunes_on_the_command_line_and_is_read_back(vit, tmp_path, mon
     assert main(["replay", f"run={run}", "console=plain"]) == 0
 
 
+def test_info_tells_its_heads_from_channels(vit, capsys):
+    assert main(["info", "model=hf_vision", f"model.path={vit[0]}", "console=json"]) == 0
+    (told,) = map(json.loads, capsys.readouterr().out.strip().splitlines()[-1:])
+    assert {row["group"].rpartition(".")[2]: row["component"] for row in told["groups"]} == {
+        "query_dim": "Q/K feature", "q_proj": "head", "fc1": "channel",
+    }  # fmt: skip
+
+
 def test_the_library_says_nothing_of_its_own_while_a_folder_is_read(vit, capfd):
     hf_vision.load(path=str(vit[0]))
     said = capfd.readouterr()
