@@ -124,7 +124,8 @@ def discover(
         reason = verdict.failure or f"sliced and zeroed logits differ by {verdict.difference:.1e} of their scale"
         among = ", ".join(modules[name][:4]) + (f" and {len(modules[name]) - 4} more" if len(modules[name]) > 4 else "")
         refused = (*refused, Refusal(name, f"it fails the slicing law: {reason} (modules {among})"))
-    return segments, passed, refused
+    cut = {group.name for group in passed}  # a layer may lose features where its only head stays
+    return segments, passed, tuple(refusal for refusal in refused if refusal.name not in cut)
 
 
 _ENDS = ("producers", "consumers")

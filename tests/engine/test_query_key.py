@@ -63,6 +63,17 @@ def test_attention_whose_logits_are_more_than_the_product_is_left_whole(name):
     assert groups and not products(groups)
 
 
+@pytest.mark.parametrize("name", ["vit", "torchvision_vit", "hf_vit"])
+def test_features_of_a_lone_head_can_go_and_nothing_that_is_cut_is_listed_as_left_alone(name):
+    model, example = transformers.build(name), transformers.images(name)
+    _, groups, _ = discover(model, example, products=True)
+    heads = [group for group in groups if group.components == 3]
+    slice_groups_(model, heads, [torch.arange(2)] * 2)
+    _, groups, refused = discover(model, example, products=True)
+    assert [group.name for group in products(groups)] == names_of(name)
+    assert not {group.name for group in groups} & {one.name for one in refused}
+
+
 class Asking(nn.Module):
     """Tokens look at themselves, and then at others."""
 
