@@ -139,7 +139,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def change(before: float, after: float, unit: str) -> str:
-    """What happened between two values: points for percentages, otherwise relative change and factor.
+    """What happened between two values: points for percentages, differences of logits, else relative change and factor.
 
     Args:
         before: Value of the reference network.
@@ -153,7 +153,7 @@ def change(before: float, after: float, unit: str) -> str:
         return "±0"
     if unit == "%":
         return f"{signed(after - before, 2)} points"
-    if before <= 0 or after <= 0:
+    if before <= 0 or after <= 0 or unit == "logits":  # a distance between logits has no zero that factors could be of
         return signed(after - before, 4)
     factor, word = (before / after, "less") if after < before else (after / before, "more")
     return f"{signed(100 * (after / before - 1), 1)} % ({factor:.2f}× {word})"

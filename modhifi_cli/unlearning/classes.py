@@ -87,6 +87,21 @@ def count_samples(labels: Tensor, forget: Sequence[int]) -> tuple[int, int]:
     return counts
 
 
+def check_every_class(samples: Samples) -> None:
+    """Refuse samples that lack a class that stays, for a method that rebuilds features from the means of all classes.
+
+    Raises:
+        DataError: With how many are lacking: images of such a class would be answered as one of the others.
+    """
+    seen = torch.bincount(samples.labels[samples.fitted & ~samples.forget], minlength=samples.classes) > 0
+    stay = samples.classes - len(samples.forget_classes)
+    if int(seen.sum()) < stay:
+        raise DataError(
+            f"data: method=collapse rebuilds late features from the mean of every class that stays, and there are "
+            f"images of {int(seen.sum())} of {stay}; give images of all of them, or use method=contrast_few."
+        )
+
+
 def _named(classes: Sequence[str], most: int = 30) -> str:
     shown = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:most]))
     return shown + (", …" if len(classes) > most else "")

@@ -20,7 +20,7 @@ from modhifi_cli.errors import ConfigError, DataError, NumericsError, Unsupporte
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_
 from modhifi_cli.records import Edit, ImageSource, Progress
-from modhifi_cli.unlearning.classes import count_samples, samples_of
+from modhifi_cli.unlearning.classes import check_every_class, count_samples, samples_of
 from modhifi_cli.unlearning.closings import class_means
 from modhifi_cli.unlearning.finetune import Finetune, finetune_
 from modhifi_cli.unlearning.layers import choose_layers
@@ -180,6 +180,7 @@ def unlearn_(
     samples = samples_of(logits, labels, order.forget, hold_out=method.edits_classifier and method.given is None)
     run = _Run(model, activations, samples, chosen, order, classifier, batch_size, gathering)
     if method.closings:
+        check_every_class(samples)
         run.means = yield from class_means(
             activations,
             {layer.name: layer.closing for layer in chosen if layer.closing is not None},

@@ -101,6 +101,10 @@ def test_quantities_are_rounded_for_readers(value, unit, text):
     assert terms.quantity(value, unit) == text
 
 
+def test_distances_between_logits_change_by_a_difference():
+    assert terms.change(3.5, 0.5, "logits") == "−3.0000"
+
+
 def test_change_from_zero_is_a_difference_not_a_share():
     assert terms.change(0.0, 0.25, "nats") == "+0.2500"
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modhifi_cli.data import arrays
-from modhifi_cli.errors import ConfigError, UnsupportedModelError
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
 from modhifi_cli.graph.segments import Segments
 from modhifi_cli.graph.surgery import apply_edit_, weights_hash
 from modhifi_cli.models import cifar_resnet, timm, torchvision
@@ -201,6 +201,15 @@ def test_the_class_is_forgotten_and_nearer_to_the_others_inside(trained):  # noq
     assert before[forget].double().mean() > 0.8 and after[forget].double().mean() < 0.2
     assert after[~forget].double().mean() > before[~forget].double().mean() - 0.15
     assert distance(features(trained)) < 0.8 * distance(features(dense))
+
+
+def test_classes_without_images_are_refused_since_their_features_could_not_be_rebuilt(trained):  # noqa: F811
+    source = images()
+    source.labels = torch.where(source.labels == 4, 0, source.labels)
+    before = weights_hash(trained)
+    with pytest.raises(DataError, match="mean of every class that stays, and there are images of 3 of 4; .*method=contrast_few"):
+        run(trained, source, CollapseU(depth=1))
+    assert weights_hash(trained) == before
 
 
 def test_a_network_whose_blocks_end_in_nothing_that_can_be_solved_is_refused():
