@@ -14,6 +14,8 @@ from modhifi_cli.models import build_architecture, hf_vision
 
 transformers = pytest.importorskip("transformers")
 
+QUERIES, VALUES = ("q_proj", "query"), ("v_proj", "value")  # the names change with versions
+
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
@@ -55,8 +57,9 @@ def test_a_folder_prunes_on_the_command_line_and_is_read_back(vit, tmp_path, mon
     (run,) = (tmp_path / "outputs/prune").glob("*/*")
     narrow = artifacts.load_model(run)
     assert sum(p.numel() for p in narrow.parameters()) < 0.85 * sum(p.numel() for p in vit[1].parameters())
-    attention = narrow.network.vit.layers[0].attention
-    assert (attention.q_proj.out_features < attention.v_proj.out_features) == (preset == "best")
+    written = {name.rpartition(".")[2]: one.out_features for name, one in narrow.named_modules() if hasattr(one, "out_features")}
+    queries, values = (next(written[name] for name in names if name in written) for names in (QUERIES, VALUES))
+    assert (queries < values) == (preset == "best")
     assert main(["verify", f"run={run}", "console=plain"]) == 0
     assert main(["replay", f"run={run}", "console=plain"]) == 0
 
@@ -64,9 +67,7 @@ def test_a_folder_prunes_on_the_command_line_and_is_read_back(vit, tmp_path, mon
 def test_info_tells_its_heads_from_channels(vit, capsys):
     assert main(["info", "model=hf_vision", f"model.path={vit[0]}", "console=json"]) == 0
     (told,) = map(json.loads, capsys.readouterr().out.strip().splitlines()[-1:])
-    assert {row["group"].rpartition(".")[2]: row["component"] for row in told["groups"]} == {
-        "query_dim": "Q/K feature", "q_proj": "head", "fc1": "channel",
-    }  # fmt: skip
+    assert [row["component"] for row in told["groups"]] == ["Q/K feature", "head", "channel"]
 
 
 def test_the_library_says_nothing_of_its_own_while_a_folder_is_read(vit, capfd):
