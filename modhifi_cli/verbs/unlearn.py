@@ -277,7 +277,10 @@ def _refuse_audit(begun: _Begun) -> None:
             settings=recipes.audit_settings(settings["audit"]),
         )  # fmt: skip
     except DataError as error:
-        raise DataError(f"{error} Or leave the audit out: audit=none.") from error
+        raise DataError(
+            f"{error} Where there are no more, evaluation=[forgotten_rank] tells what one image of a class can tell. "
+            "Or leave the audit out: audit=none."
+        ) from error
 
 
 def _write_outcome(begun: _Begun, outcome: _Outcome) -> None:

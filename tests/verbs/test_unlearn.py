@@ -102,6 +102,7 @@ def test_too_few_images_for_the_audit_are_told_before_anything_is_edited(here, c
     assert main(["unlearn", *words]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "a probe needs at least 10" in line and line.endswith("Or leave the audit out: audit=none.")
+    assert "evaluation=[forgotten_rank] tells what one image of a class can tell" in line
     assert not list((here / "outputs").glob("unlearn/*/*"))
 
 
