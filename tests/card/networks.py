@@ -37,7 +37,7 @@ def labelled_images(kind: str, count: int = 60) -> list[tuple[Tensor, Tensor]]:
     """Two batches of images that differ by class, five classes in turn; digits for the embedded network."""
     if kind == "embedded":
         return _digits()
-    side = 32 if kind in transformers.FAMILIES else 8
+    side = 32 if kind in {*transformers.FAMILIES, *transformers.APART} else 8
     labels = torch.arange(count) % 5
     images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
     images = images + 0.5 * labels[:, None, None, None] * images[:1]

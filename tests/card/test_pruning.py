@@ -25,7 +25,8 @@ WITHOUT_CLASSES = [name for name in OF_IMAGES if name not in ("discedit_sp", "tv
 @pytest.mark.parametrize(
     ("kind", "preset"),
     [(kind, preset) for kind in ("batchnorm", "no norm", "vit") for preset in OF_IMAGES]
-    + [("swin", preset) for preset in WITHOUT_CLASSES],
+    + [("swin", preset) for preset in WITHOUT_CLASSES]
+    + [("torchvision_vit", "best"), ("hf_vit", "best")],
 )
 def test_every_recipe_for_images_keeps_the_same_on_the_card(kind, preset):
     model, data = network(kind), labelled_images(kind, 40 if kind == "swin" else 60)
