@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modhifi_cli.errors import is_whole
+from modhifi_cli.graph.derived import derived
 from modhifi_cli.graph.standardised import computes_weight, settle_
 
 COUNTS = ("num_heads", "heads", "num_attention_heads")  # attributes that hold the number of heads
@@ -53,6 +54,7 @@ _THRICE = ("in_proj_weight", "in_proj_bias")  # queries, keys and values one beh
 # too: queries (heads and their features in the last dimension) and what is added to scores (heads third from behind).
 _QUERIES = ("q_global",)
 _SCORES = ("shared_rel_pos", "shared_rel_pos_bias")
+_HANDED = (*_QUERIES, *_SCORES)
 _BIASES = ("alibi", "position_bias")  # such scores, where layers of language models are handed them
 _DENSE = "heads_when_dense"  # number of heads of an attention before it lost any
 TAKEN = "taken_heads"  # buffer of an attention: which of the heads from outside are its own
@@ -228,7 +230,7 @@ def adopt_one_(module: nn.Module) -> None:
     elif (heads := head_count(module)) is not None:
         if not hasattr(module, _DENSE):
             setattr(module, _DENSE, heads)
-        module.__class__ = _choosing(_inferring(kind))
+        module.__class__ = _choosing(_inferring(kind), _HANDED)
 
 
 def free_heads_(model: nn.Module) -> None:
@@ -399,7 +401,7 @@ class _TalkingHeads:
 
 @cached
 def _talking(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_TalkingHeads, kind), {"__module__": kind.__module__})
+    return derived(kind, _TalkingHeads, by=_talking)
 
 
 class _ShiftedWindows:
@@ -482,7 +484,7 @@ class _ShiftedWindows:
 
 @cached
 def _windowed(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_ShiftedWindows, kind), {"__module__": kind.__module__})
+    return derived(kind, _ShiftedWindows, by=_windowed)
 
 
 # ----------------------------------------------------------------------------------------- heads that others hold, too
@@ -522,15 +524,15 @@ class _OwnHeads:
 
 
 @cached
-def _choosing(kind: type[nn.Module], names: tuple[str, ...] = (*_QUERIES, *_SCORES)) -> type[nn.Module]:
+def _choosing(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """A subclass that picks its heads of what it is handed; `kind` itself where its forward takes no such thing."""
     handed = _handed(kind, names)
     if not handed or issubclass(kind, _OwnHeads):
         return kind
-    return type(kind.__name__, (_OwnHeads, kind), {"__module__": kind.__module__, "_handed": handed})
+    return derived(kind, _OwnHeads, by=_choosing, given=(names,), _handed=handed)
 
 
-def _handed(kind: type[nn.Module], names: tuple[str, ...] = (*_QUERIES, *_SCORES)) -> tuple[tuple[int, str], ...]:
+def _handed(kind: type[nn.Module], names: tuple[str, ...] = _HANDED) -> tuple[tuple[int, str], ...]:
     """Place and name of the arguments of a class's forward that hold something for each head."""
     taken = tuple(inspect.signature(kind.forward).parameters)[1:]
     return tuple((place, name) for place, name in enumerate(taken) if name in names)
@@ -561,7 +563,7 @@ def _inferring(kind: type[nn.Module]) -> type[nn.Module]:
                 methods[name] = inferred
     if not methods:
         return kind
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "_infers": True, **methods})
+    return derived(kind, by=_inferring, _infers=True, **methods)
 
 
 def _inferred(method: types.FunctionType) -> types.FunctionType | None:

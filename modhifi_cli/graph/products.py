@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from modhifi_cli.errors import is_whole
 from modhifi_cli.graph.answers import tensors_of
+from modhifi_cli.graph.derived import derived
 from modhifi_cli.graph.heads import COUNTS, READERS, HeadwiseAttention, by_head, cached, rewritten
 from modhifi_cli.graph.inputs import FORWARD_ERRORS
 
@@ -161,7 +162,7 @@ class _Products:
 
 @cached
 def _with_products(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_Products, kind), {"__module__": kind.__module__})
+    return derived(kind, _Products, by=_with_products)
 
 
 def _is_timms(module: nn.Module) -> bool:
@@ -242,7 +243,7 @@ def _filling(kind: type[nn.Module], writers: tuple[str, ...]) -> type[nn.Module]
     made = rewritten(forward, fill_)
     if made is None:
         return None
-    return type(kind.__name__, (_Apart, kind), {"__module__": kind.__module__, "writers": writers, "forward": made})
+    return derived(kind, _Apart, by=_filling, given=(writers,), writers=writers, forward=made)
 
 
 def _own_name(node: ast.AST) -> str | None:

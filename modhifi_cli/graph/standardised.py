@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from modhifi_cli.graph.derived import derived
+
 
 def computes_weight(module: nn.Module) -> bool:
     """Whether a module is a convolution whose class standardises the weight before it is used."""
@@ -84,4 +86,4 @@ def _is_settled(module: nn.Module) -> bool:
 @functools.cache
 def _settled(kind: type[nn.Conv2d], how: type[_Settled]) -> type[nn.Conv2d]:
     own = {} if "forward" in vars(how) else {"forward": nn.Conv2d.forward}
-    return type(kind.__name__, (how, kind), {"__module__": kind.__module__, **own})
+    return derived(kind, how, by=_settled, given=(how,), **own)

@@ -1,6 +1,9 @@
 """Heads and gated neurons of vision transformers: found, lawful, cut, counted, saved and built again."""
 
 import copy
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -80,6 +83,27 @@ def test_an_adopted_network_answers_as_the_librarys_own(name):
     assert list(model.state_dict()) == names
     assert float((after - before).abs().max()) <= 1e-9 * float(before.abs().max())
     assert not adopt_(model)
+
+
+@pytest.mark.parametrize("name", [*transformers.FAMILIES, *transformers.APART])
+def test_a_cut_network_is_pickled_and_copied_with_equal_outputs(name):
+    model, example = transformers.build(name), transformers.images(name)
+    _, groups, _ = discover(model, example, products=True)
+    slice_groups_(model, groups, halves(groups)[1])
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):  # noqa: S301 - what was written a line above
+        assert [type(module) for module in again.modules()] == [type(module) for module in model.modules()]
+        with torch.no_grad():
+            assert torch.equal(again(example), model(example))
+
+
+def test_a_pickled_network_is_read_by_another_process(tmp_path):
+    model, example = transformers.build("hf_vit"), transformers.images("hf_vit")
+    _, groups, _ = discover(model, example, products=True)
+    slice_groups_(model, groups, halves(groups)[1])
+    with torch.no_grad():
+        torch.save((model, example, model(example)), tmp_path / "network.pt")
+    script = "import sys, torch; m, x, y = torch.load(sys.argv[1], weights_only=False); assert torch.equal(m.eval()(x), y)"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "network.pt")], check=True, timeout=120)
 
 
 def test_windows_that_do_not_divide_the_map_are_padded_and_shifted_as_in_torchvision():
