@@ -13,6 +13,13 @@ from torch import Tensor, nn
 
 from modhifi_cli.records import Progress
 
+_MADE_UP = ("inversion", "class_inversion", "generated", "generator", "procedural")  # sources of such samples
+
+
+def made_up(protocol: Mapping[str, Any]) -> bool:
+    """Whether a set's account (`ImageSource.protocol`) says that its samples, or some of a mixture, are not of the world."""
+    return protocol.get("source") in _MADE_UP or any(made_up(part) for part in protocol.get("parts", ()))
+
 
 class Store(Protocol):
     """Finished parts of a set, by number, so that nothing is made twice."""

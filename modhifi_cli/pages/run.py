@@ -291,7 +291,8 @@ def _healing(results: Results) -> Section | None:
         return None
     rows = [{"stage": "closed form", "epoch": 0, "kl": healed["before"]}, *healed["history"]]
     rows = [{"stage": row["stage"], "epoch": row["epoch"], "KL on held-out samples, nats": row["kl"]} for row in rows]
-    kept = "trained" if healed["trained"] else "as the closed form left it"
+    gone = "" if healed.get("way", 1.0) == 1 else f", {healed['way']:.0%} of the way from the closed form"
+    kept = f"trained{gone}" if healed["trained"] else "as the closed form left it"
     return _records("Healing", rows, (f"The network that is kept is {kept} (KL {healed['after']:.4g}).",))
 
 

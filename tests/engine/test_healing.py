@@ -193,6 +193,29 @@ def test_a_lone_last_sample_joins_the_batch_before_it():
     assert summary.epochs == 3 and {event.total for event in trained} == {2}  # a step an epoch
 
 
+def test_of_made_up_samples_half_of_the_way_is_kept():
+    model, dense, samples, edits = pruned()
+    start, whole = copy.deepcopy(model), copy.deepcopy(model)
+    summary, _, _ = healed(whole, dense, samples, edits, dataclasses.replace(SHORT, way=1.0))
+    assert summary.trained and summary.way == 1.0
+    samples.protocol = {"source": "mixed", "parts": [{"source": "arrays"}, {"source": "inversion"}]}
+    summary, _, _ = healed(model, dense, samples, edits)
+    assert summary.trained and summary.way == 0.5 and "50% of the way" in healing.about(summary)
+    for half, one, other in zip(model.parameters(), start.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(half, (one + other) / 2)
+    assert summary.after == pytest.approx(held_out_divergence(model, dense, samples), rel=1e-3)
+
+
+def test_of_other_samples_the_share_that_held_out_ones_like_best_is_kept():
+    model, dense, samples, edits = pruned()
+    found = {}
+    for way in (0.25, 0.5, 0.75, 1.0):
+        one = copy.deepcopy(model)
+        found[way] = healed(one, dense, samples, edits, dataclasses.replace(SHORT, way=way))[0].after
+    summary, _, _ = healed(model, dense, samples, edits)
+    assert summary.way == min(found, key=found.get) and summary.after == min(found.values())
+
+
 def test_half_precision_is_judged_as_it_is_kept():
     model, dense, text, edits = pruned_decoder()
     model, dense = model.bfloat16(), dense.bfloat16()
@@ -276,6 +299,8 @@ def test_a_state_of_another_network_is_refused():
         ("sequences", 1.5, "healing.sequences must be a whole number from 1; got 1.5"),
         ("match", -1.0, "healing.match must be a number from 0; got -1.0"),
         ("augment", 1, "healing.augment must be true or false; got 1"),
+        ("way", 0, "healing.way must be a number above 0 up to 1, or auto; got 0"),
+        ("way", 1.5, "healing.way must be a number above 0 up to 1, or auto; got 1.5"),
         ("batchnorm", "none", "healing.batchnorm must be stored or batches; got 'none'"),
     ],
 )
