@@ -352,20 +352,19 @@ def wanted_classes(classes: Sequence[int] | int | None, known: int, *, together:
     Raises:
         ConfigError: If `classes` is no class number below `known` and no list of such.
     """
-    classes = [classes] if is_whole(classes) else classes
     if classes is None:
         if known <= together:
             return list(range(known))
         return torch.randperm(known, generator=torch.Generator().manual_seed(seed)).tolist()
-    fits = isinstance(classes, Sequence) and not isinstance(classes, str) and len(classes) > 0
-    if not fits or any(not is_whole(one) for one in classes):
+    chosen = [classes] if is_whole(classes) else classes
+    if not isinstance(chosen, Sequence) or isinstance(chosen, str) or not chosen or not all(map(is_whole, chosen)):
         raise ConfigError(f"data.classes: expected a list of class numbers such as [3,5], or one number, got {classes!r}.")
-    wrong = [one for one in classes if not 0 <= one < known]
+    wrong = [one for one in chosen if not 0 <= one < known]
     if wrong:
         raise ConfigError(
             f"data.classes: the network has {known} logits, so classes are 0 to {known - 1}; got {wrong[0]}."
         )
-    return list(dict.fromkeys(classes))
+    return list(dict.fromkeys(chosen))
 
 
 def images_at_once(model: nn.Module, image: Tensor, gigabytes: float) -> int:

@@ -121,6 +121,8 @@ class _State:
         self._failed = torch.zeros((), dtype=torch.bool, device=weight.device)  # looked at once a panel
         self._rows: Tensor | None = None  # X, where it stands for H
         self._inverse: Tensor  # H, where X does not
+        self._blocks: Tensor  # diagonal blocks of H and of WᵀW, [components, features, features]
+        self._products: Tensor
         statistics = consumer.statistics
         if statistics.samples is not None and statistics.features > _WIDEST_INVERSE:
             self._start_from_rows(consumer, statistics.samples.double(), weight, ridge)
