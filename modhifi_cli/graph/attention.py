@@ -106,18 +106,18 @@ def find_products(
     alone = reading_tokens_alone(model, example, can)
     for name, leaves in can.items():
         own = f"{name}." if name else ""
-        writers = [own + leaf for leaf in leaves]
-        if name not in alone or {name, *writers} & banned:
+        layers = [own + leaf for leaf in leaves]
+        if name not in alone or {name, *layers} & banned:
             continue
         heads, features = adopt_product_(model.get_submodule(name))
         if features < 2:
             continue
         by_feature = torch.arange(heads * features).view(heads, features).T.contiguous()
-        behind = heads * features if len(writers) == 1 else 0
+        behind = heads * features if len(layers) == 1 else 0
         groups.append(
             ComponentGroup(
-                writers[0] if behind else own + PAIRS, features,
-                (Slot(writers[0], by_feature), Slot(writers[-1], by_feature + behind)),
+                layers[0] if behind else own + PAIRS, features,
+                (Slot(layers[0], by_feature), Slot(layers[-1], by_feature + behind)),
                 (Slot(own + PAIRS, torch.arange(features)[:, None]),), (), product=True,
             )
         )  # fmt: skip

@@ -552,7 +552,7 @@ def _inferring(kind: type[nn.Module]) -> type[nn.Module]:
     """
     if "_infers" in kind.__dict__:
         return kind
-    methods: dict[str, types.FunctionType] = {}
+    methods: dict[str, Any] = {}
     seen: set[str] = set()
     for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for name, method in vars(owner).items():
@@ -609,9 +609,9 @@ def rewritten(method: types.FunctionType, change_: Callable[[ast.AST], bool]) ->
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError):
         return None
-    if not change_(tree):
-        return None
     function = tree.body[0]
+    if not isinstance(function, ast.FunctionDef) or not change_(tree):
+        return None
     function.body = [statement for statement in function.body if not _asserts_size(statement)]
     for node in ast.walk(function):
         if isinstance(node, ast.If):  # an emptied branch would be no Python

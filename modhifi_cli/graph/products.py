@@ -67,9 +67,9 @@ def adopt_product_(module: nn.Module) -> tuple[int, int]:
             filling = _filling(type(module), writers)
             assert filling is not None, "product_writers has tried it"
             module.__class__ = filling
-    features = getattr(module, PAIRS)
-    written = module.get_submodule(writers[0]).out_features
-    values = module.num_heads * _features(module) if len(writers) == 1 else 0
+    features, heads = getattr(module, PAIRS), getattr(module, "num_heads", 0)
+    written = getattr(module.get_submodule(writers[0]), "out_features", 0)
+    values = heads * _features(module) if len(writers) == 1 else 0
     return (written - values) // ((2 if values else 1) * features), features
 
 
@@ -124,7 +124,7 @@ def _hooked(hooks: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
             handle.remove()
 
 
-def _features(module: nn.Module) -> int:
+def _features(module: object) -> int:
     return next((size for name in _FEATURES if is_whole(size := getattr(module, name, None))), 0)
 
 
@@ -192,7 +192,8 @@ def _project_by_layer_(module: HeadwiseAttention) -> None:
     weight, bias = module.in_proj_weight, module.in_proj_bias
     layer = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device="meta")
     layer.weight, layer.bias = weight, bias
-    module.in_proj_weight = module.in_proj_bias = None
+    for name in ("in_proj_weight", "in_proj_bias"):
+        module.register_parameter(name, None)
     setattr(module, _INNER, layer.train(module.training))
 
 
@@ -218,7 +219,7 @@ def _has_apart(module: nn.Module, names: Sequence[str]) -> bool:
     if not type(module).__module__.startswith("transformers."):
         return False
     drops = {name for name, child in module.named_children() if isinstance(child, nn.Dropout)}
-    layers = [getattr(module, name, None) for name in names]
+    layers: list[Any] = [getattr(module, name, None) for name in names]
     if not _holds_only(module, {*names, *READERS, *drops}) or any(type(layer) is not nn.Linear for layer in layers):
         return False
     heads = next((count for name in COUNTS if is_whole(count := getattr(module, name, None))), 0)
@@ -248,5 +249,6 @@ def _filling(kind: type[nn.Module], writers: tuple[str, ...]) -> type[nn.Module]
 
 def _own_name(node: ast.AST) -> str | None:
     """``name`` of ``self.name``."""
-    own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-    return node.attr if own else None
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        return node.attr
+    return None
