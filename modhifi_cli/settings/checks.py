@@ -21,7 +21,6 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, list) and len(v) > 0 and all(one in ("mlp", "attention", "experts") for one in v),
     ),
     "query_key": ("true or false", lambda v: isinstance(v, bool)),
-    "mirrored": ("true or false", lambda v: isinstance(v, bool)),
     "batchnorm": ("reestimate or stored", lambda v: v in ("reestimate", "stored")),
     "classifier": ("keep, refit or auto", lambda v: v in ("keep", "refit", "auto")),
     "exclude": ("a list of module names, such as [layer4,fc]", lambda v: _is_names(v)),

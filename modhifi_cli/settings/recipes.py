@@ -92,13 +92,11 @@ def walk(
         from modhifi_cli.engine.token_walk import TokenWalk
 
         return TokenWalk(model, calibration, options=decoder_options(settings), **given)
-    from modhifi_cli.data.mirrored import Mirrored
     from modhifi_cli.engine.image_walk import ImageWalk
 
     gathering = build(settings["statistics"])
-    images = Mirrored(calibration) if settings.get("mirrored") else calibration
     return ImageWalk(
-        model, images, batchnorm=settings["batchnorm"], gathering=gathering, seed=runtime["seed"],
+        model, calibration, batchnorm=settings["batchnorm"], gathering=gathering, seed=runtime["seed"],
         query_key=settings.get("query_key", False), **given,
     )  # fmt: skip
 
