@@ -98,12 +98,12 @@ class Distill:
             raise ConfigError(f"healing.augment must be true or false; got {self.augment!r}.")
         if self.batchnorm not in ("stored", "batches"):
             raise ConfigError(f"healing.batchnorm must be stored or batches; got {self.batchnorm!r}.")
-        if self.way != "auto" and not (is_number(self.way) and 0 < self.way <= 1):
-            raise ConfigError(f"healing.way must be a number above 0 up to 1, or auto; got {self.way!r}.")
         if self.batchnorm == "batches" and self.batch_size < 2:
             raise ConfigError(
                 "healing.batchnorm=batches standardises each batch by itself, which takes healing.batch_size from 2; got 1."
             )
+        if self.way != "auto" and not (is_number(self.way) and 0 < self.way <= 1):
+            raise ConfigError(f"healing.way must be a number above 0 up to 1, or auto; got {self.way!r}.")
 
 
 @dataclass(frozen=True)
@@ -263,10 +263,10 @@ class _Work:
             parameter.requires_grad_(id(parameter) not in fixed)
             if id(parameter) not in fixed:
                 self.parameters[name] = parameter
-        self.learned: dict[str, Tensor] = {**self.parameters, **self.follow_()}
-        self.start = self.present()
         self.history: list[dict[str, Any]] = []
         self.warnings: list[str] = []
+        self.learned: dict[str, Tensor] = {**self.parameters, **self.follow_()}
+        self.start = self.present()
 
     def follow_(self) -> dict[str, Tensor]:
         """Let the student's BatchNorms follow the batches if asked for; their running averages by name."""
@@ -277,6 +277,10 @@ class _Work:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.train()
                 found |= {f"{name}.{key}": getattr(module, key) for key in ("running_mean", "running_var")}
+        if not found:
+            self.warnings.append(
+                "healing.batchnorm=batches changes nothing: this network has no BatchNorm with running averages."
+            )
         return found
 
     def go(self, state: HealingState | None) -> Iterator[Progress | HealingState | Edit | Healed]:
@@ -293,7 +297,7 @@ class _Work:
             epoch, step, averages = 0, 0, None
         way, nearest = yield from self.settle_()
         trained = self.lowest < self.before
-        if not trained and not self.warnings:
+        if not trained and math.isfinite(nearest):
             self.warnings.append(
                 f"healing did not bring held-out samples nearer to the dense network (KL {self.before:.4g} before, "
                 f"{nearest:.4g} at best): what was before is kept."
@@ -431,8 +435,8 @@ class _Work:
 
     def diverged(self, stage: str, epoch: int, what: str) -> None:
         self.warnings.append(
-            f"healing diverged ({what}, {stage}, epoch {epoch + 1}) with healing.lr={self.recipe.lr:g}: the best that "
-            f"held-out samples saw is kept{'' if self.lowest < self.before else ', the closed form'}; lower healing.lr."
+            f"healing diverged ({what}, {stage}, epoch {epoch + 1}) with healing.lr={self.recipe.lr:g}: the stage ended "
+            f"there{'' if self.lowest < self.before else ', and the best so far is the closed form'}; lower healing.lr."
         )
 
     # ------------------------------------------------------------------------------------------------------- judging
@@ -481,7 +485,7 @@ class _Work:
             if own:
                 tensors |= {f"first/{name}": own["exp_avg"], f"second/{name}": own["exp_avg_sq"]}
         facts = {"stage": stage, "epoch": epoch, "step": step, "before": self.before, "lowest": self.lowest,
-                 "history": list(self.history)}  # fmt: skip
+                 "history": list(self.history), "warnings": list(self.warnings)}  # fmt: skip
         return HealingState({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, facts)
 
     @torch.no_grad()
@@ -493,6 +497,7 @@ class _Work:
             self.best = {name: state.tensors[f"best/{name}"].to(self.device) for name in self.learned}
             self.before, self.lowest = float(facts["before"]), float(facts["lowest"])
             self.history = [dict(row) for row in facts["history"]]
+            self.warnings = [str(text) for text in facts.get("warnings", ())]
             place = int(facts["stage"]), int(facts["epoch"]), int(facts["step"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise DataError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.errors import ConfigError, DataError, is_whole
 from modhifi_cli.evaluation.forward import labels_needed, logits_of_batches, ready_to_measure
 from modhifi_cli.evaluation.top1 import rank_of_label
 from modhifi_cli.records import ImageSource, Measurement, Progress
@@ -39,19 +39,14 @@ def measure(
         percentage points, and the accuracy of every class by its number. Empty without `evaluation_data`.
 
     Raises:
-        ConfigError: If no forget class is named.
+        ConfigError: If no forget class is named, or something else than class numbers.
         DataError: If the images carry no labels, or lack forget or retain classes, or a label is outside of the
             network's classes.
         NumericsError: If logits are NaN or infinite.
     """
     if evaluation_data is None or not models:
         return ()
-    forget = torch.tensor([forget_class] if isinstance(forget_class, int) else list(forget_class or ()))
-    if not forget.numel():
-        raise ConfigError(
-            "evaluation.forget_retain.forget_class: name the forgotten classes by number, or leave forget_retain out "
-            "of evaluation=[…]; an unlearn run fills in its own."
-        )
+    forget = named_classes(forget_class, "forget_retain")
     given: dict[str, list[Tensor]] = {name: [] for name in models}
     truth: list[Tensor] = []
     classes = 0
@@ -83,6 +78,34 @@ def measure(
         for term, chosen in (("forget_accuracy", forgotten), ("retain_accuracy", ~forgotten)):
             found.append(_share(name, term, right[chosen], {"per_class": per_class, **shared}))
     return tuple(found)
+
+
+def named_classes(forget_class: object, measurement: str) -> Tensor:
+    """The forgotten classes that a measurement was told of, ``[classes]`` int64.
+
+    Args:
+        forget_class: What the settings say: a whole number, or a list of such.
+        measurement: Its name, for messages.
+
+    Raises:
+        ConfigError: If it is anything else, or nothing.
+    """
+    chosen = [forget_class] if is_whole(forget_class) else forget_class
+    if chosen is None or chosen == []:
+        raise ConfigError(
+            f"evaluation.{measurement}.forget_class: name the forgotten classes by number, or leave {measurement} out of "
+            "evaluation=[…]; an unlearn run fills in its own."
+        )
+    if (
+        not isinstance(chosen, Sequence)
+        or isinstance(chosen, str)
+        or not all(is_whole(one) and one >= 0 for one in chosen)
+    ):
+        raise ConfigError(
+            f"evaluation.{measurement}.forget_class: expected a class by its number, such as 3, or several, such as "
+            f"[3,5]; got {forget_class!r}."
+        )
+    return torch.tensor(list(chosen))
 
 
 def both_kinds(labels: Tensor, forget: Tensor) -> Tensor:

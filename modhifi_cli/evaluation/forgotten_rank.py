@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
+from modhifi_cli.evaluation.forget_retain import named_classes
 from modhifi_cli.evaluation.forward import labels_needed, logits_of_batches, ready_to_measure
 from modhifi_cli.evaluation.top1 import rank_of_label
 from modhifi_cli.records import ImageSource, Measurement, Progress
@@ -42,19 +43,14 @@ def measure(
         out. `protocol` holds the counts, and ``told`` of a rank the number of classes. Empty without `evaluation_data`.
 
     Raises:
-        ConfigError: If no forget class is named.
+        ConfigError: If no forget class is named, or something else than class numbers, or every class.
         DataError: If the images carry no labels, or a label or a forget class is outside of the network's classes.
         NumericsError: If logits are NaN or infinite.
         UnsupportedModelError: If the networks do not have the same number of classes.
     """
     if evaluation_data is None or not models:
         return ()
-    forget = torch.tensor([forget_class] if isinstance(forget_class, int) else list(forget_class or ()))
-    if not forget.numel():
-        raise ConfigError(
-            "evaluation.forgotten_rank.forget_class: name the forgotten classes by number, or leave forgotten_rank out "
-            "of evaluation=[…]; an unlearn run fills in its own."
-        )
+    forget = named_classes(forget_class, "forgotten_rank")
     found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in models}
     own: list[Tensor] = []
     classes = 0
@@ -88,6 +84,11 @@ def _check(name: str, count: int, classes: int, forget: Tensor) -> None:
         raise DataError(
             f"evaluation.forgotten_rank.forget_class: expected 0 to {count - 1} for the {count} logits of '{name}', got "
             f"{int(forget[outside][0])}; name classes that the network has."
+        )
+    if len(forget.unique()) == count:
+        raise ConfigError(
+            f"evaluation.forgotten_rank.forget_class: all {count} classes of '{name}' are named, so that none is left to "
+            "compare with; name fewer."
         )
 
 

@@ -14,7 +14,7 @@ from modhifi_cli.auditing.audit import AuditReport
 from modhifi_cli.console import Console
 from modhifi_cli.engine.memory import peaks
 from modhifi_cli.errors import ConfigError, DataError
-from modhifi_cli.evaluation.forget_retain import both_kinds
+from modhifi_cli.evaluation.forget_retain import both_kinds, named_classes
 from modhifi_cli.evaluation.forward import RememberedLogits
 from modhifi_cli.files import artifacts
 from modhifi_cli.pages import audit as audit_pages
@@ -164,10 +164,15 @@ def _begin(
 
 
 def _refuse_measuring(settings: Mapping[str, Any], evaluation: ImageSource | None) -> None:
-    """Refuse evaluation images that lack a kind before anything is edited, where their labels are known already."""
-    asked, labels = settings["evaluation"].get("forget_retain"), getattr(evaluation, "labels", None)
-    if asked is not None and labels is not None:
-        both_kinds(torch.as_tensor(labels), torch.as_tensor(asked["forget_class"]))
+    """Refuse before anything is edited what measurements would refuse: classes that are none, images of one kind alone."""
+    chosen = {
+        name: named_classes(settings["evaluation"][name]["forget_class"], name)
+        for name in ("forget_retain", "forgotten_rank")
+        if name in settings["evaluation"]
+    }
+    labels = getattr(evaluation, "labels", None)
+    if "forget_retain" in chosen and labels is not None:
+        both_kinds(torch.as_tensor(labels), chosen["forget_retain"])
 
 
 def _audited(begun: _Begun, answers: Mapping[str, RememberedLogits]) -> AuditReport:

@@ -132,7 +132,7 @@ def test_an_interrupted_healing_ends_with_the_same_weights(stop, monkeypatch):
     monkeypatch.setattr(healing, "_SAVE_SECONDS", -1.0)  # a state after every step
     model, dense, samples, edits = pruned()
     whole, again = copy.deepcopy(model), copy.deepcopy(model)
-    healed(whole, dense, samples, edits)
+    undisturbed, _, _ = healed(whole, dense, samples, edits)
     state = None
     left = stop
     for event in heal_(model, dense, samples, recipe=SHORT, edits=edits):
@@ -141,7 +141,7 @@ def test_an_interrupted_healing_ends_with_the_same_weights(stop, monkeypatch):
             if not left:
                 break
     summary, _, _ = healed(again, dense, samples, edits, state=state)
-    assert weights_hash(again) == weights_hash(whole)
+    assert weights_hash(again) == weights_hash(whole) and summary == undisturbed
     assert [row["epoch"] for row in summary.history] == [1, 1, 2]
 
 
@@ -179,10 +179,43 @@ def test_a_healing_whose_batchnorms_follow_goes_on_to_the_same_weights(stop, mon
     recipe = dataclasses.replace(SHORT, batchnorm="batches")
     model, dense, samples, edits = pruned()
     whole, again = copy.deepcopy(model), copy.deepcopy(model)
-    _, _, events = healed(whole, dense, samples, edits, recipe)
+    undisturbed, _, events = healed(whole, dense, samples, edits, recipe)
     states = [event for event in events if isinstance(event, HealingState)]
-    healed(again, dense, samples, edits, recipe, state=states[stop])
-    assert weights_hash(again) == weights_hash(whole)
+    summary, _, _ = healed(again, dense, samples, edits, recipe, state=states[stop])
+    assert weights_hash(again) == weights_hash(whole) and summary == undisturbed
+
+
+def test_warnings_of_an_interrupted_healing_are_those_of_an_undisturbed_one(monkeypatch):
+    model, dense, samples, edits = pruned()
+    plain = healing._rate
+    whole, again = copy.deepcopy(model), copy.deepcopy(model)
+    rates = iter([1e3] * 4)
+    monkeypatch.setattr(healing, "_rate", lambda step, steps: next(rates, None) or plain(step, steps))
+    undisturbed, _, events = healed(whole, dense, samples, edits)
+    last = [event for event in events if isinstance(event, HealingState)][-1]
+    summary, _, _ = healed(again, dense, samples, edits, state=last)
+    assert "blocks, epoch 1" in undisturbed.warnings[0] and summary == undisturbed
+
+
+def test_averages_of_batchnorms_go_a_share_of_the_way_as_weights_do():
+    model, dense, samples, edits = pruned()
+    start, whole = copy.deepcopy(model), copy.deepcopy(model)
+    recipe = dataclasses.replace(SHORT, batchnorm="batches", epochs=6)
+    assert healed(whole, dense, samples, edits, dataclasses.replace(recipe, way=1.0))[0].trained
+    summary, (edit,), _ = healed(model, dense, samples, edits, dataclasses.replace(recipe, way=0.25))
+    assert summary.trained and summary.way == 0.25
+    for (name, part), one, other in zip(model.named_buffers(), start.buffers(), whole.buffers(), strict=True):
+        if name.endswith(("running_mean", "running_var")):
+            torch.testing.assert_close(part, torch.lerp(one, other, 0.25))
+    again = copy.deepcopy(start)
+    apply_edit_(again, edit)
+    assert weights_hash(again) == weights_hash(model)
+
+
+def test_a_network_without_batchnorm_is_told_that_nothing_follows():
+    model, dense, text, edits = pruned_decoder()
+    summary, _, _ = healed(model, dense, text, edits, dataclasses.replace(SHORT, batchnorm="batches"))
+    assert "healing.batchnorm=batches changes nothing" in summary.warnings[0]
 
 
 def test_a_lone_last_sample_joins_the_batch_before_it():

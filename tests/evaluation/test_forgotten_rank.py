@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.evaluation import forget_retain
 from modhifi_cli.evaluation.forgotten_rank import measure
 from modhifi_cli.pages import run, terms
 
@@ -38,7 +39,10 @@ def test_agreement_is_that_of_the_other_images_alone(measured, answers, images):
     models = {"dense": answers(), "edited": answers(-1)}
     found = values(measured(measure, models=models, evaluation_data=images, forget_class=1), "edited")
     assert found["others_agreement"] == 0.0
-    same = values(measured(measure, models={"dense": answers(), "edited": answers(2)}, evaluation_data=images, forget_class=1), "edited")
+    same = values(
+        measured(measure, models={"dense": answers(), "edited": answers(2)}, evaluation_data=images, forget_class=1),
+        "edited",
+    )
     assert same["others_agreement"] == 100.0 and same["forgotten_gap"] == -3.0
 
 
@@ -63,6 +67,14 @@ def test_without_images_nothing_is_measured(measured, answers):
 def test_what_cannot_be_asked_is_refused(measured, answers, images, listed):
     with pytest.raises(ConfigError, match="name the forgotten classes by number"):
         measured(measure, models={"dense": answers()}, evaluation_data=images)
+    for odd in ("abc", 1.5, [1.5], True, [[3]], [-1], {"3": 1}):
+        for one in (measure, forget_retain.measure):
+            with pytest.raises(
+                ConfigError, match=r"forget_class: expected a class by its number, such as 3, or several"
+            ):
+                measured(one, models={"dense": answers()}, evaluation_data=images, forget_class=odd)
+    with pytest.raises(ConfigError, match="all 4 classes of 'dense' are named.*name fewer"):
+        measured(measure, models={"dense": answers()}, evaluation_data=images, forget_class=[0, 1, 2, 3])
     with pytest.raises(DataError, match="expected 0 to 3 for the 4 logits of 'dense', got 7"):
         measured(measure, models={"dense": answers()}, evaluation_data=images, forget_class=7)
     with pytest.raises(DataError, match="forgotten_rank needs a label for every image"):

@@ -242,3 +242,13 @@ def test_class_names_and_logits_must_agree(capsys, monkeypatch):
     monkeypatch.setattr(embedded, "load", misnamed)
     assert main(["unlearn", "forget_class=1", "console=plain"]) == 2
     assert "names 2 classes but has 10 logits; use weights and model.num_classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["forget_retain", "forgotten_rank"])
+def test_classes_that_a_measurement_cannot_be_asked_about_are_refused_before_the_work(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["unlearn", "forget_class=3", "audit=none", f"evaluation=[{name}]", "console=plain"]
+    for odd in ("abc", "true", "1.5", "[1.5]"):
+        assert main([*words, f"evaluation.{name}.forget_class={odd}"]) == 2
+        assert f"evaluation.{name}.forget_class: expected a class by its number" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.incomplete"))
