@@ -89,10 +89,19 @@ def test_targets_that_are_measured_run_on_the_card(target, monkeypatch):
     assert prune(f"target={target}", "preset=fast", "evaluation=[]", *words) == 0
 
 
+@pytest.mark.parametrize("batchnorm", ["stored", "batches"])
+def test_a_network_is_healed_on_the_card(batchnorm, here):
+    healing = ["healing=distill", "healing.epochs=3", "healing.batch_size=16", f"healing.batchnorm={batchnorm}"]
+    assert prune("preset=fast", "sparsity=0.6", "evaluation=[]", *healing) == 0
+    healed = artifacts.read_results(only_run(here, "prune"))["healing"]
+    assert healed["after"] <= healed["before"] and healed["epochs"] == 4
+
+
 def test_forgetting_with_its_audit_runs_on_the_card(here):
     small = ["data.num_samples=200", "evaluation_data.num_samples=150", "console=plain", "runtime=gpu"]
     audit = ["audit.relearn.steps=1", "audit.relearn.held_out=20"]
-    assert main(["unlearn", *small, *audit, "forget_class=3", "finetune.epochs=1"]) == 0
+    asked = "evaluation=[forget_retain,forgotten_rank]"
+    assert main(["unlearn", *small, *audit, "forget_class=3", "finetune.epochs=1", asked]) == 0
     run = only_run(here, "unlearn")
     assert artifacts.read_results(run)["audit"]["verdict"]
     assert main(["audit", f"run={run}", *small, *audit]) == 0
@@ -145,6 +154,13 @@ def test_a_language_model_is_pruned_measured_verified_and_evaluated(here, words,
     assert main(["evaluate", f"run={run}", "runtime=gpu", "console=plain", asked, *quick]) == 0, capsys.readouterr().err
     first, again = (perplexities(only_run(here, verb)) for verb in ("prune", "evaluate"))
     assert first == again, "in the precision of the run"
+
+
+def test_a_language_model_is_healed_on_the_card(here, words):
+    healing = ["healing=distill", "healing.epochs=1", "healing.lr=1e-4"]
+    assert main(["prune", *words, "sparsity=0.3", "evaluation=[token_perplexity]", *healing]) == 0
+    healed = artifacts.read_results(only_run(here, "prune"))["healing"]
+    assert healed["after"] <= healed["before"] and healed["epochs"] == 2
 
 
 def test_text_is_generated_on_the_card(here, words):
