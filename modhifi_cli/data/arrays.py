@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from modhifi_cli.data.making import made_ahead
 from modhifi_cli.data.sources import (
     ArrayImages,
     choose,
@@ -108,6 +109,7 @@ def load(
         "available": total,
         "seed": None if num_samples is None else seed,
         "sha256": sha256_of_samples(image.tobytes() for image in images),
+        **made_ahead(Path(os.path.expanduser(path))),
     }
     return ArrayImages(images=images, labels=targets, preprocess=preprocess, protocol=protocol)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from modhifi_cli.data.classes import ORDERS, Folders, Known, classes_of_folders, instead
+from modhifi_cli.data.making import made_ahead
 from modhifi_cli.data.sources import (
     ArrayImages,
     FileImages,
@@ -115,6 +116,7 @@ def load(
         "turned": turned,
         "skipped_files": skipped[:10],
         **_digest(root, names, content=fits),
+        **made_ahead(root),
     }
     if folders is not None:
         protocol["class_folders"] = {"taken_by": folders.how, **folders.classes}

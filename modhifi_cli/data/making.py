@@ -3,9 +3,11 @@
 A source asks for it by a parameter called `making`; sources that only read files never see a network.
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +20,20 @@ _MADE_UP = ("inversion", "class_inversion", "generated", "generator", "procedura
 
 def made_up(protocol: Mapping[str, Any]) -> bool:
     """Whether a set's account (`ImageSource.protocol`) says that its samples, or some of a mixture, are not of the world."""
-    return protocol.get("source") in _MADE_UP or any(made_up(part) for part in protocol.get("parts", ()))
+    named = protocol.get("made_by") or protocol.get("source")
+    return named in _MADE_UP or any(made_up(part) for part in protocol.get("parts", ()))
+
+
+def made_ahead(path: Path) -> dict[str, str]:
+    """``{"made_by": source}`` for the account of images that ``modhifi synthesize`` wrote to a file or folder, or nothing."""
+    for folder in (path, path.parent):
+        try:
+            told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            if (source := told["images"]["source"]) in _MADE_UP:
+                return {"made_by": source}
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            continue  # no such file, or somebody else's
+    return {}
 
 
 class Store(Protocol):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from modhifi_cli.cli import main
 from modhifi_cli.data import digits
+from modhifi_cli.data.making import made_ahead, made_up
 from modhifi_cli.models import embedded
 from modhifi_cli.verbs.quality import as_pixels
 
@@ -41,6 +42,7 @@ def test_a_set_is_written_with_manifest_and_sheet_and_calibrates_a_run(here, cap
     assert main(["prune", *words]) == 0
     again = json.loads((only_run(here, "prune") / "calibration.json").read_text())
     assert again["sha256"] == manifest["images"]["sha256"], "the very same images"
+    assert again["made_by"] == "inversion" and made_up(again)
 
 
 def test_a_folder_of_pictures_holds_the_same_images(here):
@@ -49,6 +51,17 @@ def test_a_folder_of_pictures_holds_the_same_images(here):
     files = sorted((folder / "images").iterdir())
     assert [file.name for file in files][:2] == ["000000.png", "000001.png"] and len(files) == 8
     assert np.array(Image.open(files[0])).shape == (8, 8)
+    for path in (folder, folder / "images"):
+        assert made_ahead(path) == {"made_by": "inversion"}
+    assert made_ahead(folder / "images" / "000000.png") == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '"x"', "{", '{"images": 3}', '{"images": {"source": "arrays"}}', '{"images": {"source": ["a"]}}']
+)
+def test_somebody_elses_manifest_says_nothing(text, here):
+    (here / "manifest.json").write_text(text)
+    assert made_ahead(here) == {} and not made_up({"source": "arrays"})
 
 
 def test_the_second_run_takes_its_images_from_the_cache_which_can_be_shown_and_emptied(here, capsys):
