@@ -6,7 +6,7 @@ Anything else that is raised is a defect of ours and keeps its traceback.
 
 import difflib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeGuard
 
 
@@ -113,6 +113,14 @@ def reason(error: BaseException) -> str:
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether a setting is a whole number; true and false, which Python counts as numbers, are none."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def whole_numbers(value: object) -> list[int] | None:
+    """A setting that is one whole number or a list of such, as a list; None where it is anything else."""
+    found = [value] if is_whole(value) else value
+    if not isinstance(found, Sequence) or isinstance(found, str) or not all(map(is_whole, found)):
+        return None
+    return list(found)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -84,7 +84,8 @@ def load(
     reads = labels_to_read(labelled=labelled, labels=labels)
     if layout not in ("auto", "NHWC", "NCHW"):
         raise ConfigError(f"{group}.layout: expected auto, NHWC or NCHW, got {layout!r}.")
-    parts = _parts(Path(os.path.expanduser(path)), group)
+    place = Path(os.path.expanduser(path))
+    parts = _parts(place, group)
     counts = []
     for part in parts:
         with _open(part, images_key, _IMAGE_KEYS, what="images", setting=f"{group}.images_key") as table:
@@ -109,7 +110,7 @@ def load(
         "available": total,
         "seed": None if num_samples is None else seed,
         "sha256": sha256_of_samples(image.tobytes() for image in images),
-        **made_ahead(Path(os.path.expanduser(path))),
+        **made_ahead(place),
     }
     return ArrayImages(images=images, labels=targets, preprocess=preprocess, protocol=protocol)
 

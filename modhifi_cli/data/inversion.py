@@ -167,9 +167,10 @@ def _made(
     return found, facts
 
 
-def batchnorms(model: nn.Module) -> list[nn.Module]:
-    """BatchNorms of a network that store a mean and a variance."""
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+def batchnorms(model: nn.Module) -> dict[str, nn.Module]:
+    """BatchNorms of a network that store a mean and a variance, by name."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return {name: m for name, m in model.named_modules() if isinstance(m, kind) and m.running_mean is not None}
 
 
 def statistics_of(model: nn.Module) -> list[nn.Module]:
@@ -177,7 +178,7 @@ def statistics_of(model: nn.Module) -> list[nn.Module]:
 
     Untrained networks and those whose BatchNorm was folded into the weights have mean 0 and one variance everywhere.
     """
-    norms = batchnorms(model)
+    norms = list(batchnorms(model).values())
     told = any(
         bool(norm.running_mean.any()) or float(norm.running_var.amax() - norm.running_var.amin()) > 0 for norm in norms
     )

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from modhifi_cli.data.making import Making, Store, kept_or_made
 from modhifi_cli.data.procedural import KINDS, draw, made_samples, refuse_given_labels
 from modhifi_cli.data.sources import sha256_of_samples
-from modhifi_cli.errors import ConfigError, UnsupportedModelError, first_line, is_number, is_whole, nearest
+from modhifi_cli.errors import (
+    ConfigError,
+    UnsupportedModelError,
+    first_line,
+    is_number,
+    is_whole,
+    nearest,
+    whole_numbers,
+)
 from modhifi_cli.graph.surgery import weights_hash
 from modhifi_cli.records import Preprocess, TextInput
 
@@ -356,8 +364,8 @@ def wanted_classes(classes: Sequence[int] | int | None, known: int, *, together:
         if known <= together:
             return list(range(known))
         return torch.randperm(known, generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [classes] if is_whole(classes) else classes
-    if not isinstance(chosen, Sequence) or isinstance(chosen, str) or not chosen or not all(map(is_whole, chosen)):
+    chosen = whole_numbers(classes)
+    if not chosen:
         raise ConfigError(f"data.classes: expected a list of class numbers such as [3,5], or one number, got {classes!r}.")
     wrong = [one for one in chosen if not 0 <= one < known]
     if wrong:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from modhifi_cli.data.inversion import batchnorms
 from modhifi_cli.data.making import made_up
 from modhifi_cli.engine.gathering import held_out_images
 from modhifi_cli.errors import ConfigError, DataError, is_number, need_whole
@@ -203,8 +204,8 @@ def heal_(
 ) -> Iterator[Progress | HealingState | Edit | Healed]:
     """Train `model` in place towards `dense`, yielding progress, states to go on from, an edit if it helps, a summary.
 
-    All samples are kept in memory. Embeddings and the head of a language model are not
-    trained. Training is in float32; what judges is the network in its own precision.
+    All samples are kept in memory. Embeddings and the head of a language model are not trained. Training is in float32;
+    what judges is the network in its own precision.
 
     Args:
         model: The pruned network, evaluation mode.
@@ -227,8 +228,8 @@ def heal_(
         network.to(device).eval()
     samples = torch.cat([inputs for inputs, _ in calibration.batches(64)])
     try:
-        if recipe.way == "auto":
-            recipe = dataclasses.replace(recipe, way=_OF_MADE_UP) if made_up(calibration.protocol) else recipe
+        if recipe.way == "auto" and made_up(calibration.protocol):
+            recipe = dataclasses.replace(recipe, way=_OF_MADE_UP)
         yield from _Work(model, dense, samples, recipe, edits, device, seed).go(state)
     finally:
         for network, home in homes:
@@ -273,10 +274,9 @@ class _Work:
         if self.recipe.batchnorm == "stored":
             return {}
         found: dict[str, Tensor] = {}
-        for name, module in self.student.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                module.train()
-                found |= {f"{name}.{key}": getattr(module, key) for key in ("running_mean", "running_var")}
+        for name, module in batchnorms(self.student).items():
+            module.train()
+            found |= {f"{name}.{key}": getattr(module, key) for key in ("running_mean", "running_var")}
         if not found:
             self.warnings.append(
                 "healing.batchnorm=batches changes nothing: this network has no BatchNorm with running averages."
@@ -310,8 +310,6 @@ class _Work:
             yield self.edit(healed)
         yield healed
 
-    # ------------------------------------------------------------------------------------------------------ training
-
     def settle_(self) -> Generator[Progress, None, tuple[float, float]]:
         """Go the way from the closed form to the best that was trained, or the share of it that is to be kept.
 
@@ -332,6 +330,8 @@ class _Work:
                     self.lowest, self.best, kept = seen[-1], self.present(), way
         self.write_(self.best)
         return kept, min(seen, default=math.inf)
+
+    # ------------------------------------------------------------------------------------------------------ training
 
     def train(
         self, number: int, first_epoch: int, first_step: int, averages: Mapping[str, Tensor] | None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi_cli.errors import ConfigError, DataError, is_whole
+from modhifi_cli.errors import ConfigError, DataError, whole_numbers
 from modhifi_cli.evaluation.forward import labels_needed, logits_of_batches, ready_to_measure
 from modhifi_cli.evaluation.top1 import rank_of_label
 from modhifi_cli.records import ImageSource, Measurement, Progress
@@ -90,22 +90,18 @@ def named_classes(forget_class: object, measurement: str) -> Tensor:
     Raises:
         ConfigError: If it is anything else, or nothing.
     """
-    chosen = [forget_class] if is_whole(forget_class) else forget_class
-    if chosen is None or chosen == []:
+    chosen = [] if forget_class is None else whole_numbers(forget_class)
+    if chosen == []:
         raise ConfigError(
             f"evaluation.{measurement}.forget_class: name the forgotten classes by number, or leave {measurement} out of "
             "evaluation=[…]; an unlearn run fills in its own."
         )
-    if (
-        not isinstance(chosen, Sequence)
-        or isinstance(chosen, str)
-        or not all(is_whole(one) and one >= 0 for one in chosen)
-    ):
+    if chosen is None or min(chosen) < 0:
         raise ConfigError(
             f"evaluation.{measurement}.forget_class: expected a class by its number, such as 3, or several, such as "
             f"[3,5]; got {forget_class!r}."
         )
-    return torch.tensor(list(chosen))
+    return torch.tensor(chosen)
 
 
 def both_kinds(labels: Tensor, forget: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modhifi_cli.errors import ConfigError, DataError
+from modhifi_cli.errors import ConfigError, DataError, UnsupportedModelError
 from modhifi_cli.evaluation import forget_retain
 from modhifi_cli.evaluation.forgotten_rank import measure
 from modhifi_cli.pages import run, terms
@@ -75,6 +75,9 @@ def test_what_cannot_be_asked_is_refused(measured, answers, images, listed):
                 measured(one, models={"dense": answers()}, evaluation_data=images, forget_class=odd)
     with pytest.raises(ConfigError, match="all 4 classes of 'dense' are named.*name fewer"):
         measured(measure, models={"dense": answers()}, evaluation_data=images, forget_class=[0, 1, 2, 3])
+    fewer = {"dense": answers(), "other": torch.nn.Sequential(answers(), torch.nn.Linear(4, 3))}
+    with pytest.raises(UnsupportedModelError, match=r"other: forgotten_rank needs as many classes as the first .*\(4\), got 3"):
+        measured(measure, models=fewer, evaluation_data=images, forget_class=1)
     with pytest.raises(DataError, match="expected 0 to 3 for the 4 logits of 'dense', got 7"):
         measured(measure, models={"dense": answers()}, evaluation_data=images, forget_class=7)
     with pytest.raises(DataError, match="forgotten_rank needs a label for every image"):
